@@ -1,0 +1,187 @@
+//! Memory that I/O reads from and writes into.
+//!
+//! A region is a window of memory together with a reference that keeps the memory alive, so that an operation
+//! that outlives its caller never touches freed memory. Who may touch the bytes at a time is a protocol
+//! between the holders, stated at each use.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::any::Any;
+use std::sync::Arc;
+
+type Owner = Arc<dyn Any + Send + Sync>;
+
+/// Page-aligned heap memory of a fixed size, fit for direct I/O.
+pub struct AlignedBuf {
+    ptr: *mut u8,
+    len: usize,
+}
+
+// SAFETY: AlignedBuf owns its memory exclusively; access goes through &self / &mut self.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: as above; shared access is read-only.
+unsafe impl Sync for AlignedBuf {}
+
+impl AlignedBuf {
+    /// Alignment of the memory in bytes.
+    pub const ALIGN: usize = 4096;
+
+    /// Zeroed memory of `len` bytes (at least one page is reserved).
+    pub fn new(len: usize) -> Self {
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a non-zero size.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        if ptr.is_null() {
+            handle_alloc_error(layout);
+        }
+        Self { ptr, len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len.max(1).next_multiple_of(Self::ALIGN), Self::ALIGN).expect("a sane buffer size")
+    }
+
+    /// Start of the memory.
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        self.ptr
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with the same layout.
+        unsafe { dealloc(self.ptr, Self::layout(self.len)) }
+    }
+}
+
+impl std::ops::Deref for AlignedBuf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: ptr is valid for len bytes for the life of self.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+}
+
+impl std::ops::DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: ptr is valid for len bytes and self is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
+    }
+}
+
+/// A read-only window of shared memory.
+#[derive(Clone)]
+pub struct Region {
+    ptr: *const u8,
+    len: usize,
+    owner: Owner,
+}
+
+// SAFETY: the owner keeps the memory alive; holders only read through it.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// # Safety
+    /// `ptr` must be valid for reads of `len` bytes while `owner` lives, and nobody may write to those bytes
+    /// while the region is being read.
+    pub unsafe fn from_raw(ptr: *const u8, len: usize, owner: Owner) -> Self {
+        Self { ptr, len, owner }
+    }
+
+    /// Own `bytes`.
+    pub fn from_vec(bytes: Vec<u8>) -> Self {
+        let owner = Arc::new(bytes);
+        Self { ptr: owner.as_ptr(), len: owner.len(), owner }
+    }
+
+    /// Own the first `len` bytes of a buffer.
+    pub fn from_aligned(buf: AlignedBuf, len: usize) -> Self {
+        assert!(len <= buf.len());
+        let owner = Arc::new(buf);
+        Self { ptr: owner.as_mut_ptr(), len, owner }
+    }
+
+    /// A part of this window. Panics when out of range.
+    pub fn slice(&self, start: usize, len: usize) -> Self {
+        assert!(start.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: start is within the window.
+        Self { ptr: unsafe { self.ptr.add(start) }, len, owner: self.owner.clone() }
+    }
+}
+
+impl std::ops::Deref for Region {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: valid while the owner lives, by the contract of from_raw.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+}
+
+/// A window of memory that one operation writes into.
+///
+/// It can be split but not cloned: at any time one holder may write to the bytes.
+pub struct RegionMut {
+    ptr: *mut u8,
+    len: usize,
+    owner: Owner,
+}
+
+// SAFETY: the owner keeps the memory alive; the holder is the only one that touches it.
+unsafe impl Send for RegionMut {}
+// SAFETY: shared access is read-only.
+unsafe impl Sync for RegionMut {}
+
+impl RegionMut {
+    /// # Safety
+    /// `ptr` must be valid for writes of `len` bytes while `owner` lives, and nobody else may touch those
+    /// bytes while the region lives.
+    pub unsafe fn from_raw(ptr: *mut u8, len: usize, owner: Owner) -> Self {
+        Self { ptr, len, owner }
+    }
+
+    /// The first `len` bytes of a buffer, which comes back through [`RegionMut::freeze`] or is dropped.
+    pub fn from_aligned(buf: AlignedBuf, len: usize) -> Self {
+        assert!(len <= buf.len());
+        let ptr = buf.as_mut_ptr();
+        Self { ptr, len, owner: Arc::new(buf) }
+    }
+
+    /// Zeroed memory of `len` bytes.
+    pub fn zeroed(len: usize) -> Self {
+        Self::from_aligned(AlignedBuf::new(len), len)
+    }
+
+    /// Cut in two at `at`. Panics when out of range.
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.len);
+        // SAFETY: `at` is within the window; the halves do not overlap.
+        let right = Self { ptr: unsafe { self.ptr.add(at) }, len: self.len - at, owner: self.owner.clone() };
+        (Self { len: at, ..self }, right)
+    }
+
+    /// Start of the window, for system calls.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.ptr
+    }
+
+    /// Give up writing.
+    pub fn freeze(self) -> Region {
+        Region { ptr: self.ptr, len: self.len, owner: self.owner }
+    }
+}
+
+impl std::ops::Deref for RegionMut {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: valid while the owner lives.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+}
+
+impl std::ops::DerefMut for RegionMut {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: valid while the owner lives; the holder is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
+    }
+}

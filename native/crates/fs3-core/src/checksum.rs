@@ -1,0 +1,68 @@
+use crate::{Code, Error, Result};
+
+/// Bytes that one stored checksum covers.
+pub const CRC_BLOCK_BYTES: usize = 4096;
+
+/// CRC32C (Castagnoli) of `data`.
+pub fn crc32c(data: &[u8]) -> u32 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, data) as u32
+}
+
+/// Checksums of `data`, cut at the crc-block borders of a chunk in which it begins at `offset`.
+/// The first and the last piece may be partial.
+pub fn crc_blocks(offset: usize, data: &[u8]) -> Vec<u32> {
+    let mut crcs = Vec::with_capacity(data.len() / CRC_BLOCK_BYTES + 2);
+    let first = (CRC_BLOCK_BYTES - offset % CRC_BLOCK_BYTES).min(data.len());
+    if first > 0 && first < CRC_BLOCK_BYTES {
+        crcs.push(crc32c(&data[..first]));
+        crcs.extend(data[first..].chunks(CRC_BLOCK_BYTES).map(crc32c));
+    } else {
+        crcs.extend(data.chunks(CRC_BLOCK_BYTES).map(crc32c));
+    }
+    crcs
+}
+
+/// Check `data` (beginning at `offset` of its chunk) against the checksums of its pieces.
+pub fn verify_crcs(offset: usize, data: &[u8], crcs: &[u32]) -> Result<()> {
+    if crc_blocks(offset, data) == crcs {
+        Ok(())
+    } else {
+        Err(Error::new(Code::ChecksumMismatch, "the bytes do not match their checksums"))
+    }
+}
+
+/// The wire form of checksums: little-endian u32 one after another.
+pub fn pack_crcs(crcs: &[u32]) -> Vec<u8> {
+    crcs.iter().flat_map(|c| c.to_le_bytes()).collect()
+}
+
+/// Parse the wire form; `None` when the length is not a multiple of 4.
+pub fn unpack_crcs(bytes: &[u8]) -> Option<Vec<u32>> {
+    if !bytes.len().is_multiple_of(4) {
+        return None;
+    }
+    Some(bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crc32c_is_castagnoli() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+    }
+
+    #[test]
+    fn pieces_follow_the_block_borders_of_the_chunk() {
+        let data = vec![7u8; 10_000];
+        let crcs = crc_blocks(4000, &data);
+        assert_eq!(
+            crcs,
+            vec![crc32c(&data[..96]), crc32c(&data[96..4192]), crc32c(&data[4192..8288]), crc32c(&data[8288..])]
+        );
+        assert!(verify_crcs(4000, &data, &crcs).is_ok());
+        assert!(verify_crcs(4001, &data, &crcs).is_err());
+        assert!(crc_blocks(0, &[]).is_empty());
+    }
+}

@@ -1,0 +1,20 @@
+//! Ids, errors, checksums and buffers that every other crate shares. No I/O, no threads.
+
+mod buffer;
+mod checksum;
+mod error;
+mod ids;
+
+pub use buffer::{AlignedBuf, Region, RegionMut};
+pub use checksum::{CRC_BLOCK_BYTES, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
+pub use error::{Code, Error, Result};
+pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
+
+/// Nanoseconds of CLOCK_MONOTONIC, the clock that leases are judged by. The same clock as Python's
+/// `time.monotonic_ns()`, so values may cross the language boundary within one machine.
+pub fn monotonic_ns() -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `t` is a valid out pointer; CLOCK_MONOTONIC always exists on Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}

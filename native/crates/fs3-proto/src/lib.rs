@@ -1,0 +1,7 @@
+//! Wire and disk schemas (generated) and the frame codec.
+
+/// Messages of `proto/fs3/v1`.
+#[allow(missing_docs, clippy::all)]
+pub mod v1 {
+    include!(concat!(env!("OUT_DIR"), "/fs3.v1.rs"));
+}
