@@ -1,0 +1,58 @@
+# fs3: everything starts here. `make demo` shows the system at work, `make test` proves it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The build cache lives outside the checkout so that fresh clones build quickly; nothing depends on it.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fs3
+export CARGO_TARGET_DIR ?= $(CACHE)/target
+export PIP_CACHE_DIR ?= $(CACHE)/pip
+VENV := .venv
+PY := $(VENV)/bin/python
+CARGO := cargo --locked
+
+.PHONY: help setup build demo test lint test-rust test-python sim bench kill-campaign proto lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
+
+setup: ## system packages, virtual environment, Python packages
+	@tools/setup.sh $(VENV)
+
+build: setup ## the native module, release mode, installed into the virtual environment
+	@tools/build.sh $(VENV)
+
+demo: build ## start a cluster, mount it, do real work, kill a node, verify every byte
+	@$(PY) tools/demo.py
+
+test: build lint test-rust test-python ## everything that must pass
+
+lint: build ## ruff, mypy, clippy, rustfmt, layout and generated code
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(PY) tools/tidy.py
+	@$(PY) tools/gen_proto.py --check
+	@cd native && cargo fmt --check && $(CARGO) clippy -q --workspace --all-targets -- -D warnings
+
+test-rust: build
+	@cd native && $(CARGO) test -q --workspace
+
+test-python: build
+	@$(VENV)/bin/pytest
+
+bench: build ## limits of this machine, then fs3, as ratios
+	@$(PY) benchmarks/run.py $(ARGS)
+
+kill-campaign: build ## long run of kill -9 under write load: make kill-campaign CYCLES=1000
+	@FS3_KILL_CYCLES=$(or $(CYCLES),1000) $(VENV)/bin/pytest tests/cluster/test_kill_cycles.py -x
+
+proto: setup ## regenerate fs3/v1 from proto/
+	@$(PY) tools/gen_proto.py
+
+lock: setup ## renew requirements.lock from pyproject.toml
+	@$(VENV)/bin/pip install -q pip-tools
+	@$(VENV)/bin/pip-compile -q --extra dev --no-emit-index-url --no-emit-find-links --no-emit-options --strip-extras --no-header --no-annotate --generate-hashes -o requirements.lock pyproject.toml
+
+clean: ## remove what the build made inside the checkout
+	@rm -rf $(VENV) fs3/_native*.so native/target .mypy_cache .ruff_cache .pytest_cache

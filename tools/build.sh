@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Builds the native module in release mode and installs fs3, editable, into the virtual environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$PWD/$1
+
+# maturin takes seconds even when cargo has nothing to do, so look first.
+stamp=$venv/.native
+newest=$(find native proto pyproject.toml -type f -not -path '*/target/*' -newer "$stamp" -print -quit 2>/dev/null || echo first)
+if [ -n "$newest" ] || ! ls fs3/_native*.so >/dev/null 2>&1; then
+    touch "$stamp.new"
+    echo "building the native module (release)"
+    VIRTUAL_ENV=$venv "$venv/bin/maturin" develop -q --release
+    mv "$stamp.new" "$stamp"
+fi
