@@ -1,1 +1,17 @@
-//! fs3-client
+//! The fs3 client: metadata calls, striped reads and writes, failover. Everything that applications and the
+//! mount daemon do with a cluster goes through [`Client`] and [`OpenFile`].
+
+mod client;
+mod config;
+mod file;
+mod types;
+
+pub use client::Client;
+pub use config::ClientConfig;
+pub use file::OpenFile;
+pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
+pub use fs3_proto::v1::{
+    Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, PathAt, Routing,
+    StatfsResponse as Statfs,
+};
+pub use types::{CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, at_child, at_inode, at_path};

@@ -1,0 +1,96 @@
+use std::sync::Arc;
+
+use fs3_core::RegionMut;
+use fs3_proto::v1::{ChunkInfo, FileType, Layout, PathAt};
+
+use crate::OpenFile;
+
+/// An inode itself.
+pub fn at_inode(inode: u64) -> PathAt {
+    PathAt { inode, path: Default::default(), follow: false }
+}
+
+/// The entry `name` of a directory, a symlink not followed.
+pub fn at_child(parent: u64, name: &[u8]) -> PathAt {
+    PathAt { inode: parent, path: bytes::Bytes::copy_from_slice(name), follow: false }
+}
+
+/// A path from the root directory.
+pub fn at_path(path: &[u8], follow: bool) -> PathAt {
+    PathAt { inode: 1, path: bytes::Bytes::copy_from_slice(path), follow }
+}
+
+/// How to open an existing file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Check read permission.
+    pub read: bool,
+    /// Check write permission and open a write session.
+    pub write: bool,
+    /// Cut to length 0 (needs `write`).
+    pub truncate: bool,
+}
+
+/// How to create a file (and open it).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CreateOptions {
+    /// Permission bits, umask applied.
+    pub mode: u32,
+    /// Fail with Exists when the name is taken.
+    pub exclusive: bool,
+    /// Cut an existing file to length 0.
+    pub truncate: bool,
+    /// Open for reading.
+    pub read: bool,
+    /// Open for writing (a write session).
+    pub write: bool,
+    /// Chunk size and stripe; `None`: the directory's.
+    pub layout: Option<Layout>,
+}
+
+/// What to change of an inode; `None` and `false` leave a field as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Setattr {
+    /// Permission and set-id bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Access time, nanoseconds since 1970.
+    pub atime_ns: Option<i64>,
+    /// Modification time, nanoseconds since 1970.
+    pub mtime_ns: Option<i64>,
+    /// Access time: the server's clock.
+    pub atime_now: bool,
+    /// Modification time: the server's clock.
+    pub mtime_now: bool,
+}
+
+/// One read of [`crate::Client::read_many`].
+pub struct ReadOp {
+    /// The file.
+    pub file: Arc<OpenFile>,
+    /// First byte.
+    pub offset: u64,
+    /// Filled from the start; its length is what is asked for.
+    pub buf: RegionMut,
+}
+
+/// What one target holds, for audits.
+#[derive(Clone, Debug)]
+pub struct ReplicaListing {
+    /// Chain of the target.
+    pub chain_id: u32,
+    /// The target.
+    pub target_id: u64,
+    /// Its public state as a `fs3.v1.PublicState` number.
+    pub state: i32,
+    /// Every chunk, in chunk-id order.
+    pub chunks: Vec<ChunkInfo>,
+}
+
+/// The kinds of inode that [`crate::Client::mknod`] makes.
+pub(crate) fn is_special(kind: FileType) -> bool {
+    !matches!(kind, FileType::Unspecified | FileType::Directory | FileType::Symlink)
+}
