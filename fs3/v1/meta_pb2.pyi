@@ -607,6 +607,7 @@ class WriteReport(_message.Message):
     TRUNCATE_VERSION_FIELD_NUMBER: _builtins.int
     MTIME_NS_FIELD_NUMBER: _builtins.int
     ATIME_NS_FIELD_NUMBER: _builtins.int
+    ATTEMPTED_LENGTH_FIELD_NUMBER: _builtins.int
     wrote: _builtins.bool
     length: _builtins.int
     """largest acknowledged end of a write, bytes"""
@@ -615,6 +616,10 @@ class WriteReport(_message.Message):
     """0: the server's clock"""
     atime_ns: _builtins.int
     """0: unchanged"""
+    attempted_length: _builtins.int
+    """Largest end of a write that was sent and not acknowledged, and so may be stored: chunks up to there are
+    looked for when the file goes. 0: none beyond length.
+    """
     def __init__(
         self,
         *,
@@ -623,10 +628,11 @@ class WriteReport(_message.Message):
         truncate_version: _builtins.int = ...,
         mtime_ns: _builtins.int = ...,
         atime_ns: _builtins.int = ...,
+        attempted_length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["atime_ns", b"atime_ns", "length", b"length", "mtime_ns", b"mtime_ns", "truncate_version", b"truncate_version", "wrote", b"wrote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["atime_ns", b"atime_ns", "attempted_length", b"attempted_length", "length", b"length", "mtime_ns", b"mtime_ns", "truncate_version", b"truncate_version", "wrote", b"wrote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
