@@ -193,6 +193,7 @@ class WriteRequest(_message.Message):
     REPLACE_FIELD_NUMBER: _builtins.int
     WRITERS_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     chain_id: _builtins.int
     chain_version: _builtins.int
     target_id: _builtins.int
@@ -212,6 +213,10 @@ class WriteRequest(_message.Message):
     """
     durable: _builtins.bool
     """acknowledged only after it is on stable storage"""
+    base_version: _builtins.int
+    """Forwarded, not replace: the committed version this update builds on, 0 when the chunk did not exist. A
+    replica whose committed version is another answers VERSION_GAP.
+    """
     @_builtins.property
     def writer(self) -> Global___WriterId: ...
     @_builtins.property
@@ -232,10 +237,11 @@ class WriteRequest(_message.Message):
         replace: _builtins.bool = ...,
         writers: _abc.Iterable[Global___WriterRecord] | None = ...,
         durable: _builtins.bool = ...,
+        base_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "chain_version", b"chain_version", "chunk_bytes", b"chunk_bytes", "chunk_id", b"chunk_id", "crcs", b"crcs", "durable", b"durable", "length", b"length", "offset", b"offset", "replace", b"replace", "target_id", b"target_id", "update_version", b"update_version", "writer", b"writer", "writers", b"writers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "chain_id", b"chain_id", "chain_version", b"chain_version", "chunk_bytes", b"chunk_bytes", "chunk_id", b"chunk_id", "crcs", b"crcs", "durable", b"durable", "length", b"length", "offset", b"offset", "replace", b"replace", "target_id", b"target_id", "update_version", b"update_version", "writer", b"writer", "writers", b"writers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -312,6 +318,8 @@ class RemoveRequest(_message.Message):
     LAST_INDEX_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     FORWARDED_FIELD_NUMBER: _builtins.int
+    UPDATE_VERSION_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     chain_id: _builtins.int
     chain_version: _builtins.int
     target_id: _builtins.int
@@ -321,6 +329,9 @@ class RemoveRequest(_message.Message):
     last_index: _builtins.int
     """inclusive; 0xffffffff: to the end"""
     forwarded: _builtins.bool
+    update_version: _builtins.int
+    """Forwarded: one chunk (first_index = last_index), as in WriteRequest."""
+    base_version: _builtins.int
     @_builtins.property
     def writer(self) -> Global___WriterId: ...
     def __init__(
@@ -335,10 +346,12 @@ class RemoveRequest(_message.Message):
         last_index: _builtins.int = ...,
         writer: Global___WriterId | None = ...,
         forwarded: _builtins.bool = ...,
+        update_version: _builtins.int = ...,
+        base_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "chain_version", b"chain_version", "first_index", b"first_index", "forwarded", b"forwarded", "inode", b"inode", "last_index", b"last_index", "space", b"space", "target_id", b"target_id", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "chain_id", b"chain_id", "chain_version", b"chain_version", "first_index", b"first_index", "forwarded", b"forwarded", "inode", b"inode", "last_index", b"last_index", "space", b"space", "target_id", b"target_id", "update_version", b"update_version", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,17 +363,20 @@ class RemoveResponse(_message.Message):
 
     REMOVED_CHUNKS_FIELD_NUMBER: _builtins.int
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
+    UPDATE_VERSION_FIELD_NUMBER: _builtins.int
     removed_chunks: _builtins.int
     routing_version: _builtins.int
+    update_version: _builtins.int
     def __init__(
         self,
         *,
         removed_chunks: _builtins.int = ...,
         routing_version: _builtins.int = ...,
+        update_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed_chunks", b"removed_chunks", "routing_version", b"routing_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed_chunks", b"removed_chunks", "routing_version", b"routing_version", "update_version", b"update_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -380,6 +396,7 @@ class TruncateChunkRequest(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     UPDATE_VERSION_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
     chain_id: _builtins.int
     chain_version: _builtins.int
     target_id: _builtins.int
@@ -387,6 +404,8 @@ class TruncateChunkRequest(_message.Message):
     chunk_bytes: _builtins.int
     length: _builtins.int
     update_version: _builtins.int
+    """forwarded: as in WriteRequest"""
+    base_version: _builtins.int
     """forwarded: as in WriteRequest"""
     @_builtins.property
     def writer(self) -> Global___WriterId: ...
@@ -401,10 +420,11 @@ class TruncateChunkRequest(_message.Message):
         length: _builtins.int = ...,
         writer: Global___WriterId | None = ...,
         update_version: _builtins.int = ...,
+        base_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "chain_version", b"chain_version", "chunk_bytes", b"chunk_bytes", "chunk_id", b"chunk_id", "length", b"length", "target_id", b"target_id", "update_version", b"update_version", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "chain_id", b"chain_id", "chain_version", b"chain_version", "chunk_bytes", b"chunk_bytes", "chunk_id", b"chunk_id", "length", b"length", "target_id", b"target_id", "update_version", b"update_version", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
