@@ -1,0 +1,298 @@
+"""The LMDB engine's committer: one thread per directory and process that validates and writes in groups."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lmdb
+
+from fs3.kv import lmdb_records as records
+from fs3.kv.api import (
+    TRANSACTION_MS_MAX,
+    CommitUnknown,
+    Conflict,
+    KvError,
+    StoreFull,
+    TooOld,
+    Unavailable,
+)
+from fs3.kv.buffer import add_wrapping
+from fs3.kv.conflicts import ENTRIES_MAX, WINDOW_MS, ConflictLog, Entry, KeyRange
+
+if TYPE_CHECKING:
+    from fs3.kv.lmdb import LmdbTransaction
+
+BATCH_TRANSACTIONS_MAX = 1024
+BATCH_BYTES_MAX = 32_000_000
+QUEUED_TRANSACTIONS_MAX = 20_000
+LOG_PRUNE_INTERVAL_MS = 1_000
+LOG_PRUNE_ENTRIES_MAX = 20_000
+READER_CHECK_INTERVAL_S = 10.0
+
+Future = asyncio.Future[bytes]
+Request = tuple["LmdbTransaction", Future]
+Outcome = tuple[Future, bytes | KvError]
+
+
+def _full(error: Exception) -> StoreFull:
+    return StoreFull(
+        f"the store is full, nothing was written: free disk space or open it with more map_bytes ({error})"
+    )
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, lmdb.MapFullError) or getattr(error, "code", None) == errno.ENOSPC
+
+
+class Committer:
+    """Owns the writer side of one LMDB environment. ``submit`` is thread-safe; the rest is its own thread's.
+
+    LMDB's writer mutex is shared between processes, so only this thread ever waits for it.
+    """
+
+    def __init__(self, env: Any, base: int, now_ms: Callable[[], int]) -> None:
+        self.batches = 0
+        self.transactions = 0
+        self._env = env
+        self._base = base
+        self._now_ms = now_ms
+        self._known = base + int(env.info()["last_txnid"])  # the log below holds every commit up to this one
+        self._log = ConflictLog(self._known)
+        self._broken: str | None = None
+        self._queued = 0
+        self._next_prune_ms = 0
+        self._queue: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="fs3-kv-committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queue transactions for commit, in order; their futures are completed in their own loops."""
+        self._queue.put(requests)
+
+    def stop(self) -> None:
+        """Finish what is queued, then end the thread. Blocks for as long as the last commit takes."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        waiting: list[Request] = []
+        stopping = False
+        while not (stopping and not waiting):
+            if not waiting:
+                try:
+                    requests = self._queue.get(timeout=READER_CHECK_INTERVAL_S)
+                except queue.Empty:
+                    self._env.reader_check()
+                    continue
+                stopping = stopping or requests is None
+                waiting.extend(requests or ())
+            while not self._queue.empty():
+                requests = self._queue.get_nowait()
+                stopping = stopping or requests is None
+                waiting.extend(requests or ())
+            batch, waiting = _split(waiting)
+            if batch:
+                self._complete(self._commit_safely(batch))
+
+    @staticmethod
+    def _complete(outcomes: list[Outcome]) -> None:
+        """One wake-up per loop and batch."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Outcome]] = {}
+        for outcome in outcomes:
+            by_loop.setdefault(outcome[0].get_loop(), []).append(outcome)
+        for loop, own in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, own)
+            except RuntimeError:
+                continue  # the loop was closed: nobody waits for these any more
+
+    def _commit_safely(self, batch: list[Request]) -> list[Outcome]:
+        if self._broken is not None:
+            return [(future, Unavailable(self._broken)) for _, future in batch]
+        try:
+            return self._commit(batch)
+        except lmdb.Error as error:
+            if _is_full(error):
+                if len(batch) == 1:
+                    return [(batch[0][1], _full(error))]
+                # Alone, the small ones and those that only remove may still fit.
+                return [outcome for request in batch for outcome in self._commit_safely([request])]
+            return self._fail(batch, error)
+        except Exception as error:
+            return self._fail(batch, error)
+
+    def _fail(self, batch: list[Request], error: Exception) -> list[Outcome]:
+        """An error whose effect is not known: after a failed sync the page cache can no longer be trusted."""
+        self._broken = f"the store failed and must be reopened: {error!r}"
+        outcomes: list[Outcome] = []
+        for _, future in batch:
+            unknown = CommitUnknown(self._broken)
+            unknown.__cause__ = error
+            outcomes.append((future, unknown))
+        return outcomes
+
+    def _commit(self, batch: list[Request]) -> list[Outcome]:
+        now_ms = self._now_ms()
+        txn = self._begin()
+        if isinstance(txn, KvError):
+            return [(future, txn) for _, future in batch]
+        try:
+            version = self._base + int(txn.id())
+            self._catch_up(txn, version - 1)
+            self._log.prune(now_ms)
+            outcomes, staged = self._stage_all(batch, txn, version, now_ms)
+            if staged is None:
+                txn.abort()
+                return outcomes
+            staged.flush()
+            if now_ms >= self._next_prune_ms:
+                self._next_prune_ms = now_ms + LOG_PRUNE_INTERVAL_MS
+                self._prune_stored(txn, version, now_ms)
+            txn.put(records.log_key(version), records.encode_log(now_ms, staged.keys, staged.ranges), append=False)
+            txn.commit()
+        except BaseException:
+            txn.abort()  # harmless after a commit that failed
+            raise
+        self._known = version
+        self.batches += 1
+        self.transactions += len(batch)
+        return outcomes
+
+    def _begin(self) -> Any:
+        try:
+            return self._env.begin(write=True)
+        except lmdb.MapResizedError as error:
+            return Unavailable(f"another process opened the store with a larger map: use the same map_bytes ({error})")
+
+    def _stage_all(
+        self, batch: list[Request], txn: Any, version: int, now_ms: int
+    ) -> tuple[list[Outcome], _Staged | None]:
+        outcomes: list[Outcome] = []
+        staged: _Staged | None = None
+        head = version.to_bytes(8, "big")
+        log = self._log
+        for order, (request, future) in enumerate(batch):
+            refusal = self._judge(request, now_ms)
+            if refusal is not None:
+                outcomes.append((future, refusal))
+                continue
+            staged = staged or _Staged(txn)
+            stamp = head + order.to_bytes(2, "big")
+            staged.stage(request, stamp)
+            keys, ranges = request._written(stamp)
+            # Logged before the next one is judged: transactions of a batch see each other's writes as newer.
+            # If the batch fails after this, the entry can only cause a needless conflict.
+            log.append(Entry(version, now_ms, keys, ranges))
+            staged.keys += keys
+            staged.ranges += ranges
+            outcomes.append((future, stamp))
+        return outcomes, staged
+
+    def _judge(self, request: LmdbTransaction, now_ms: int) -> KvError | None:
+        read_version = request._version
+        if read_version is None:
+            return None
+        if read_version < self._log.floor or now_ms - request._started_ms > TRANSACTION_MS_MAX:
+            return TooOld("the snapshot is older than a transaction may be: run the transaction again")
+        if self._log.conflicts(read_version, request._read_keys, request._read_ranges):
+            return Conflict("something this transaction read has changed: run it again")
+        return None
+
+    def _catch_up(self, txn: Any, newest: int) -> None:
+        """Load what other processes have committed since the last batch."""
+        if self._known >= newest:
+            return
+        cursor = txn.cursor()
+        if cursor.set_range(records.LOG_PREFIX) and cursor.key() < records.LOG_END:
+            # Entries before the first one may have been pruned.
+            first = records.log_version(cursor.key())
+            if first > self._known + 1:
+                self._log.forget_before(first - 1)
+            found = cursor.set_range(records.log_key(self._known + 1))
+            while found and cursor.key() < records.LOG_END:
+                self._log.append(records.decode_log(records.log_version(cursor.key()), cursor.value()))
+                found = cursor.next()
+        cursor.close()
+        self._known = newest
+
+    def _prune_stored(self, txn: Any, version: int, now_ms: int) -> None:
+        cursor = txn.cursor()
+        found = cursor.set_range(records.LOG_PREFIX)
+        for _ in range(LOG_PRUNE_ENTRIES_MAX):
+            if not found or cursor.key() >= records.LOG_END:
+                break
+            at_ms = records.log_at_ms(cursor.value())
+            # A time ahead of the clock is from before a reboot.
+            expired = not 0 <= now_ms - at_ms <= WINDOW_MS
+            if not expired and version - records.log_version(cursor.key()) <= ENTRIES_MAX:
+                break
+            cursor.delete()
+            found = bool(cursor.key())
+        cursor.close()
+
+
+class _Staged:
+    """The merged effect of a batch's accepted transactions on one LMDB write transaction."""
+
+    def __init__(self, txn: Any) -> None:
+        self._txn = txn
+        self._changes: dict[bytes, bytes | None] = {}
+        self.keys: list[bytes] = []
+        self.ranges: list[KeyRange] = []
+
+    def stage(self, request: LmdbTransaction, stamp: bytes) -> None:
+        changes = self._changes
+        for begin, end in request._clears:
+            # What is below the changes can go at once: nothing staged depends on it any more.
+            for key in [key for key in changes if begin <= key < end]:
+                del changes[key]
+            records.delete_range(self._txn, begin, end)
+        for key, write in request._writes.items():
+            if isinstance(write, int):
+                current = changes[key] if key in changes else records.get(self._txn, key)
+                write = add_wrapping(current, write)
+            elif isinstance(write, tuple):
+                write = write[0] + stamp + write[1]
+            changes[key] = write
+        for prefix, suffix, value in request._stamped_keys:
+            changes[prefix + stamp + suffix] = value
+
+    def flush(self) -> None:
+        puts: list[tuple[bytes, bytes]] = []
+        for key in sorted(self._changes):
+            value = self._changes[key]
+            if value is not None and len(key) <= records.SHORT_KEY_BYTES_MAX:
+                puts.append((key, value))
+            else:
+                records.put(self._txn, key, value)
+        if puts:
+            cursor = self._txn.cursor()
+            cursor.putmulti(puts)
+            cursor.close()
+
+
+def _split(waiting: list[Request]) -> tuple[list[Request], list[Request]]:
+    """The next batch and the rest."""
+    taken = 0
+    size = 0
+    for request, _ in waiting:
+        size += request._write_bytes
+        if taken == BATCH_TRANSACTIONS_MAX or (taken and size > BATCH_BYTES_MAX):
+            return waiting[:taken], waiting[taken:]
+        taken += 1
+    return waiting, []
+
+
+def _deliver(outcomes: list[Outcome]) -> None:
+    for future, outcome in outcomes:
+        if future.done():
+            continue  # its task was cancelled
+        if isinstance(outcome, bytes):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)

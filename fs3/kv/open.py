@@ -1,0 +1,50 @@
+"""Open a store by its URL."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, urlsplit
+
+from fs3.kv.api import KvError, KvStore
+
+_BOOLEANS = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+
+
+def open_store(url: str) -> KvStore:
+    """Open ``memory:``, ``lmdb:/path[?durable=0][&map_bytes=N]`` or (not built in yet) ``fdb:/cluster/file``.
+
+    Raises KvError with one line that says what is wrong with the URL or the store. Call it where an event loop
+    runs or will run; the store belongs to that loop. ``memory:`` is a new, empty store each time.
+    """
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.scheme == "memory":
+        from fs3.kv.memory import MemoryKv
+
+        _refuse_unknown(url, options, ())
+        return MemoryKv()
+    if parts.scheme == "lmdb":
+        return _open_lmdb(url, parts.netloc + parts.path, options)
+    if parts.scheme == "fdb":
+        raise KvError(f"{url}: the FoundationDB engine is not built into this fs3 yet; use lmdb:/path")
+    raise KvError(f"{url!r} is not a store URL: use memory: or lmdb:/path[?durable=0]")
+
+
+def _open_lmdb(url: str, path: str, options: dict[str, str]) -> KvStore:
+    from fs3.kv.lmdb import MAP_BYTES, LmdbKv
+
+    _refuse_unknown(url, options, ("durable", "map_bytes"))
+    if not path:
+        raise KvError(f"{url!r} names no directory: use lmdb:/path")
+    durable = options.get("durable", "1").lower()
+    if durable not in _BOOLEANS:
+        raise KvError(f"{url}: durable must be 0 or 1, not {durable!r}")
+    map_bytes = options.get("map_bytes", str(MAP_BYTES))
+    if not map_bytes.isascii() or not map_bytes.isdigit() or int(map_bytes) < 1 << 20:
+        raise KvError(f"{url}: map_bytes must be a number of at least 1048576, not {map_bytes!r}")
+    return LmdbKv(path, durable=_BOOLEANS[durable], map_bytes=int(map_bytes))
+
+
+def _refuse_unknown(url: str, options: dict[str, str], known: tuple[str, ...]) -> None:
+    for name in options:
+        if name not in known:
+            raise KvError(f"{url}: unknown option {name!r}; known: {', '.join(known) or 'none'}")
