@@ -1,0 +1,1 @@
+"""The frame protocol over uvloop, and gRPC helpers."""
