@@ -1,0 +1,247 @@
+//! How an update in flight comes to its end.
+
+use fs3_core::{ChunkId, Code, TargetId};
+
+use crate::chunk::{LegState, Local, Op, Phase, is_definite};
+use crate::replica::{Replica, outcome_of, refuse};
+use crate::types::*;
+
+/// Full rewrites of one update before the replica gives up on its successor.
+const REWRITES_MAX: u32 = 8;
+
+impl Replica {
+    fn op_mut(&mut self, id: OpId, chunk: ChunkId) -> Option<&mut Op> {
+        self.chunks.get_mut(&chunk)?.active.as_mut().filter(|op| op.id == id)
+    }
+
+    pub(crate) fn prepared(
+        &mut self,
+        now_ns: u64,
+        id: OpId,
+        chunk: ChunkId,
+        result: Result<Outcome, Code>,
+        view: &dyn ChunkView,
+        out: &mut Vec<Effect>,
+    ) {
+        let head = self.is_serving_head();
+        let Some(op) = self.op_mut(id, chunk) else { return };
+        if op.phase == Phase::Zombie {
+            if result.is_ok() && head {
+                // Became head meanwhile: what is pending here is re-driven (invariant 1).
+                op.kind = Kind::Mirror;
+                op.phase = Phase::Recovering;
+                out.push(Effect::Commit { op: id, chunk, version: op.version });
+                return;
+            }
+            let orphan = result.is_ok() && self.routing.role == Role::Serving;
+            if let Some(chunk) = self.chunks.get_mut(&chunk) {
+                chunk.orphan |= orphan;
+            }
+            return self.finish(now_ns, chunk, Err(Refusal::maybe(Code::StaleChain)), view, out);
+        }
+        match result {
+            Ok(outcome) => op.local = Local::Ready(outcome),
+            // The base here is rotten; upstream can send the whole chunk.
+            Err(Code::ChecksumMismatch) if !head => op.local = Local::Failed(Code::ChecksumMismatch),
+            Err(code) if is_definite(code) => op.local = Local::Failed(code),
+            Err(code) => return self.fail(chunk, code, out),
+        }
+        self.advance(now_ns, chunk, view, out);
+    }
+
+    pub(crate) fn forwarded(
+        &mut self,
+        now_ns: u64,
+        (id, chunk): (OpId, ChunkId),
+        (to, attempt): (TargetId, u32),
+        result: Result<Outcome, Code>,
+        view: &dyn ChunkView,
+        out: &mut Vec<Effect>,
+    ) {
+        let config = self.config;
+        let Some(op) = self.op_mut(id, chunk).filter(|op| op.phase == Phase::Working) else { return };
+        let current = |l: &crate::chunk::Leg| l.to == to && l.attempt == attempt && l.state == LegState::Running;
+        let Some(at) = op.legs.iter().position(current) else { return };
+        let leg = &mut op.legs[at];
+        leg.state = match result {
+            Ok(outcome) => LegState::Acked(outcome),
+            Err(Code::VersionGap) => LegState::Refused(Code::VersionGap),
+            Err(Code::PayloadChecksum) if leg.damaged >= config.damaged_max && !leg.uncertain => {
+                LegState::Refused(Code::PayloadChecksum)
+            }
+            Err(code) if is_definite(code) && !leg.uncertain => LegState::Refused(code),
+            Err(code) => {
+                // Unknown outcome, or a passing one: the same update again until the chain changes (invariant 1).
+                if code == Code::PayloadChecksum {
+                    leg.damaged += 1;
+                } else {
+                    leg.uncertain = true;
+                }
+                let delay_ns = config
+                    .retry_ns_min
+                    .saturating_mul(1 << leg.attempt.saturating_sub(1).min(20))
+                    .min(config.retry_ns_max);
+                leg.attempt += 1;
+                let effect = self.forward_effect(chunk, at, delay_ns);
+                out.extend(effect);
+                return;
+            }
+        };
+        if leg.syncing && result.is_ok() {
+            self.synced.insert((to, chunk));
+        }
+        self.advance(now_ns, chunk, view, out);
+    }
+
+    /// Go on when the prepare and every forward have ended.
+    pub(crate) fn advance(&mut self, now_ns: u64, chunk: ChunkId, view: &dyn ChunkView, out: &mut Vec<Effect>) {
+        let head = self.is_serving_head();
+        let Some(op) = self.chunks.get_mut(&chunk).and_then(|c| c.active.as_mut()) else { return };
+        let waiting = op.legs.iter().any(|l| l.state == LegState::Running) || op.local == Local::Preparing;
+        if op.phase != Phase::Working || waiting {
+            return;
+        }
+        let expected = match op.local {
+            Local::Ready(outcome) => Some(outcome),
+            Local::None if op.kind == Kind::Mirror => Some(outcome_of(&view.chunk(chunk))),
+            _ => None,
+        };
+        if diverged(op, expected) {
+            return self.repair(now_ns, chunk, head, view, out);
+        }
+        let refused = op.legs.iter().find_map(|l| if let LegState::Refused(c) = l.state { Some(c) } else { None });
+        match (op.local, refused) {
+            (Local::Ready(_), None) => {
+                op.phase = Phase::Committing;
+                out.push(Effect::Commit { op: op.id, chunk, version: op.version });
+            }
+            (Local::Ready(_), Some(code)) => {
+                op.phase = Phase::Aborting(code);
+                out.push(Effect::Abort { op: op.id, chunk, version: op.version });
+            }
+            (Local::None, None) => {
+                let result = Ok(expected.unwrap_or(Outcome { update_version: op.version, length: 0, crc: 0 }));
+                self.finish(now_ns, chunk, result, view, out);
+            }
+            (Local::None, Some(code)) => self.finish(now_ns, chunk, Err(Refusal::new(code)), view, out),
+            // Nobody downstream has it either.
+            (Local::Failed(code), refused) if op.legs.is_empty() || refused.is_some() => {
+                self.finish(now_ns, chunk, Err(Refusal::new(code)), view, out);
+            }
+            (Local::Failed(code), _) => self.fail(chunk, code, out),
+            (Local::Preparing, _) => unreachable!("waited for above"),
+        }
+    }
+
+    /// The replicas would differ after this update: the head writes the whole chunk again under a version above all
+    /// (invariant 6); the others tell their upstream.
+    fn repair(&mut self, now_ns: u64, chunk: ChunkId, head: bool, view: &dyn ChunkView, out: &mut Vec<Effect>) {
+        let Some(active) = self.chunks.get_mut(&chunk) else { return };
+        let Some(op) = active.active.as_mut() else { return };
+        if !head || op.resync_to.is_some() {
+            active.orphan |= op.resync_to.is_none() && self.routing.role == Role::Serving;
+            return self.finish(now_ns, chunk, Err(Refusal::new(Code::VersionGap)), view, out);
+        }
+        if op.rewrites >= REWRITES_MAX {
+            return self.fail(chunk, Code::VersionGap, out);
+        }
+        let acked = |l: &crate::chunk::Leg| if let LegState::Acked(o) = l.state { o.update_version } else { 0 };
+        op.version = op.legs.iter().map(acked).max().unwrap_or(0).max(op.version) + 1;
+        op.rewrites += 1;
+        op.replace = true;
+        op.local = Local::Preparing;
+        out.push(Effect::Prepare { op: op.id, chunk, version: op.version, replace: true });
+        self.open_legs(chunk, true, out);
+    }
+
+    pub(crate) fn committed(
+        &mut self,
+        now_ns: u64,
+        id: OpId,
+        chunk: ChunkId,
+        result: Result<(), Code>,
+        view: &dyn ChunkView,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(op) = self.op_mut(id, chunk) else { return };
+        if let Err(code) = result {
+            return self.fail(chunk, code, out);
+        }
+        let (kind, version, phase) = (op.kind, op.version, op.phase);
+        let outcome = if let Local::Ready(outcome) = op.local { outcome } else { Outcome::default() };
+        if kind == Kind::Remove {
+            let writers = std::mem::take(&mut op.removed_writers);
+            self.tombs.insert(chunk, version, writers);
+            self.next_create = self.next_create.max(version + 1);
+        }
+        if let Some(chunk) = self.chunks.get_mut(&chunk) {
+            chunk.orphan = false;
+        }
+        if phase == Phase::Recovering {
+            return self.mirror(now_ns, chunk, view, out);
+        }
+        self.finish(now_ns, chunk, Ok(outcome), view, out);
+    }
+
+    /// Bring the successors of now to the version just committed here.
+    fn mirror(&mut self, now_ns: u64, chunk: ChunkId, view: &dyn ChunkView, out: &mut Vec<Effect>) {
+        let Some(op) = self.chunks.get_mut(&chunk).and_then(|c| c.active.as_mut()) else { return };
+        op.phase = Phase::Working;
+        // A removal stays one: there is nothing left to mirror.
+        if op.kind != Kind::Remove && view.chunk(chunk).committed > 0 {
+            op.kind = Kind::Mirror;
+        } else {
+            op.kind = Kind::Remove;
+        }
+        op.local = Local::None;
+        self.open_legs(chunk, true, out);
+        self.advance(now_ns, chunk, view, out);
+    }
+
+    pub(crate) fn aborted(
+        &mut self,
+        now_ns: u64,
+        id: OpId,
+        chunk: ChunkId,
+        view: &dyn ChunkView,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(op) = self.op_mut(id, chunk) else { return };
+        let code = if let Phase::Aborting(code) = op.phase { code } else { Code::Internal };
+        self.finish(now_ns, chunk, Err(Refusal::new(code)), view, out);
+    }
+
+    /// Nothing more is served in this life: everything waiting is refused.
+    pub(crate) fn fail(&mut self, chunk: ChunkId, code: Code, out: &mut Vec<Effect>) {
+        self.failed = true;
+        out.push(Effect::Fatal { chunk, code });
+        for (_, chunk) in std::mem::take(&mut self.chunks) {
+            if let Some(op) = chunk.active {
+                let refusal = Refusal::maybe(Code::NotServing);
+                out.extend(op.waiter.map(|id| Effect::Reply { id, result: Err(refusal) }));
+                out.push(Effect::Done { op: op.id });
+            }
+            for request in chunk.queue {
+                refuse(request.id, Refusal::new(Code::NotServing), out);
+            }
+            let refusal = Refusal::new(Code::NotServing);
+            out.extend(chunk.readers.into_iter().map(|id| Effect::Reply { id, result: Err(refusal) }));
+        }
+    }
+
+    pub(crate) fn is_serving_head(&self) -> bool {
+        self.routing.role == Role::Serving && self.routing.head
+    }
+}
+
+/// Whether a successor's chunk is not what it should be after this update, or the local one needs the whole chunk.
+fn diverged(op: &Op, expected: Option<Outcome>) -> bool {
+    if op.local == Local::Failed(Code::ChecksumMismatch) {
+        return true;
+    }
+    op.legs.iter().any(|leg| match leg.state {
+        LegState::Refused(code) => code == Code::VersionGap,
+        LegState::Acked(outcome) => op.kind != Kind::Remove && expected.is_some_and(|e| e != outcome),
+        LegState::Running => false,
+    })
+}
