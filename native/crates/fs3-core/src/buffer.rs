@@ -89,6 +89,11 @@ impl Region {
         Self { ptr, len, owner }
     }
 
+    /// No bytes.
+    pub fn empty() -> Self {
+        Self { ptr: std::ptr::NonNull::dangling().as_ptr(), len: 0, owner: Arc::new(()) }
+    }
+
     /// Own `bytes`.
     pub fn from_vec(bytes: Vec<u8>) -> Self {
         let owner = Arc::new(bytes);

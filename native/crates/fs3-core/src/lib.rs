@@ -4,11 +4,13 @@ mod buffer;
 mod checksum;
 mod error;
 mod ids;
+mod pool;
 
 pub use buffer::{AlignedBuf, Region, RegionMut};
 pub use checksum::{CRC_BLOCK_BYTES, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
 pub use error::{Code, Error, Result};
 pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
+pub use pool::BufferPool;
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock that leases are judged by. The same clock as Python's
 /// `time.monotonic_ns()`, so values may cross the language boundary within one machine.

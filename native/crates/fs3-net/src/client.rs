@@ -1,0 +1,392 @@
+use crate::REQUESTS_IN_FLIGHT_MAX;
+use crate::hello::Hello;
+use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::tcp::{Socket, TcpLink};
+use bytes::Bytes;
+use fs3_core::{Code, Error, Region, RegionMut, Result};
+use fs3_proto::frame::{BODY_BYTES_MAX, HEADER_BYTES, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_from_response};
+use fs3_proto::v1::{HelloResponse, Method};
+use parking_lot::Mutex;
+use prost::Message;
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Poll, Waker};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// Where the payload of a response goes: window i receives segment i from its start.
+pub struct Sink {
+    /// Memory for the segments, at least one window per segment.
+    pub windows: Vec<RegionMut>,
+    /// Reads the segments' lengths off the response body. Their sum is the payload's length and each fits its
+    /// window; a response that breaks this fails the call with `Protocol`.
+    pub lengths: fn(&[u8]) -> Result<Vec<usize>>,
+}
+
+impl Sink {
+    /// For calls whose response has no payload.
+    pub fn none() -> Self {
+        Self { windows: Vec::new(), lengths: |_| Ok(Vec::new()) }
+    }
+}
+
+/// A successful response.
+pub struct Reply {
+    /// The encoded response message.
+    pub body: Bytes,
+    /// The sink's windows; bytes beyond a segment's length are untouched.
+    pub windows: Vec<RegionMut>,
+    /// Length of the segment in each window, 0 where there was none.
+    pub lengths: Vec<usize>,
+}
+
+/// A client connection to one server. Cheap to clone; the connection ends when the last clone is dropped.
+/// Calls may be made from any thread and are answered out of order.
+#[derive(Clone)]
+pub struct Connection(Arc<Handle>);
+
+struct Handle {
+    endpoint: Arc<Caller>,
+    permits: Semaphore,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.endpoint.link.close();
+    }
+}
+
+impl Connection {
+    /// Connect to `host:port` and say hello, all within `timeout`. Must run on the runtime that will drive the
+    /// connection.
+    ///
+    /// # Errors
+    /// `Unavailable` when nobody listens there or the connection broke, `Timeout`, or why the server refused the
+    /// hello (`Unauthenticated`, `WrongCluster`, `Protocol`).
+    pub async fn connect(addr: &str, hello: &Hello, timeout: Duration) -> Result<(Self, HelloResponse)> {
+        match tokio::time::timeout(timeout, Self::connect_and_greet(addr, hello, timeout)).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::new(Code::Timeout, format!("connecting to {addr} took longer than {timeout:?}"))),
+        }
+    }
+
+    async fn connect_and_greet(addr: &str, hello: &Hello, timeout: Duration) -> Result<(Self, HelloResponse)> {
+        let unreachable = |e: std::io::Error| Error::new(Code::Unavailable, format!("cannot connect to {addr}: {e}"));
+        let stream = tokio::net::TcpStream::connect(addr).await.map_err(unreachable)?;
+        let socket = Socket::new(stream.into_std().map_err(unreachable)?).map_err(unreachable)?;
+        let (header, mut request) = request(Method::Hello, timeout, &hello.to_request(), Vec::new())?;
+        request.head[..HEADER_BYTES].copy_from_slice(&header.encode());
+        socket.write_all(&request.head).await?;
+        let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
+        let body = body?;
+        let header = header.expect("a frame that was read has a header");
+        if header.status != 0 {
+            return Err(error_from_response(header.status, &body));
+        }
+        let welcome = HelloResponse::decode(body)
+            .map_err(|_| Error::new(Code::Protocol, format!("the hello of {addr} cannot be read")))?;
+        let endpoint = TcpLink::start(socket, |link| Arc::new(Caller { link, pending: Mutex::default() }));
+        Ok((Self(Arc::new(Handle { endpoint, permits: Semaphore::new(REQUESTS_IN_FLIGHT_MAX) })), welcome))
+    }
+
+    /// Make one call and wait for its response.
+    ///
+    /// `payload` is sent as the pieces' concatenation and must not be modified until the call returns. The
+    /// response's payload goes straight into the sink's windows. Once the call has returned, or its future was
+    /// dropped, nothing is written to the windows any more.
+    ///
+    /// # Errors
+    /// What the peer answered; `Unavailable` when the connection broke and `Timeout` when no response came, both with
+    /// `maybe_applied` when the request may have left; `MessageTooBig`; `Protocol` when the response does not
+    /// fit the sink.
+    pub async fn call(
+        &self,
+        method: Method,
+        body: impl Message,
+        payload: Vec<Region>,
+        sink: Sink,
+        timeout: Duration,
+    ) -> Result<Reply> {
+        let caller = &self.0.endpoint;
+        let (header, mut message) = request(method, timeout, &body, payload)?;
+        drop(body);
+        let slot = Arc::new(Slot::new(sink));
+        let waited = async {
+            let _permit = self.0.permits.acquire().await.expect("the semaphore is never closed");
+            let (id, others) = caller.register(&slot)?;
+            let _cancel = CancelOnDrop { caller, slot: &slot, id };
+            let header = Header { request_id: id, ..header };
+            message.head[..HEADER_BYTES].copy_from_slice(&header.encode());
+            message.landing = Some(slot.clone());
+            caller.link.send(message, if others { Flush::Soon } else { Flush::Now });
+            poll_fn(|cx| slot.poll(cx.waker())).await
+        };
+        match tokio::time::timeout(timeout, waited).await {
+            Ok(result) => result,
+            Err(_) => {
+                let message = format!("no answer to {} within {timeout:?}", method.as_str_name());
+                let error = Error::new(Code::Timeout, message);
+                Err(if slot.was_sent() { error.maybe_applied() } else { error })
+            }
+        }
+    }
+
+    /// Whether the connection has ended; calls fail with `Unavailable` then.
+    pub fn is_closed(&self) -> bool {
+        self.0.endpoint.link.is_closed()
+    }
+
+    /// Calls that wait for an answer now.
+    pub fn in_flight(&self) -> usize {
+        self.0.endpoint.pending.lock().slots.len()
+    }
+}
+
+/// A request without its id: the header is encoded into the first bytes of `head` when the id is known.
+fn request(method: Method, timeout: Duration, body: &impl Message, payload: Vec<Region>) -> Result<(Header, Outgoing)> {
+    let body_bytes = body.encoded_len();
+    let payload_bytes: usize = payload.iter().map(|piece| piece.len()).sum();
+    if body_bytes > BODY_BYTES_MAX || payload_bytes > PAYLOAD_BYTES_MAX {
+        let message = format!("a request of {body_bytes} + {payload_bytes} bytes is over the limit of a frame");
+        return Err(Error::new(Code::MessageTooBig, message));
+    }
+    let header = Header {
+        kind: Kind::Request,
+        request_id: 0,
+        method: method as u16,
+        status: 0,
+        deadline_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1),
+        body_bytes: body_bytes as u32,
+        payload_bytes: payload_bytes as u32,
+    };
+    let mut head = Vec::with_capacity(HEADER_BYTES + body_bytes);
+    head.resize(HEADER_BYTES, 0);
+    body.encode(&mut head).expect("a vector grows as needed");
+    Ok((header, Outgoing { head, body: Bytes::new(), payload, landing: None, permit: None }))
+}
+
+/// Where one call waits for its response.
+///
+/// It owns the windows until the call is over: whoever writes into them holds the lock, and a cancelled call takes them
+/// away under that lock, so that the receiving task cannot write to them afterwards.
+pub(crate) struct Slot {
+    state: Mutex<SlotState>,
+    sent: AtomicBool,
+}
+
+struct SlotState {
+    /// `None` when the call is over.
+    sink: Option<Sink>,
+    result: Option<Result<Reply>>,
+    waker: Option<Waker>,
+}
+
+impl Slot {
+    fn new(sink: Sink) -> Self {
+        let state = SlotState { sink: Some(sink), result: None, waker: None };
+        Self { state: Mutex::new(state), sent: AtomicBool::new(false) }
+    }
+
+    /// The request begins to leave: from now on the peer may act on it.
+    pub fn mark_sent(&self) {
+        self.sent.store(true, Ordering::Relaxed);
+    }
+
+    fn was_sent(&self) -> bool {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    fn poll(&self, waker: &Waker) -> Poll<Result<Reply>> {
+        let mut state = self.state.lock();
+        if let Some(result) = state.result.take() {
+            return Poll::Ready(result);
+        }
+        match &mut state.waker {
+            Some(known) => known.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+        Poll::Pending
+    }
+
+    /// End the call with what `finish` makes of the sink, unless it is over already.
+    fn finish(&self, finish: impl FnOnce(Sink) -> Result<Reply>) {
+        let waker = {
+            let mut state = self.state.lock();
+            let Some(sink) = state.sink.take() else { return };
+            state.result = Some(finish(sink));
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn cancel(&self) {
+        let sink = self.state.lock().sink.take();
+        drop(sink);
+    }
+
+    /// Lengths of the segments that the response will bring, one per window.
+    fn plan(&self, body: &[u8], payload_bytes: usize) -> Result<Vec<usize>> {
+        let state = self.state.lock();
+        let Some(sink) = &state.sink else { return Ok(Vec::new()) };
+        let mut lengths = (sink.lengths)(body)?;
+        let fits = lengths.len() <= sink.windows.len()
+            && lengths.iter().zip(&sink.windows).all(|(&length, window)| length <= window.len())
+            && lengths.iter().sum::<usize>() == payload_bytes;
+        if !fits {
+            return Err(Error::new(Code::Protocol, "the payload of a response does not fit what was asked for"));
+        }
+        lengths.resize(sink.windows.len(), 0);
+        Ok(lengths)
+    }
+}
+
+/// Removes a call that is dropped before its answer.
+struct CancelOnDrop<'a> {
+    caller: &'a Caller,
+    slot: &'a Slot,
+    id: u64,
+}
+
+impl Drop for CancelOnDrop<'_> {
+    fn drop(&mut self) {
+        self.caller.pending.lock().slots.remove(&self.id);
+        self.slot.cancel();
+    }
+}
+
+/// The receiving side of a client connection.
+struct Caller {
+    link: Arc<TcpLink>,
+    pending: Mutex<Pending>,
+}
+
+#[derive(Default)]
+struct Pending {
+    id_last: u64,
+    closed: Option<Error>,
+    slots: HashMap<u64, Arc<Slot>, BuildHasherDefault<IdHasher>>,
+}
+
+impl Caller {
+    /// A fresh request id for the slot, and whether other calls are waiting.
+    fn register(&self, slot: &Arc<Slot>) -> Result<(u64, bool)> {
+        let mut pending = self.pending.lock();
+        if let Some(error) = &pending.closed {
+            return Err(error.clone());
+        }
+        pending.id_last += 1;
+        let (id, others) = (pending.id_last, !pending.slots.is_empty());
+        pending.slots.insert(id, slot.clone());
+        Ok((id, others))
+    }
+}
+
+/// Where the payload of one response goes.
+struct ReplyLanding {
+    /// `None`: nobody waits for this response any more.
+    slot: Option<Arc<Slot>>,
+    plan: Result<Vec<usize>>,
+    /// Next byte to fill: window and offset in it.
+    window: usize,
+    offset: usize,
+}
+
+impl Landing for ReplyLanding {
+    fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
+        let lengths = self.plan.as_ref().ok()?;
+        let mut state = self.slot.as_ref()?.state.lock();
+        let sink = state.sink.as_mut()?;
+        let mut windows = Windows::new();
+        let mut offset = self.offset;
+        let mut complete = true;
+        for (window, &length) in sink.windows.iter_mut().zip(lengths).skip(self.window) {
+            if length > offset && !windows.push(&mut window[offset..length]) {
+                complete = false;
+                break;
+            }
+            offset = 0;
+        }
+        Some(windows.run(complete, tail, io))
+    }
+
+    fn advance(&mut self, mut bytes: usize) {
+        let Ok(lengths) = &self.plan else { return };
+        while let Some(&length) = lengths.get(self.window) {
+            let step = bytes.min(length - self.offset);
+            self.offset += step;
+            bytes -= step;
+            if self.offset < length {
+                return;
+            }
+            self.window += 1;
+            self.offset = 0;
+        }
+    }
+}
+
+impl Endpoint for Caller {
+    type Landing = ReplyLanding;
+
+    async fn admit(&self) {}
+
+    fn place(&self, header: &Header, body: &[u8]) -> Result<ReplyLanding> {
+        let slot = {
+            let pending = self.pending.lock();
+            if header.kind != Kind::Response || header.request_id > pending.id_last {
+                return Err(Error::new(Code::Protocol, "the peer answered a question that was never asked"));
+            }
+            pending.slots.get(&header.request_id).cloned()
+        };
+        let plan = match &slot {
+            Some(slot) if header.status == 0 => slot.plan(body, header.payload_bytes as usize),
+            _ => Ok(Vec::new()),
+        };
+        Ok(ReplyLanding { slot, plan, window: 0, offset: 0 })
+    }
+
+    fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: ReplyLanding) {
+        self.pending.lock().slots.remove(&header.request_id);
+        let Some(slot) = landing.slot else { return };
+        slot.finish(|sink| match landing.plan {
+            _ if header.status != 0 => Err(error_from_response(header.status, &body)),
+            Ok(lengths) => Ok(Reply { body, windows: sink.windows, lengths }),
+            Err(error) => Err(error),
+        });
+    }
+
+    fn refused(&self, _header: Option<&Header>, _error: &Error) {}
+
+    fn closed(&self, error: &Error) {
+        let error = Error::new(Code::Unavailable, error.message.clone());
+        let slots = {
+            let mut pending = self.pending.lock();
+            pending.closed = Some(error.clone());
+            std::mem::take(&mut pending.slots)
+        };
+        for slot in slots.into_values() {
+            let sent = slot.was_sent();
+            slot.finish(|_| Err(if sent { error.clone().maybe_applied() } else { error.clone() }));
+        }
+    }
+}
+
+/// Request ids count upwards, so multiplying spreads them well enough.
+#[derive(Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("only u64 keys are hashed")
+    }
+    fn write_u64(&mut self, id: u64) {
+        self.0 = id.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+}

@@ -1,0 +1,127 @@
+//! The seam between calls and transports.
+//!
+//! Above it: calls, timeouts, handlers, limits. Below it: how messages travel. A transport is handed whole
+//! messages ([`Link::send`]) and asks its [`Endpoint`] where the payload of an incoming message shall go before it
+//! moves any of it. A one-sided transport (RDMA) advertises `Outgoing::landing` of a request, so that the peer can
+//! push response payload into it, and pulls request payload into what [`Endpoint::place`] gave; nothing above the
+//! seam changes.
+
+use crate::client::Slot;
+use bytes::Bytes;
+use fs3_core::{Error, Region, Result};
+use fs3_proto::frame::Header;
+use std::io::IoSliceMut;
+use std::sync::Arc;
+
+/// When a queued message should leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flush {
+    /// At once, on the caller's thread when possible.
+    Now,
+    /// With others that are queued about now.
+    Soon,
+    /// When the receiving task next waits; only for messages sent from within [`Endpoint::deliver`].
+    Batch,
+}
+
+/// A message to send. Its memory stays untouched and alive until it is dropped, which happens when the transport
+/// is done with it.
+pub(crate) struct Outgoing {
+    /// Header, and possibly the body behind it.
+    pub head: Vec<u8>,
+    /// The body unless it is in `head`.
+    pub body: Bytes,
+    /// The payload's pieces in order.
+    pub payload: Vec<Region>,
+    /// Requests: where the response goes. Told when the message begins to leave.
+    pub landing: Option<Arc<Slot>>,
+    /// Responses: held until the message has left.
+    pub permit: Option<Box<dyn Send + Sync>>,
+}
+
+impl Outgoing {
+    /// All pieces in the order in which they travel.
+    pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        [&self.head[..], &self.body[..]].into_iter().chain(self.payload.iter().map(|r| &r[..]))
+    }
+
+    /// Length on the wire.
+    pub fn bytes(&self) -> usize {
+        self.pieces().map(<[u8]>::len).sum()
+    }
+}
+
+/// Sends messages of one connection.
+pub(crate) trait Link: Send + Sync + 'static {
+    /// Queue a message; never waits. Dropped silently when the link is closed.
+    fn send(&self, message: Outgoing, flush: Flush);
+    /// Send what is queued as far as it goes without waiting.
+    fn flush(&self);
+    /// End the connection. The endpoint is told by the receiving task.
+    fn close(&self);
+    /// Whether the connection has ended.
+    fn is_closed(&self) -> bool;
+}
+
+/// Writes into windows in order and returns how many bytes it wrote.
+pub(crate) type Fill<'a> = &'a mut dyn FnMut(&mut [IoSliceMut<'_>]) -> std::io::Result<usize>;
+
+/// Memory that one payload goes into.
+pub(crate) trait Landing: Send {
+    /// Call `io` with the windows not yet filled, and `tail` behind them when it is passed all of them.
+    /// `None`: nobody wants the bytes any more.
+    fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>>;
+    /// `bytes` more were written (or thrown away).
+    fn advance(&mut self, bytes: usize);
+}
+
+/// What receives messages of one connection.
+pub(crate) trait Endpoint: Send + Sync + 'static {
+    /// Memory for the payload of one message.
+    type Landing: Landing;
+    /// Wait until one more message may come in.
+    fn admit(&self) -> impl Future<Output = ()> + Send;
+    /// Decide where the payload of this message goes. An error ends the connection.
+    fn place(&self, header: &Header, body: &[u8]) -> Result<Self::Landing>;
+    /// The message is complete.
+    fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: Self::Landing);
+    /// A frame was refused with this error; the connection ends after what is sent here. `header` is there when
+    /// it was readable.
+    fn refused(&self, header: Option<&Header>, error: &Error);
+    /// The connection ended. Called once, last.
+    fn closed(&self, error: &Error);
+}
+
+/// Most pieces handed to one system call.
+pub(crate) const PIECES_MAX: usize = 128;
+
+/// A bounded list of memory windows for one vectored read, with a place kept for the tail.
+pub(crate) struct Windows<'a> {
+    slices: [IoSliceMut<'a>; PIECES_MAX],
+    len: usize,
+}
+
+impl<'a> Windows<'a> {
+    pub fn new() -> Self {
+        Self { slices: std::array::from_fn(|_| IoSliceMut::new(&mut [])), len: 0 }
+    }
+
+    /// Add a window; false when the list is full.
+    pub fn push(&mut self, window: &'a mut [u8]) -> bool {
+        if self.len == PIECES_MAX - 1 {
+            return false;
+        }
+        self.slices[self.len] = IoSliceMut::new(window);
+        self.len += 1;
+        true
+    }
+
+    /// Run `io` over the windows, and over `tail` behind them when `complete`.
+    pub fn run(mut self, complete: bool, tail: &'a mut [u8], io: Fill<'_>) -> std::io::Result<usize> {
+        if complete && !tail.is_empty() {
+            self.slices[self.len] = IoSliceMut::new(tail);
+            self.len += 1;
+        }
+        io(&mut self.slices[..self.len])
+    }
+}

@@ -1,0 +1,416 @@
+use crate::hello::{HelloPolicy, PeerInfo};
+use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::tcp::{Socket, TcpLink};
+use crate::{CONNECTIONS_MAX, HELLO_TIMEOUT_MS, REQUESTS_IN_FLIGHT_MAX, UNAUTHENTICATED_CONNECTIONS_MAX};
+use bytes::Bytes;
+use fs3_core::{Code, Error, Region, RegionMut, Result};
+use fs3_proto::frame::{BODY_BYTES_MAX, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_to_detail};
+use fs3_proto::v1::Method;
+use parking_lot::Mutex;
+use prost::Message;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, Semaphore};
+
+/// A request's deadline when it names none.
+const DEADLINE_MS_DEFAULT: u32 = 30_000;
+/// How long a refused peer is given to read why.
+const LINGER: Duration = Duration::from_millis(500);
+/// Pause after the system refused to accept (out of file descriptors).
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// One request as a service sees it.
+pub struct Request {
+    /// Who asks.
+    pub peer: PeerInfo,
+    /// What is asked.
+    pub method: Method,
+    /// When the requester stops waiting.
+    pub deadline: Instant,
+    /// The encoded request message.
+    pub body: Bytes,
+    /// The payload, in the memory that [`Service::payload_buffer`] gave.
+    pub payload: Region,
+}
+
+/// What a service answers.
+#[derive(Default)]
+pub struct Response {
+    /// The encoded response message.
+    pub body: Bytes,
+    /// Pieces of the payload; must not be modified while any clone of them lives.
+    pub payload: Vec<Region>,
+}
+
+impl Response {
+    /// A response without payload.
+    pub fn new(message: &impl Message) -> Self {
+        Self { body: message.encode_to_vec().into(), payload: Vec::new() }
+    }
+
+    /// A response with payload.
+    pub fn with_payload(message: &impl Message, payload: Vec<Region>) -> Self {
+        Self { payload, ..Self::new(message) }
+    }
+}
+
+/// What a server serves. `Ping` and `Hello` are answered by the server itself.
+pub trait Service: Send + Sync + 'static {
+    /// Memory of exactly `bytes` bytes for an incoming payload, from a pool. `None` refuses the request with
+    /// `Busy`; its payload is then read and thrown away. Must not block.
+    fn payload_buffer(&self, method: Method, bytes: usize) -> Option<RegionMut>;
+
+    /// Answer one request. The future is polled once on the receiving task, where it should not compute or
+    /// block for more than some tens of microseconds; when it is not ready then, it goes on in a task of its own.
+    /// It is dropped only when the runtime ends, never because the peer went away.
+    fn handle(&self, request: Request) -> impl Future<Output = Result<Response>> + Send;
+}
+
+/// A listening server. Dropping it ends everything at once; [`Server::shutdown`] does so gently.
+pub struct Server {
+    shared: Arc<Shared>,
+    local_addr: SocketAddr,
+    accepting: tokio::task::JoinHandle<()>,
+}
+
+struct Shared {
+    policy: HelloPolicy,
+    stopping: AtomicBool,
+    in_flight: AtomicUsize,
+    idle: Notify,
+    /// Live connections by a running number.
+    links: Mutex<HashMap<u64, Arc<TcpLink>>>,
+    unauthenticated: Semaphore,
+}
+
+impl Server {
+    /// Listen on `addr` (`host:port`, port 0 picks one) and serve on the current runtime.
+    ///
+    /// # Errors
+    /// `Unavailable` when the address cannot be listened on.
+    pub async fn bind<S: Service>(addr: &str, policy: HelloPolicy, service: Arc<S>) -> Result<Self> {
+        let cannot = |e: std::io::Error| Error::new(Code::Unavailable, format!("cannot listen on {addr}: {e}"));
+        let listener = tokio::net::TcpListener::bind(addr).await.map_err(cannot)?;
+        let local_addr = listener.local_addr().map_err(cannot)?;
+        let shared = Arc::new(Shared {
+            policy,
+            stopping: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            idle: Notify::new(),
+            links: Mutex::default(),
+            unauthenticated: Semaphore::new(UNAUTHENTICATED_CONNECTIONS_MAX),
+        });
+        let accepting = tokio::spawn(accept(listener, shared.clone(), service));
+        Ok(Self { shared, local_addr, accepting })
+    }
+
+    /// The address it listens on.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Stop accepting connections and requests (they are refused with `Unavailable`), wait up to `patience` for running
+    /// handlers and their responses, then end all connections.
+    pub async fn shutdown(self, patience: Duration) {
+        self.accepting.abort();
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        let quiet = async {
+            loop {
+                let idle = self.shared.idle.notified();
+                if self.shared.in_flight.load(Ordering::SeqCst) == 0 {
+                    return;
+                }
+                idle.await;
+            }
+        };
+        let _ = tokio::time::timeout(patience, quiet).await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        let links = std::mem::take(&mut *self.shared.links.lock());
+        for link in links.into_values() {
+            link.close();
+        }
+    }
+}
+
+async fn accept<S: Service>(listener: tokio::net::TcpListener, shared: Arc<Shared>, service: Arc<S>) {
+    let mut number = 0;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                number += 1;
+                let over =
+                    shared.links.lock().len() >= CONNECTIONS_MAX || shared.unauthenticated.available_permits() == 0;
+                if !over {
+                    tokio::spawn(welcome(stream, number, shared.clone(), service.clone()));
+                }
+            }
+            Err(error) => {
+                tracing::warn!("cannot accept a connection: {error}");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+async fn welcome<S: Service>(stream: tokio::net::TcpStream, number: u64, shared: Arc<Shared>, service: Arc<S>) {
+    let Ok(_permit) = shared.unauthenticated.try_acquire() else { return };
+    let Ok(socket) = stream.into_std().and_then(Socket::new) else { return };
+    let greeting = greet(&socket, &shared.policy);
+    match tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), greeting).await {
+        Ok(Ok(peer)) => {
+            TcpLink::start(socket, |link| {
+                shared.links.lock().insert(number, link.clone());
+                if shared.stopping.load(Ordering::SeqCst) {
+                    link.close();
+                }
+                Arc::new(Callee {
+                    number,
+                    link,
+                    peer,
+                    service,
+                    shared: shared.clone(),
+                    load: Arc::new(Load::default()),
+                })
+            });
+        }
+        Ok(Err(error)) => tracing::debug!("a hello was refused: {error}"),
+        Err(_) => tracing::debug!("a peer said no hello in time"),
+    }
+}
+
+/// Read the hello and answer it.
+async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<PeerInfo> {
+    let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
+    let admitted = body.and_then(|body| match header {
+        Some(h) if h.kind == Kind::Request && h.method == Method::Hello as u16 => policy.admit(&body),
+        _ => Err(Error::new(Code::Unauthenticated, "the first request of a connection must be hello")),
+    });
+    let Some(header) = header else { return Err(admitted.expect_err("no frame was read")) };
+    match admitted {
+        Ok((peer, response)) => {
+            socket.write_all(&answer(&header, Ok(Response::new(&response))).flat()).await?;
+            Ok(peer)
+        }
+        Err(error) => {
+            socket.write_all(&answer(&header, Err(error.clone())).flat()).await?;
+            socket.linger(LINGER).await;
+            Err(error)
+        }
+    }
+}
+
+impl Outgoing {
+    fn flat(&self) -> Vec<u8> {
+        self.pieces().flatten().copied().collect()
+    }
+}
+
+/// The frame that answers `request`.
+fn answer(request: &Header, result: Result<Response>) -> Outgoing {
+    let result = result.and_then(|response| {
+        let payload_bytes: usize = response.payload.iter().map(|piece| piece.len()).sum();
+        if response.body.len() > BODY_BYTES_MAX || payload_bytes > PAYLOAD_BYTES_MAX {
+            return Err(Error::new(Code::MessageTooBig, "the response is over the limit of a frame; ask for less"));
+        }
+        Ok((response, payload_bytes))
+    });
+    let (status, response, payload_bytes) = match result {
+        Ok((response, payload_bytes)) => (0, response, payload_bytes),
+        Err(error) => (error.code as u16, Response::new(&error_to_detail(&error)), 0),
+    };
+    let header = Header {
+        kind: Kind::Response,
+        request_id: request.request_id,
+        method: request.method,
+        status,
+        deadline_ms: 0,
+        body_bytes: response.body.len() as u32,
+        payload_bytes: payload_bytes as u32,
+    };
+    Outgoing {
+        head: header.encode().to_vec(),
+        body: response.body,
+        payload: response.payload,
+        landing: None,
+        permit: None,
+    }
+}
+
+/// Unanswered requests of one connection.
+#[derive(Default)]
+struct Load {
+    requests: AtomicUsize,
+    freed: Notify,
+}
+
+/// Counts one request from its arrival until its response has left.
+struct Admission {
+    load: Arc<Load>,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        if self.load.requests.fetch_sub(1, Ordering::AcqRel) == REQUESTS_IN_FLIGHT_MAX {
+            self.load.freed.notify_one();
+        }
+        if self.shared.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 && self.shared.stopping.load(Ordering::SeqCst) {
+            self.shared.idle.notify_one();
+        }
+    }
+}
+
+/// The receiving side of a connection at the server.
+struct Callee<S: Service> {
+    number: u64,
+    link: Arc<TcpLink>,
+    peer: PeerInfo,
+    service: Arc<S>,
+    shared: Arc<Shared>,
+    load: Arc<Load>,
+}
+
+/// Where the payload of one request goes.
+struct RequestLanding {
+    buffer: Option<RegionMut>,
+    filled: usize,
+    refusal: Option<Error>,
+}
+
+impl Landing for RequestLanding {
+    fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
+        let buffer = self.buffer.as_mut()?;
+        let mut windows = Windows::new();
+        windows.push(&mut buffer[self.filled..]);
+        Some(windows.run(true, tail, io))
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.filled += bytes;
+    }
+}
+
+/// A request that is answered even if its handler panics.
+struct Asked<S: Service> {
+    callee: Arc<Callee<S>>,
+    header: Header,
+    admission: Option<Admission>,
+}
+
+impl<S: Service> Asked<S> {
+    fn respond(mut self, result: Result<Response>, flush: Flush) {
+        self.send(result, flush);
+    }
+
+    fn send(&mut self, result: Result<Response>, flush: Flush) {
+        if let Some(admission) = self.admission.take() {
+            let mut message = answer(&self.header, result);
+            message.permit = Some(Box::new(admission));
+            self.callee.link.send(message, flush);
+        }
+    }
+}
+
+impl<S: Service> Drop for Asked<S> {
+    fn drop(&mut self) {
+        self.send(
+            Err(Error::new(Code::Internal, "the handler failed; see the server's log").maybe_applied()),
+            Flush::Soon,
+        );
+    }
+}
+
+impl<S: Service> Callee<S> {
+    fn method(&self, header: &Header) -> Result<Method> {
+        if self.shared.stopping.load(Ordering::Relaxed) {
+            return Err(Error::new(Code::Unavailable, "the server is shutting down"));
+        }
+        match Method::try_from(i32::from(header.method)) {
+            Ok(Method::Hello) => Err(Error::new(Code::Protocol, "hello is said once")),
+            Ok(method) => Ok(method),
+            Err(_) => Err(Error::new(Code::Unimplemented, format!("no method {} here", header.method))),
+        }
+    }
+
+    fn landing(&self, header: &Header) -> Result<Option<RegionMut>> {
+        let method = self.method(header)?;
+        match header.payload_bytes as usize {
+            0 => Ok(None),
+            bytes => match self.service.payload_buffer(method, bytes) {
+                Some(buffer) if buffer.len() == bytes => Ok(Some(buffer)),
+                Some(_) => Err(Error::new(Code::Internal, "the service gave a buffer of the wrong size")),
+                None => Err(Error::new(Code::Busy, "no memory for the payload now; retry later")),
+            },
+        }
+    }
+}
+
+impl<S: Service> Endpoint for Callee<S> {
+    type Landing = RequestLanding;
+
+    async fn admit(&self) {
+        while self.load.requests.load(Ordering::Acquire) >= REQUESTS_IN_FLIGHT_MAX {
+            self.load.freed.notified().await;
+        }
+    }
+
+    fn place(&self, header: &Header, _body: &[u8]) -> Result<RequestLanding> {
+        if header.kind != Kind::Request {
+            return Err(Error::new(Code::Protocol, "a client sent a response"));
+        }
+        let (buffer, refusal) = match self.landing(header) {
+            Ok(buffer) => (buffer, None),
+            Err(error) => (None, Some(error)),
+        };
+        Ok(RequestLanding { buffer, filled: 0, refusal })
+    }
+
+    fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: RequestLanding) {
+        self.load.requests.fetch_add(1, Ordering::AcqRel);
+        self.shared.in_flight.fetch_add(1, Ordering::SeqCst);
+        let admission = Admission { load: self.load.clone(), shared: self.shared.clone() };
+        let asked = Asked { callee: self.clone(), header, admission: Some(admission) };
+        let method = match landing.refusal.map_or_else(|| self.method(&header), Err) {
+            Ok(Method::Ping) => return asked.respond(Ok(Response::default()), Flush::Batch),
+            Ok(method) => method,
+            Err(error) => return asked.respond(Err(error), Flush::Batch),
+        };
+        let wait_ms = if header.deadline_ms == 0 { DEADLINE_MS_DEFAULT } else { header.deadline_ms };
+        let deadline = Instant::now() + Duration::from_millis(u64::from(wait_ms));
+        let payload = landing.buffer.map_or_else(Region::empty, RegionMut::freeze);
+        let request = Request { peer: self.peer, method, deadline, body, payload };
+        let callee = self.clone();
+        let mut handling = Box::pin(async move { callee.service.handle(request).await });
+        // The waker of this first poll is never woken: a future that is pending is polled again by its own task.
+        match handling.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => asked.respond(result, Flush::Batch),
+            Poll::Pending => {
+                tokio::spawn(async move {
+                    let result = handling.await;
+                    asked.respond(result, Flush::Soon);
+                });
+            }
+        }
+    }
+
+    fn refused(&self, header: Option<&Header>, error: &Error) {
+        if let Some(header) = header {
+            self.link.send(answer(header, Err(error.clone())), Flush::Now);
+        }
+    }
+
+    fn closed(&self, error: &Error) {
+        tracing::debug!("a connection ended: {error}");
+        self.shared.links.lock().remove(&self.number);
+    }
+}

@@ -1,0 +1,489 @@
+//! The TCP transport: one socket, a task that reads it, a task that writes what could not be written at once.
+
+use crate::link::{Endpoint, Flush, Landing, Link, Outgoing, PIECES_MAX};
+use crate::{PEER_SILENT_MS_MAX, STALL_TIMEOUT_MS};
+use bytes::Bytes;
+use fs3_core::{Code, Error, Result};
+use fs3_proto::frame::{HEADER_BYTES, Header, Limits};
+use parking_lot::Mutex;
+use socket2::{SockRef, TcpKeepalive};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
+use std::net::{Shutdown, TcpStream};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+use tokio::time::{Instant, Sleep};
+
+/// Size of the read buffer that headers, bodies and small payloads go through.
+const READ_BUFFER_BYTES: usize = 64 << 10;
+/// How much is read ahead behind a large payload: what is read ahead is copied once more.
+const READ_AHEAD_BYTES: usize = 4 << 10;
+/// From this size on a payload is large.
+const LARGE_PAYLOAD_BYTES: usize = 32 << 10;
+
+/// A connected socket that can still be used for the hello.
+pub(crate) struct Socket {
+    fd: AsyncFd<TcpStream>,
+}
+
+impl Socket {
+    /// Prepare a connected stream; must be called on the runtime that will drive it.
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        let socket = SockRef::from(&stream);
+        socket.set_tcp_nodelay(true)?;
+        socket.set_tcp_user_timeout(Some(Duration::from_millis(PEER_SILENT_MS_MAX)))?;
+        let keepalive = TcpKeepalive::new()
+            .with_time(Duration::from_millis(PEER_SILENT_MS_MAX))
+            .with_interval(Duration::from_millis(PEER_SILENT_MS_MAX / 5))
+            .with_retries(5);
+        socket.set_tcp_keepalive(&keepalive)?;
+        // SAFETY: the stream owns its descriptor and keeps it until it is dropped, with the AsyncFd.
+        Ok(Self { fd: unsafe { AsyncFd::register(stream)? } })
+    }
+
+    async fn read_exact(&self, buf: &mut [u8]) -> io::Result<()> {
+        let mut at = 0;
+        while at < buf.len() {
+            let mut guard = self.fd.readable().await?;
+            match guard.try_io(|fd| fd.get_ref().read(&mut buf[at..])) {
+                Ok(Ok(0)) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(Ok(n)) => at += n,
+                Ok(Err(e)) if e.kind() == ErrorKind::Interrupted => {}
+                Ok(Err(e)) => return Err(e),
+                Err(_would_block) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Read one frame without payload, and not a byte more. The header is given back even when it is refused.
+    pub async fn read_frame(&self, limits: Limits) -> (Option<Header>, Result<Bytes>) {
+        let mut head = [0u8; HEADER_BYTES];
+        if let Err(e) = self.read_exact(&mut head).await {
+            return (None, Err(broken(&e)));
+        }
+        let header = match Header::parse(&head) {
+            Ok(header) => header,
+            Err(e) => return (None, Err(e)),
+        };
+        if let Err(e) = header.check_limits(limits) {
+            return (Some(header), Err(e));
+        }
+        if header.payload_bytes != 0 {
+            return (Some(header), Err(Error::new(Code::Protocol, "a hello has no payload")));
+        }
+        let mut body = vec![0u8; header.body_bytes as usize];
+        let body = match self.read_exact(&mut body).await {
+            Ok(()) => Ok(body.into()),
+            Err(e) => Err(broken(&e)),
+        };
+        (Some(header), body)
+    }
+
+    /// Write all of `bytes`.
+    pub async fn write_all(&self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            let mut guard = self.fd.writable().await.map_err(|e| broken(&e))?;
+            match guard.try_io(|fd| SockRef::from(fd.get_ref()).send_with_flags(bytes, libc::MSG_NOSIGNAL)) {
+                Ok(Ok(n)) => bytes = &bytes[n..],
+                Ok(Err(e)) if e.kind() == ErrorKind::Interrupted => {}
+                Ok(Err(e)) => return Err(broken(&e)),
+                Err(_would_block) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Say goodbye so that the peer reads what was sent last: without this, closing with unread input resets
+    /// the connection and the last message is lost. Bounded by `patience`.
+    pub async fn linger(&self, patience: Duration) {
+        let _ = self.fd.get_ref().shutdown(Shutdown::Write);
+        let drain = async {
+            let mut scratch = vec![0u8; READ_BUFFER_BYTES];
+            while self.read_exact(&mut scratch).await.is_ok() {}
+        };
+        let _ = tokio::time::timeout(patience, drain).await;
+    }
+}
+
+/// A connection over TCP after its hello.
+pub(crate) struct TcpLink {
+    socket: Socket,
+    queue: Mutex<VecDeque<Outgoing>>,
+    writer: Mutex<Writer>,
+    /// There is something for the writing task to do.
+    wake_writer: Notify,
+    closed: AtomicBool,
+}
+
+/// Messages taken from the queue; the first has been sent up to `offset`.
+#[derive(Default)]
+struct Writer {
+    batch: VecDeque<Outgoing>,
+    offset: usize,
+}
+
+#[derive(PartialEq, Eq)]
+enum Progress {
+    Drained,
+    Blocked,
+}
+
+impl TcpLink {
+    /// Take over a socket after its hello and start its tasks on the current runtime. They end when the
+    /// connection does.
+    pub fn start<E: Endpoint>(socket: Socket, make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>) -> Arc<E> {
+        let link = Arc::new(Self {
+            socket,
+            queue: Mutex::default(),
+            writer: Mutex::default(),
+            wake_writer: Notify::new(),
+            closed: AtomicBool::new(false),
+        });
+        let endpoint = make_endpoint(link.clone());
+        tokio::spawn(link.clone().run_writer());
+        let guard = ClosedGuard { link, endpoint: endpoint.clone(), reason: None };
+        tokio::spawn(async move {
+            let mut guard = guard;
+            let mut reader = Reader::new(&guard.link);
+            let error = reader.run(&guard.endpoint).await;
+            guard.reason = Some(error);
+        });
+        endpoint
+    }
+
+    async fn run_writer(self: Arc<Self>) {
+        while !self.is_closed() {
+            self.wake_writer.notified().await;
+            while !self.is_closed() && self.write_queued() == Progress::Blocked {
+                let Ok(mut guard) = self.socket.fd.writable().await else { return };
+                if self.write_queued() == Progress::Drained {
+                    break;
+                }
+                guard.clear_ready();
+            }
+        }
+    }
+
+    /// Write until the queue is empty or the socket is full. One caller writes at a time; the others leave
+    /// their messages to it.
+    fn write_queued(&self) -> Progress {
+        loop {
+            let Some(mut writer) = self.writer.try_lock() else { return Progress::Drained };
+            loop {
+                writer.take(&mut self.queue.lock());
+                if writer.batch.is_empty() {
+                    break;
+                }
+                match writer.write(self.socket.fd.get_ref()) {
+                    Ok(()) => {}
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => return Progress::Blocked,
+                    Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                    Err(_) => {
+                        drop(writer);
+                        self.close();
+                        return Progress::Drained;
+                    }
+                }
+            }
+            drop(writer);
+            // A message queued between the last look and the unlock has found the writer taken.
+            if self.queue.lock().is_empty() {
+                return Progress::Drained;
+            }
+        }
+    }
+}
+
+impl Link for TcpLink {
+    fn send(&self, message: Outgoing, flush: Flush) {
+        {
+            let mut queue = self.queue.lock();
+            if self.is_closed() {
+                return;
+            }
+            queue.push_back(message);
+        }
+        match flush {
+            Flush::Now => self.flush(),
+            Flush::Soon => self.wake_writer.notify_one(),
+            Flush::Batch => {}
+        }
+    }
+
+    fn flush(&self) {
+        if self.write_queued() == Progress::Blocked {
+            self.wake_writer.notify_one();
+        }
+    }
+
+    fn close(&self) {
+        let dropped = {
+            let mut queue = self.queue.lock();
+            self.closed.store(true, Ordering::Release);
+            std::mem::take(&mut *queue)
+        };
+        drop(dropped);
+        let _ = self.socket.fd.get_ref().shutdown(Shutdown::Both);
+        self.wake_writer.notify_one();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+}
+
+impl Writer {
+    fn take(&mut self, queue: &mut VecDeque<Outgoing>) {
+        if self.batch.is_empty() {
+            std::mem::swap(&mut self.batch, queue);
+        } else {
+            self.batch.append(queue);
+        }
+    }
+
+    /// One vectored send from the front of the batch.
+    fn write(&mut self, stream: &TcpStream) -> io::Result<()> {
+        let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
+        let mut count = 0;
+        let mut skip = self.offset;
+        'gather: for message in &self.batch {
+            for piece in message.pieces() {
+                if skip >= piece.len() {
+                    skip -= piece.len();
+                    continue;
+                }
+                pieces[count] = IoSlice::new(&piece[skip..]);
+                skip = 0;
+                count += 1;
+                if count == PIECES_MAX {
+                    break 'gather;
+                }
+            }
+            if let Some(slot) = &message.landing {
+                slot.mark_sent();
+            }
+        }
+        let sent = SockRef::from(stream).send_vectored_with_flags(&pieces[..count], libc::MSG_NOSIGNAL)?;
+        self.offset += sent;
+        while let Some(first) = self.batch.front() {
+            let bytes = first.bytes();
+            if self.offset < bytes {
+                break;
+            }
+            self.offset -= bytes;
+            self.batch.pop_front();
+        }
+        Ok(())
+    }
+}
+
+/// Ends the connection when the reading task ends for whatever reason, a panic included.
+struct ClosedGuard<E: Endpoint> {
+    link: Arc<TcpLink>,
+    endpoint: Arc<E>,
+    reason: Option<Error>,
+}
+
+impl<E: Endpoint> Drop for ClosedGuard<E> {
+    fn drop(&mut self) {
+        self.link.close();
+        let reason = self.reason.take().unwrap_or_else(|| Error::new(Code::Unavailable, "the connection was ended"));
+        self.endpoint.closed(&reason);
+    }
+}
+
+struct Reader<'a> {
+    link: &'a TcpLink,
+    buf: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// How far the next read may fill the buffer.
+    read_ahead: usize,
+    stall: Pin<Box<Sleep>>,
+    last_progress: Instant,
+}
+
+impl<'a> Reader<'a> {
+    fn new(link: &'a TcpLink) -> Self {
+        let stall = Box::pin(tokio::time::sleep(Duration::from_millis(STALL_TIMEOUT_MS)));
+        let buf = vec![0u8; READ_BUFFER_BYTES].into_boxed_slice();
+        let last_progress = Instant::now();
+        Self { link, buf, start: 0, end: 0, read_ahead: READ_BUFFER_BYTES, stall, last_progress }
+    }
+
+    /// Read messages until the connection ends; returns why.
+    async fn run<E: Endpoint>(&mut self, endpoint: &Arc<E>) -> Error {
+        loop {
+            if let Err(error) = self.message(endpoint).await {
+                return error;
+            }
+        }
+    }
+
+    async fn message<E: Endpoint>(&mut self, endpoint: &Arc<E>) -> Result<()> {
+        self.buffer(HEADER_BYTES).await?;
+        let head = self.buf[self.start..].first_chunk().expect("a whole header is buffered");
+        let header = Header::parse(head).inspect_err(|e| endpoint.refused(None, e))?;
+        header.check_limits(Limits::AUTHENTICATED).inspect_err(|e| endpoint.refused(Some(&header), e))?;
+        self.start += HEADER_BYTES;
+        let mut admitted = std::pin::pin!(endpoint.admit());
+        let mut flushed = false;
+        poll_fn(|cx| {
+            let polled = admitted.as_mut().poll(cx);
+            if polled.is_pending() && !std::mem::replace(&mut flushed, true) {
+                self.link.flush();
+            }
+            polled
+        })
+        .await;
+        let body = self.body(header.body_bytes as usize).await?;
+        let mut landing = endpoint.place(&header, &body)?;
+        self.payload(header.payload_bytes as usize, &mut landing).await?;
+        endpoint.deliver(header, body, landing);
+        Ok(())
+    }
+
+    async fn body(&mut self, bytes: usize) -> Result<Bytes> {
+        if bytes <= READ_BUFFER_BYTES {
+            self.buffer(bytes).await?;
+            let body = Bytes::copy_from_slice(&self.buf[self.start..self.start + bytes]);
+            self.start += bytes;
+            return Ok(body);
+        }
+        let mut body = vec![0u8; bytes];
+        let mut at = self.end - self.start;
+        body[..at].copy_from_slice(&self.buf[self.start..self.end]);
+        (self.start, self.end) = (0, 0);
+        while at < bytes {
+            at += self.read(true, |mut stream, _| stream.read(&mut body[at..])).await?;
+        }
+        Ok(body.into())
+    }
+
+    /// Move `remaining` payload bytes to where they belong: first what is buffered, then straight from the socket.
+    async fn payload<L: Landing>(&mut self, mut remaining: usize, landing: &mut L) -> Result<()> {
+        self.read_ahead = if remaining >= LARGE_PAYLOAD_BYTES { READ_AHEAD_BYTES } else { READ_BUFFER_BYTES };
+        while remaining > 0 {
+            let moved = if self.start < self.end {
+                self.payload_from_buffer(remaining, landing)
+            } else {
+                self.payload_from_socket(remaining, landing).await?
+            };
+            landing.advance(moved);
+            remaining -= moved;
+        }
+        Ok(())
+    }
+
+    fn payload_from_buffer<L: Landing>(&mut self, remaining: usize, landing: &mut L) -> usize {
+        let bytes = remaining.min(self.end - self.start);
+        let source = &self.buf[self.start..self.start + bytes];
+        let copied = landing.fill(&mut [], &mut |windows| Ok(scatter(source, windows)));
+        // A landing that nobody wants any more swallows the bytes.
+        let moved = copied.map_or(bytes, |n| n.expect("copying within memory cannot fail"));
+        self.start += moved;
+        moved
+    }
+
+    async fn payload_from_socket<L: Landing>(&mut self, remaining: usize, landing: &mut L) -> Result<usize> {
+        (self.start, self.end) = (0, 0);
+        let ahead = self.read_ahead;
+        let n = self
+            .read(true, |stream, buf| {
+                let io = &mut |windows: &mut [IoSliceMut<'_>]| (&mut &*stream).read_vectored(windows);
+                match landing.fill(&mut buf[..ahead], io) {
+                    Some(result) => result,
+                    None => (&mut &*stream).read(&mut buf[..remaining.min(READ_BUFFER_BYTES)]),
+                }
+            })
+            .await?;
+        self.end = n.saturating_sub(remaining);
+        Ok(n.min(remaining))
+    }
+
+    /// Have at least `bytes` (at most the buffer's size) in the buffer.
+    async fn buffer(&mut self, bytes: usize) -> Result<()> {
+        if self.start + bytes > self.buf.len() || self.start == self.end {
+            self.buf.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        while self.end - self.start < bytes {
+            let (end, limit) = (self.end, (self.start + bytes.max(self.read_ahead)).min(self.buf.len()));
+            let within_frame = self.end > self.start || bytes != HEADER_BYTES;
+            self.end += self.read(within_frame, |mut stream, buf| stream.read(&mut buf[end..limit])).await?;
+        }
+        Ok(())
+    }
+
+    /// One read that returns at least a byte. Before it waits, everything queued is sent. Within a frame the wait is
+    /// bounded.
+    async fn read(
+        &mut self,
+        within_frame: bool,
+        mut io: impl FnMut(&TcpStream, &mut [u8]) -> io::Result<usize>,
+    ) -> Result<usize> {
+        loop {
+            let mut guard = self.readable(within_frame).await?;
+            match io(self.link.socket.fd.get_ref(), &mut self.buf) {
+                Ok(0) => return Err(Error::new(Code::Unavailable, "the peer closed the connection")),
+                Ok(n) => {
+                    self.last_progress = Instant::now();
+                    return Ok(n);
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(broken(&e)),
+            }
+        }
+    }
+
+    async fn readable(&mut self, within_frame: bool) -> Result<tokio::io::unix::AsyncFdReadyGuard<'a, TcpStream>> {
+        let mut flushed = false;
+        let link = self.link;
+        poll_fn(|cx| {
+            if let Poll::Ready(guard) = link.socket.fd.poll_read_ready(cx) {
+                return Poll::Ready(guard.map_err(|e| broken(&e)));
+            }
+            if !std::mem::replace(&mut flushed, true) {
+                link.flush();
+            }
+            while within_frame && self.stall.as_mut().poll(cx).is_ready() {
+                let due = self.last_progress + Duration::from_millis(STALL_TIMEOUT_MS);
+                if due <= Instant::now() {
+                    return Poll::Ready(Err(Error::new(
+                        Code::Unavailable,
+                        "the peer stopped in the middle of a frame",
+                    )));
+                }
+                self.stall.as_mut().reset(due);
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+/// Copy `source` into the windows in order; returns how much fitted.
+fn scatter(source: &[u8], windows: &mut [IoSliceMut<'_>]) -> usize {
+    let mut at = 0;
+    for window in windows {
+        let n = window.len().min(source.len() - at);
+        window[..n].copy_from_slice(&source[at..at + n]);
+        at += n;
+    }
+    at
+}
+
+/// The error of calls on a connection that broke.
+pub(crate) fn broken(error: &io::Error) -> Error {
+    Error::new(Code::Unavailable, format!("the connection broke: {error}"))
+}
