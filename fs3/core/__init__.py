@@ -1,0 +1,1 @@
+"""Ids, units, errors, configuration, clocks and layouts that every part shares."""

@@ -1,0 +1,253 @@
+"""Configuration of the services: frozen dataclasses from a TOML file, then overrides.
+
+Unknown keys fail naming the key, the file and the nearest valid key; types are checked. A key that ends in
+`_bytes` takes a number or a size such as "64MiB".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fs3.core.errors import Fs3Error, error
+from fs3.core.units import parse_bytes
+from fs3.v1.frame_pb2 import Code
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+CHUNK_BYTES_MIN = 64 << 10
+CHUNK_BYTES_MAX = 64 << 20
+
+
+def _invalid(message: str) -> Fs3Error:
+    return error(Code.CODE_INVALID_ARGUMENT, message)
+
+
+def _at_least(config: object, **minima: int) -> None:
+    for key, minimum in minima.items():
+        if getattr(config, key) < minimum:
+            raise _invalid(f"{key} must be at least {minimum}, not {getattr(config, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What every service has."""
+
+    cluster_id: str
+    """The cluster this service belongs to."""
+    token: str = ""
+    """The cluster's shared secret; prefer token_file."""
+    token_file: str = ""
+    """File with the shared secret. With neither, FS3_TOKEN; with none at all everybody is let in."""
+    host: str = "127.0.0.1"
+    """Address to listen on, and that others are told."""
+    grpc_port: int = 0
+    """0: choose a free one."""
+    log_level: str = "info"
+    ready_file: str = ""
+    """Where {pid, host, frame_port, grpc_port, node_id} is written as JSON once it serves."""
+
+    def __post_init__(self) -> None:
+        if not self.cluster_id:
+            raise _invalid("cluster_id is empty; name the cluster this service belongs to")
+        if self.log_level not in LOG_LEVELS:
+            raise _invalid(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
+        for key in ("grpc_port", "frame_port"):
+            if not 0 <= getattr(self, key, 0) < 65536:
+                raise _invalid(f"{key} must be in 0..65535, not {getattr(self, key)}")
+
+    def secret(self) -> str:
+        """Return the token: `token`, else the content of `token_file`, else FS3_TOKEN, else "".
+
+        Raises Fs3Error when the file cannot be read or is empty.
+        """
+        if self.token:
+            return self.token
+        if not self.token_file:
+            return os.environ.get("FS3_TOKEN", "")
+        try:
+            token = Path(self.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise error(Code.CODE_ACCESS, f"token_file {self.token_file} cannot be read: {exc}") from exc
+        if not token:
+            raise _invalid(f"token_file {self.token_file} is empty")
+        return token
+
+
+@dataclass(frozen=True, kw_only=True)
+class MgmtdConfig(ServiceConfig):
+    """The cluster manager."""
+
+    kv: str
+    """URL of the key-value store, for example lmdb:/var/lib/fs3/kv."""
+    replicas: int = 3
+    """Targets per chain."""
+    min_storage_nodes: int = 0
+    """Chains are made once so many storage nodes are connected; 0: as many as `replicas`."""
+    targets_per_disk: int = 8
+    lease_ms: int = 6000
+    """T: a node silent for T is failed; it serves until send time + T/2."""
+    heartbeat_ms: int = 1000
+    primary_lease_ms: int = 5000
+    """Another manager takes over when the primary has been silent for this long."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, replicas=1, min_storage_nodes=0, targets_per_disk=1, heartbeat_ms=10, primary_lease_ms=50)
+        if self.lease_ms < 4 * self.heartbeat_ms:
+            raise _invalid(
+                f"lease_ms ({self.lease_ms}) must be at least 4 * heartbeat_ms ({self.heartbeat_ms}): "
+                "a node serves for half the lease after a heartbeat"
+            )
+        if 0 < self.min_storage_nodes < self.replicas:
+            raise _invalid(f"min_storage_nodes must be at least replicas ({self.replicas})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig(ServiceConfig):
+    """A metadata service."""
+
+    kv: str
+    mgmtd: tuple[str, ...]
+    """host:port of every cluster manager."""
+    frame_port: int = 0
+    """0: choose a free one."""
+    chunk_bytes: int = 1 << 20
+    """Chunk size of new files: a power of two, 64 KiB .. 64 MiB."""
+    stripe: int = 0
+    """Chains per new file; 0: as many as the table has, at most 64."""
+    data_dir: str = ""
+    """Where the node's uuid is kept; with none it is derived from cluster, host and port."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.mgmtd, "mgmtd")
+        _at_least(self, stripe=0)
+        size = self.chunk_bytes
+        if size & (size - 1) or not CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX:
+            raise _invalid(f"chunk_bytes must be a power of two from 64KiB to 64MiB, not {size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageConfig(ServiceConfig):
+    """A storage service."""
+
+    mgmtd: tuple[str, ...]
+    """host:port of every cluster manager."""
+    data_dir: str
+    """Directory of the node itself: its uuid and its lock."""
+    disks: tuple[str, ...]
+    """One directory per disk."""
+    frame_port: int = 0
+    """0: choose a free one."""
+    read_cache_bytes: int = 512 << 20
+    durable_writes: bool = False
+    """Acknowledge every write only after it is on stable storage."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.mgmtd, "mgmtd")
+        _need(self.disks, "disks")
+        if not self.data_dir:
+            raise _invalid("data_dir is empty; name the directory that keeps the node's identity")
+        if len({os.path.abspath(d) for d in self.disks}) != len(self.disks):
+            raise _invalid("disks names the same directory twice")
+        _at_least(self, read_cache_bytes=0)
+
+
+def _need(values: tuple[str, ...], key: str) -> None:
+    if not values or not all(values):
+        raise _invalid(f"{key} is empty; give at least one")
+
+
+C = TypeVar("C", bound=ServiceConfig)
+
+
+def load(
+    cls: type[C],
+    path: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, object] | None = None,
+    settings: Sequence[str] = (),
+) -> C:
+    """Make a configuration from the file at `path` (if any), then `settings`, then `overrides`.
+
+    `settings` are "key=value" with the value in TOML (a bare word is a string). Overrides that are None are
+    ignored. Raises Fs3Error with one line that names the key and where it came from.
+    """
+    values: dict[str, tuple[object, str]] = {}
+    if path is not None:
+        values.update({k: (v, str(path)) for k, v in _read(path).items()})
+    for setting in settings:
+        key, value = _parse_setting(setting)
+        values[key] = (value, "--set")
+    for key, given in (overrides or {}).items():
+        if given is not None:
+            values[key] = (given, "the command line")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    made: dict[str, Any] = {}
+    for key, (value, origin) in values.items():
+        if key not in fields:
+            raise _invalid(f"unknown key {key!r} in {origin}{_nearest(key, fields)}")
+        made[key] = _convert(key, value, hints[key], origin)
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in made:
+            raise _invalid(f"{name} is missing{f' in {path}' if path else ''}; set it")
+    try:
+        return cls(**made)
+    except Fs3Error as exc:
+        raise _invalid(f"{path}: {exc.message}" if path else exc.message) from None
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, object]:
+    try:
+        with open(path, "rb") as handle:
+            return tomllib.load(handle)
+    except FileNotFoundError:
+        raise error(Code.CODE_NOT_FOUND, f"{path} does not exist") from None
+    except OSError as exc:
+        raise error(Code.CODE_ACCESS, f"{path} cannot be read: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise _invalid(f"{path} is not valid TOML: {exc}") from exc
+
+
+def _parse_setting(setting: str) -> tuple[str, object]:
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise _invalid(f"{setting!r} is not a setting; write key=value")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
+
+
+def _nearest(key: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+
+
+def _convert(key: str, value: object, kind: Any, origin: str) -> object:
+    if kind is int and isinstance(value, str) and key.endswith("_bytes"):
+        try:
+            return parse_bytes(value)
+        except Fs3Error as exc:
+            raise _invalid(f"{key} in {origin}: {exc.message}") from None
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if (kind is str and isinstance(value, str)) or (kind is bool and isinstance(value, bool)):
+        return value
+    if kind == tuple[str, ...]:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise _invalid(f"{key} in {origin} must be a list of strings, not {value!r}")
+    names = {int: "a whole number", str: "a string", bool: "true or false"}
+    raise _invalid(f"{key} in {origin} must be {names[kind]}, not {value!r}")
