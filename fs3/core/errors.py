@@ -87,7 +87,7 @@ class Fs3Error(OSError):
         self.primary = primary
 
     def to_detail(self) -> ErrorDetail:
-        """The wire form of this error."""
+        """Return the wire form of this error."""
         return ErrorDetail(
             code=self.code,  # type: ignore[arg-type]
             message=self.message,
@@ -155,7 +155,7 @@ def error(
 
 
 def from_detail(detail: ErrorDetail) -> Fs3Error:
-    """The error that a peer reported."""
+    """Make the error that a peer reported."""
     return error(
         detail.code,
         detail.message,

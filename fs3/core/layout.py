@@ -18,7 +18,7 @@ CHUNK_INDEX_MAX = 0xFFFF_FFFE
 class Piece(NamedTuple):
     """A part of a byte range that lies within one chunk. Offsets and lengths in bytes."""
 
-    index: int
+    chunk: int
     chunk_offset: int
     length: int
     file_offset: int

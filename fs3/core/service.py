@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 class _LineFormatter(logging.Formatter):
     """One line per event: UTC time, level, logger, message. A traceback follows only for bugs."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)  # type: ignore[assignment]
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
@@ -70,10 +71,8 @@ def write_ready(
 def remove_ready(path: str) -> None:
     """Remove the ready file if it is there."""
     if path:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        except FileNotFoundError:
-            pass
 
 
 def run_service(
@@ -103,10 +102,11 @@ def run_service(
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
+    operating: tuple[type[Exception], ...] = (Fs3Error, OSError, *expected)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(body())
-    except (Fs3Error, OSError, *expected) as exc:
+    except operating as exc:
         print(f"fs3 {name}: {one_line(exc)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

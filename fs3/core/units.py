@@ -36,8 +36,10 @@ def parse_bytes(text: str) -> int:
     scale = _BYTES.get(match.group(2).lower()) if match else None
     if match is None or scale is None:
         raise error(Code.CODE_INVALID_ARGUMENT, f"{text!r} is not a size; write for example 64MiB")
-    whole, _, fraction = match.group(1).partition(".")
-    value, rest = divmod(int(whole + fraction) * scale, 10 ** len(fraction))
+    number: str = match.group(1)
+    whole, _, fraction = number.partition(".")
+    denominator: int = 10 ** len(fraction)
+    value, rest = divmod(int(whole + fraction) * scale, denominator)
     if rest:
         raise error(Code.CODE_INVALID_ARGUMENT, f"{text!r} is not a whole number of bytes")
     return value

@@ -245,7 +245,7 @@ class Peers:
         self._failed: dict[str, tuple[float, Fs3Error]] = {}
 
     async def get(self, address: str) -> FrameClient:
-        """The live connection to `address`. Concurrent callers share one attempt. Raises like connect."""
+        """Return the live connection to `address`. Concurrent callers share one attempt. Raises like connect."""
         client = self._clients.get(address)
         if client is not None and client.connected:
             return client

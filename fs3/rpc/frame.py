@@ -63,14 +63,14 @@ def _protocol(message: str) -> Fs3Error:
 
 
 def encode_header(header: Header) -> bytes:
-    """The 40 bytes of `header`."""
+    """Encode the 40 bytes of `header`."""
     kind, request_id, method, status, deadline_ms, body_bytes, payload_bytes = header
     head = _HEAD36.pack(MAGIC, VERSION, kind, 0, request_id, method, status, deadline_ms, body_bytes, payload_bytes, 0)
     return head + _CRC.pack(crc32c_36(head))
 
 
 def encode_request(request_id: int, method: int, deadline_ms: int, body: bytes, payload_bytes: int = 0) -> bytes:
-    """A request frame up to its payload, which the caller sends behind it."""
+    """Encode a request frame up to its payload, which the caller sends behind it."""
     head = _HEAD36.pack(
         MAGIC, VERSION, KIND_REQUEST, 0, request_id, method, 0, deadline_ms, len(body), payload_bytes, 0
     )
@@ -78,7 +78,7 @@ def encode_request(request_id: int, method: int, deadline_ms: int, body: bytes, 
 
 
 def encode_response(request_id: int, method: int, status: int, body: bytes, payload_bytes: int = 0) -> bytes:
-    """A response frame up to its payload, which the caller sends behind it."""
+    """Encode a response frame up to its payload, which the caller sends behind it."""
     head = _HEAD36.pack(MAGIC, VERSION, KIND_RESPONSE, 0, request_id, method, status, 0, len(body), payload_bytes, 0)
     return head + _CRC.pack(crc32c_36(head)) + body
 

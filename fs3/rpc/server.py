@@ -10,6 +10,7 @@ idle time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 from asyncio import tasks as _tasks
@@ -182,6 +183,7 @@ class ServerConnection(asyncio.Protocol):
     # -- connection ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
         transport = cast(asyncio.Transport, transport)
         self._transport = transport
         peer = transport.get_extra_info("peername")
@@ -193,6 +195,7 @@ class ServerConnection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=self.server.limits.unsent_bytes_max)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel what still runs for this peer."""
         self._closing = True
         self._transport = None
         self._buffer.clear()
@@ -202,10 +205,12 @@ class ServerConnection(asyncio.Protocol):
         self.server._forget(self)
 
     def pause_writing(self) -> None:
+        """Stop reading: the peer does not take its replies."""
         self._write_blocked = True
         self._pause()
 
     def resume_writing(self) -> None:
+        """Read again."""
         self._write_blocked = False
         self._resume()
 
@@ -253,6 +258,7 @@ class ServerConnection(asyncio.Protocol):
     # -- frames -------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        """Serve what is complete."""
         self.heard_s = self.server.loop.time()
         self._buffer += data
         self._parse()
@@ -353,6 +359,7 @@ class ServerConnection(asyncio.Protocol):
     def _task_done(self, ctx: Context, task: asyncio.Task[Reply]) -> None:
         self._tasks.pop(task).cancel()
         self._in_flight -= 1
+        self.server._changed.set()
         if task.cancelled():
             if self._transport is not None:
                 late = error(Code.CODE_TIMEOUT, "the deadline of the request passed", maybe_applied=True)
@@ -482,6 +489,7 @@ class FrameServer:
         self._connections: set[ServerConnection] = set()
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
         self.port = 0
 
     @property
@@ -506,15 +514,22 @@ class FrameServer:
             self._sweeper.cancel()
         ends = self.loop.time() + self.limits.stop_grace_s
         while any(c.in_flight for c in self._connections) and self.loop.time() < ends:
-            await asyncio.sleep(0.01)
+            await self._wait_change(ends)
         for connection in list(self._connections):
             connection.close()
         ends = self.loop.time() + 1.0
         while self._connections and self.loop.time() < ends:
-            await asyncio.sleep(0.005)
+            await self._wait_change(ends)
         for connection in list(self._connections):
             connection.close(abort=True)
         await server.wait_closed()
+
+    async def _wait_change(self, until_s: float) -> None:
+        """Wait until some request or connection has ended, at most until `until_s`."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until_s):
+                await self._changed.wait()
 
     def _admit(self, connection: ServerConnection) -> bool:
         if self._server is None or len(self._connections) >= self.limits.connections_max:
@@ -524,6 +539,7 @@ class FrameServer:
 
     def _forget(self, connection: ServerConnection) -> None:
         self._connections.discard(connection)
+        self._changed.set()
 
     def _sweep(self) -> None:
         now_s = self.loop.time()
