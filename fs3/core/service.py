@@ -25,7 +25,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 class _LineFormatter(logging.Formatter):
     """One line per event: UTC time, level, logger, message. A traceback follows only for bugs."""
 
-    converter = staticmethod(time.gmtime)  # type: ignore[assignment]
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

@@ -104,6 +104,8 @@ def decode_header(data: bytes | bytearray, offset: int = 0, limits: Limits = LIM
         raise _protocol(f"frame kind {kind} is not understood")
     if (kind == KIND_REQUEST and status) or (kind == KIND_RESPONSE and deadline_ms):
         raise _protocol("a request has no status and a response has no deadline")
+    if status and payload_bytes:
+        raise _protocol("an error response has no payload")
     if (
         body_bytes > limits.body_bytes
         or payload_bytes > limits.payload_bytes
