@@ -29,7 +29,9 @@ def main() -> int:
         generate(Path(tmp))
         made = sorted((Path(tmp) / "fs3" / "v1").iterdir())
         if "--check" in sys.argv:
-            stale = [p.name for p in made if not (target / p.name).exists() or not filecmp.cmp(p, target / p.name, False)]
+            stale = [
+                p.name for p in made if not (target / p.name).exists() or not filecmp.cmp(p, target / p.name, False)
+            ]
             if stale:
                 print(f"stale: {', '.join(stale)}; run `make proto`", file=sys.stderr)
             return 1 if stale else 0

@@ -32,7 +32,9 @@ def _say(line: str) -> None:
 @click.option("--replicas", type=int, metavar="R", help="Copies of every chunk in a new cluster.  [default: 3]")
 @click.option("--meta", type=int, metavar="N", help="Metadata services of a new cluster.  [default: 1]")
 @click.option("--chunk-size", metavar="SIZE", help="Chunk size of a new cluster's files.  [default: 1MiB]")
-@click.option("--lease-ms", type=int, help="Milliseconds of silence after which a node counts as failed.  [default: 6000]")
+@click.option(
+    "--lease-ms", type=int, help="Milliseconds of silence after which a node counts as failed.  [default: 6000]"
+)
 @click.option("--no-durable-metadata", is_flag=True, help="New cluster: metadata commits do not wait for the disk.")
 @json_option
 def up_command(

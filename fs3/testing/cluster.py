@@ -292,6 +292,7 @@ class LocalCluster:
                 "kv": kv,
                 "frame_port": self.meta_ports[index],
                 "chunk_bytes": self.spec.chunk_bytes,
+                "data_dir": str(service.directory),
             }
         return {
             **common,
