@@ -33,19 +33,14 @@ class Finding:
 
 
 def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= (3, 11):
-        return Finding("python", "ok", version)
-    return Finding("python", "fail", version, "fs3 needs Python 3.11 or newer")
+    return Finding("python", "ok", ".".join(map(str, sys.version_info[:3])))
 
 
 def _native() -> Finding:
     try:
         from fs3 import native
     except ImportError as e:
-        return Finding(
-            "native module", "fail", str(e), "build it with `make build`, or install the wheel for this platform"
-        )
+        return Finding("native module", "fail", str(e), "run `make build`, or install the wheel for this machine")
     if native.crc32c(b"123456789") != 0xE3069283:
         return Finding("native module", "fail", "its checksum is wrong on this CPU", "report this with /proc/cpuinfo")
     return Finding("native module", "ok", "loads, checksums are right")
@@ -54,9 +49,7 @@ def _native() -> Finding:
 def _fuse() -> Finding:
     device = Path("/dev/fuse")
     if not device.exists():
-        return Finding(
-            "FUSE", "warn", "/dev/fuse is missing", "`modprobe fuse`, or pass --device /dev/fuse to the container"
-        )
+        return Finding("FUSE", "warn", "/dev/fuse is missing", "modprobe fuse, or give the container /dev/fuse")
     if not os.access(device, os.R_OK | os.W_OK):
         return Finding("FUSE", "warn", "/dev/fuse may not be opened by this user", "ask for access to /dev/fuse")
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
@@ -103,9 +96,7 @@ def _loopback() -> Finding:
         with socket.create_server(("127.0.0.1", 0)):
             return Finding("loopback", "ok", "127.0.0.1 can be bound")
     except OSError as e:
-        return Finding(
-            "loopback", "fail", f"127.0.0.1: {e.strerror}", "bring the loopback interface up: ip link set lo up"
-        )
+        return Finding("loopback", "fail", f"127.0.0.1: {e.strerror}", "bring it up: ip link set lo up")
 
 
 def _rdma() -> Finding:

@@ -32,9 +32,7 @@ def _say(line: str) -> None:
 @click.option("--replicas", type=int, metavar="R", help="Copies of every chunk in a new cluster.  [default: 3]")
 @click.option("--meta", type=int, metavar="N", help="Metadata services of a new cluster.  [default: 1]")
 @click.option("--chunk-size", metavar="SIZE", help="Chunk size of a new cluster's files.  [default: 1MiB]")
-@click.option(
-    "--lease-ms", type=int, help="Milliseconds of silence after which a node counts as failed.  [default: 6000]"
-)
+@click.option("--lease-ms", type=int, help="Silence after which a node counts as failed.  [default: 6000]")
 @click.option("--no-durable-metadata", is_flag=True, help="New cluster: metadata commits do not wait for the disk.")
 @json_option
 def up_command(
@@ -67,7 +65,7 @@ def up_command(
         if changed:
             raise error(
                 Code.CODE_INVALID_ARGUMENT,
-                f"the cluster in {path} has {changed[0]} = {getattr(cluster.spec, changed[0])}, which cannot be changed here; "
+                f"the cluster in {path} was made with {changed[0]} = {getattr(cluster.spec, changed[0])}; "
                 f"leave the option away or name another directory",
             )
     else:

@@ -1,7 +1,7 @@
 """Which cluster a command speaks to, and how its paths are written.
 
-A path on fs3 is a full URL (``fs3://host:port/dir/file``) or, for the default cluster, ``:/dir/file``. The default cluster is
-the first of: ``--url``, ``$FS3_URL``, ``--cluster DIR``, ``$FS3_CLUSTER``, the directory ``./fs3-cluster``.
+A path on fs3 is a full URL (``fs3://host:port/dir/file``) or, for the default cluster, ``:/dir/file``. The default
+cluster is the first of: ``--url``, ``--cluster DIR``, ``$FS3_URL``, ``$FS3_CLUSTER``, the directory ``./fs3-cluster``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""For tests, ours and our users': a local cluster of real processes."""

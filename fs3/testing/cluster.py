@@ -307,7 +307,8 @@ class LocalCluster:
             if service.process() is None:
                 raise error(
                     Code.CODE_UNAVAILABLE,
-                    f"{service.name} ended while starting: {last_line(service.log) or 'no output'} (log: {service.log})",
+                    f"{service.name} ended while starting: {last_line(service.log) or 'no output'} "
+                    f"(log: {service.log})",
                 )
             if time.monotonic() > deadline:
                 raise error(

@@ -97,7 +97,7 @@ class ProcessRef:
 def spawn(argv: list[str], *, log: Path, env: dict[str, str] | None = None) -> ProcessRef:
     """Start a detached process whose output is appended to `log`."""
     with log.open("ab") as out:
-        child = subprocess.Popen(  # noqa: S603
+        child = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=out,
