@@ -1,65 +1,147 @@
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, RegionMut, Result};
-use fs3_proto::v1::{Attr, Caller, DirEntry, FileType, Layout, ListResponse, PathAt, RenameResponse, StatfsResponse};
+use fs3_proto::v1::{
+    Attr, AttrResponse, BatchStatRequest, BatchStatResponse, Caller, CloseRequest, CreateRequest, DirEntry, Empty,
+    FileType, GetRoutingRequest, GetRoutingResponse, Layout, LinkRequest, ListRequest, ListResponse, LookupRequest,
+    Method, MkdirRequest, OpenRequest, OpenResponse, PathAt, RemoveAllRequest, RenameRequest, RenameResponse,
+    RmdirRequest, Routing, SetattrRequest, StatRequest, StatfsRequest, StatfsResponse, SymlinkRequest, TruncateRequest,
+    UnlinkRequest, UnlinkResponse,
+};
 
+use crate::inner::{Inner, follow_routing, keep_sessions};
+use crate::meta::{CallLimits, Metas, call};
+use crate::routing::check_layout;
 use crate::types::is_special;
-use crate::{ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr};
+use crate::wire::Wire;
+use crate::{ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats};
+
+/// Items of one batch_stat request.
+const BATCH_STAT_MAX: usize = 1024;
 
 /// A connection to a cluster. Cheap to clone; all clones share connections, caches and limits. Its background
 /// tasks run on the tokio runtime that `connect` ran on and end with [`Client::close`] or the last clone.
 #[derive(Clone)]
 pub struct Client {
-    id: ClientId,
+    shared: Arc<Shared>,
 }
 
-fn later<T>() -> Result<T> {
-    Err(Error::new(Code::Unimplemented, "not connected"))
+struct Shared {
+    inner: Arc<Inner>,
+    tasks: Vec<tokio::task::AbortHandle>,
 }
 
-#[allow(clippy::unused_async)]
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.inner.close();
+        self.tasks.iter().for_each(tokio::task::AbortHandle::abort);
+    }
+}
+
 impl Client {
     /// Reach a meta service and learn the routing. Errors: Unauthenticated, WrongCluster, InvalidArgument,
-    /// Timeout when no meta service answered within `op_timeout`.
+    /// Timeout or Unavailable when no meta service answered within `op_timeout`.
     pub async fn connect(config: ClientConfig) -> Result<Client> {
         config.validate()?;
-        later()
+        let id = ClientId(rand::random());
+        let routing = {
+            let wire = Wire::new(id, &config, config.cluster_id.as_deref().unwrap_or_default());
+            first_routing(&wire, &config).await?
+        };
+        if let Some(wanted) = config.cluster_id.as_ref().filter(|wanted| **wanted != routing.cluster_id) {
+            let message = format!("this is cluster {:?}, not {wanted:?}", routing.cluster_id);
+            return Err(Error::new(Code::WrongCluster, message));
+        }
+        // From here on nobody of another cluster is listened to.
+        let wire = Wire::new(id, &config, &routing.cluster_id);
+        let inner = Inner::new(id, config, wire, routing);
+        let tasks = vec![
+            tokio::spawn(follow_routing(inner.clone())).abort_handle(),
+            tokio::spawn(keep_sessions(inner.clone())).abort_handle(),
+        ];
+        Ok(Client { shared: Arc::new(Shared { inner, tasks }) })
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.shared.inner
     }
 
     /// Random identity of this client.
     pub fn client_id(&self) -> ClientId {
-        self.id
+        self.inner().id
     }
 
     /// The cluster's id.
     pub fn cluster_id(&self) -> String {
-        String::new()
+        self.inner().view().raw.cluster_id.clone()
     }
 
     /// Version of the routing in use.
     pub fn routing_version(&self) -> u64 {
-        0
+        self.inner().view().version()
     }
 
-    /// End the background tasks and connections. Open files fail afterwards with Unavailable.
-    pub async fn close(&self) {}
+    /// The routing in use.
+    pub fn routing(&self) -> Routing {
+        self.inner().view().raw.clone()
+    }
+
+    /// Ask for newer routing now and return the version in use afterwards.
+    pub async fn refresh_routing(&self) -> Result<u64> {
+        self.inner().refresh_routing().await?;
+        Ok(self.routing_version())
+    }
+
+    /// The tokio runtime this client lives on.
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.inner().runtime
+    }
+
+    /// Counters since `connect`.
+    pub fn stats(&self) -> Stats {
+        let counters = &self.inner().counters;
+        Stats {
+            checksum_failures: counters.checksum_failures.load(Ordering::Relaxed),
+            read_failovers: counters.read_failovers.load(Ordering::Relaxed),
+            write_retries: counters.write_retries.load(Ordering::Relaxed),
+            payload_resends: counters.payload_resends.load(Ordering::Relaxed),
+        }
+    }
+
+    /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
+    pub async fn close(&self) {
+        self.inner().close();
+        self.shared.tasks.iter().for_each(tokio::task::AbortHandle::abort);
+    }
 
     /// Attributes of entry `name` of directory `parent`; a symlink is not followed.
     pub async fn lookup(&self, caller: &Caller, parent: u64, name: &[u8]) -> Result<Attr> {
-        let _ = (caller, parent, name);
-        later()
+        let name = Bytes::copy_from_slice(name);
+        self.attr(Method::MetaLookup, &LookupRequest { caller: some(caller), parent, name }).await
     }
 
     /// Attributes of one inode.
     pub async fn stat(&self, caller: &Caller, at: PathAt) -> Result<Attr> {
-        let _ = (caller, at);
-        later()
+        self.attr(Method::MetaStat, &StatRequest { caller: some(caller), at: Some(at) }).await
     }
 
     /// Attributes of many, in the order asked, in few round trips.
     pub async fn batch_stat(&self, caller: &Caller, at: Vec<PathAt>) -> Result<Vec<Result<Attr>>> {
-        let _ = (caller, at);
-        later()
+        let mut results = Vec::with_capacity(at.len());
+        for part in at.chunks(BATCH_STAT_MAX) {
+            let request = BatchStatRequest { caller: some(caller), at: part.to_vec() };
+            let response: BatchStatResponse = self.inner().meta(Method::MetaBatchStat, &request).await?;
+            if response.items.len() != part.len() {
+                return Err(Error::new(Code::Protocol, "the service answered another number of items than asked"));
+            }
+            results.extend(response.items.into_iter().map(|item| match (item.code, item.attr) {
+                (0, Some(attr)) => Ok(self.inner().inodes.merge(attr)),
+                (code, _) => Err(Error::new(Code::from_wire(code as u16), "stat failed")),
+            }));
+        }
+        Ok(results)
     }
 
     /// One page of a directory: names greater than `after`, at most `limit` (0: the server's choice).
@@ -71,20 +153,53 @@ impl Client {
         limit: u32,
         with_attr: bool,
     ) -> Result<ListResponse> {
-        let _ = (caller, at, after, limit, with_attr);
-        later()
+        let after = Bytes::copy_from_slice(after);
+        let request = ListRequest { caller: some(caller), at: Some(at), after, limit, with_attr };
+        let mut page: ListResponse = self.inner().meta(Method::MetaList, &request).await?;
+        if !self.inner().inodes.is_empty() {
+            for entry in &mut page.entries {
+                entry.attr = entry.attr.take().map(|attr| self.inner().inodes.merge(attr));
+            }
+        }
+        Ok(page)
     }
 
     /// A whole directory in name order. Not a snapshot: entries made or removed meanwhile may be missed.
     pub async fn list_all(&self, caller: &Caller, at: PathAt, with_attr: bool) -> Result<Vec<DirEntry>> {
-        let _ = (caller, at, with_attr);
-        later()
+        let mut page = self.list(caller, at, b"", 0, with_attr).await?;
+        let mut all = std::mem::take(&mut page.entries);
+        while !page.end {
+            let Some(last) = all.last().map(|entry| entry.name.clone()) else {
+                return Err(Error::new(Code::Protocol, "the service sent an empty page that is not the last"));
+            };
+            // Later pages name the inode, so that a rename of the path does not mix two directories.
+            let dir = crate::at_inode(page.inode);
+            page = self.list(caller, dir, &last, 0, with_attr).await?;
+            if page.entries.is_empty() && !page.end {
+                return Err(Error::new(Code::Protocol, "the service sent an empty page that is not the last"));
+            }
+            all.append(&mut page.entries);
+        }
+        Ok(all)
     }
 
     /// Create a file, or open it when it exists and `exclusive` is not set; [`OpenFile::created`] tells.
     pub async fn create(&self, caller: &Caller, at: PathAt, options: CreateOptions) -> Result<Arc<OpenFile>> {
-        let _ = (caller, at, options);
-        later()
+        let request = CreateRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            mode: options.mode,
+            exclusive: options.exclusive,
+            truncate: options.truncate,
+            open_write: options.write,
+            r#type: FileType::File as i32,
+            layout: options.layout,
+            open_read: options.read,
+            ..Default::default()
+        };
+        let response: OpenResponse = self.inner().meta(Method::MetaCreate, &request).await?;
+        self.opened(caller, response, options.write)
     }
 
     /// Make a file, fifo, socket or device without opening it. Errors: Exists.
@@ -92,14 +207,32 @@ impl Client {
         if !is_special(kind) {
             return Err(Error::new(Code::InvalidArgument, "mknod makes files, fifos, sockets and devices"));
         }
-        let _ = (caller, at, mode, rdev);
-        later()
+        let request = CreateRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            mode,
+            exclusive: true,
+            r#type: kind as i32,
+            rdev,
+            ..Default::default()
+        };
+        let response: OpenResponse = self.inner().meta(Method::MetaCreate, &request).await?;
+        response.attr.ok_or_else(no_attr)
     }
 
     /// Open an existing file.
     pub async fn open(&self, caller: &Caller, at: PathAt, options: OpenOptions) -> Result<Arc<OpenFile>> {
-        let _ = (caller, at, options);
-        later()
+        let request = OpenRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            read: options.read,
+            write: options.write,
+            truncate: options.truncate,
+        };
+        let response: OpenResponse = self.inner().meta(Method::MetaOpen, &request).await?;
+        self.opened(caller, response, options.write)
     }
 
     /// Make a directory; with `parents` also the missing ones above, an existing directory being fine.
@@ -111,20 +244,21 @@ impl Client {
         parents: bool,
         layout: Option<Layout>,
     ) -> Result<Attr> {
-        let _ = (caller, at, mode, parents, layout);
-        later()
+        let op = self.inner().op_id();
+        let request = MkdirRequest { caller: some(caller), op, at: Some(at), mode, parents, layout };
+        self.attr(Method::MetaMkdir, &request).await
     }
 
     /// Make a symlink to `target`.
     pub async fn symlink(&self, caller: &Caller, at: PathAt, target: &[u8]) -> Result<Attr> {
-        let _ = (caller, at, target);
-        later()
+        let (op, target) = (self.inner().op_id(), Bytes::copy_from_slice(target));
+        self.attr(Method::MetaSymlink, &SymlinkRequest { caller: some(caller), op, at: Some(at), target }).await
     }
 
     /// Make `to` a hard link to `from`.
     pub async fn link(&self, caller: &Caller, from: PathAt, to: PathAt) -> Result<Attr> {
-        let _ = (caller, from, to);
-        later()
+        let op = self.inner().op_id();
+        self.attr(Method::MetaLink, &LinkRequest { caller: some(caller), op, from: Some(from), to: Some(to) }).await
     }
 
     /// Remove a name that is not a directory; returns the attributes afterwards (nlink 0: it is going).
@@ -132,20 +266,29 @@ impl Client {
     /// `known`: the inode that `at` names, when the caller knows it. An inode with open files in this client
     /// lives on until the last of them is closed; knowing it saves a round trip where there are none.
     pub async fn unlink(&self, caller: &Caller, at: PathAt, known: Option<u64>) -> Result<Attr> {
-        let _ = (caller, at, known);
-        later()
+        let hold = self.hold_for(known);
+        let request = UnlinkRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            hold_session: hold_bytes(hold),
+        };
+        let response: UnlinkResponse = self.inner().meta(Method::MetaUnlink, &request).await?;
+        let attr = response.attr.ok_or_else(no_attr)?;
+        self.held(caller, &attr, hold).await;
+        Ok(self.inner().inodes.merge(attr))
     }
 
     /// Remove an empty directory.
     pub async fn rmdir(&self, caller: &Caller, at: PathAt) -> Result<()> {
-        let _ = (caller, at);
-        later()
+        let request = RmdirRequest { caller: some(caller), op: self.inner().op_id(), at: Some(at) };
+        self.inner().meta::<_, Empty>(Method::MetaRmdir, &request).await.map(drop)
     }
 
     /// Remove a whole tree in one atomic step.
     pub async fn remove_all(&self, caller: &Caller, at: PathAt) -> Result<()> {
-        let _ = (caller, at);
-        later()
+        let request = RemoveAllRequest { caller: some(caller), op: self.inner().op_id(), at: Some(at) };
+        self.inner().meta::<_, Empty>(Method::MetaRemoveAll, &request).await.map(drop)
     }
 
     /// Rename; `no_replace` fails with Exists when `to` is taken, `exchange` swaps the two. The response has the
@@ -160,35 +303,164 @@ impl Client {
         exchange: bool,
         known_replaced: Option<u64>,
     ) -> Result<RenameResponse> {
-        let _ = (caller, from, to, no_replace, exchange, known_replaced);
-        later()
+        let hold = if no_replace || exchange { None } else { self.hold_for(known_replaced) };
+        let request = RenameRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            from: Some(from),
+            to: Some(to),
+            no_replace,
+            exchange,
+            hold_session: hold_bytes(hold),
+        };
+        let mut response: RenameResponse = self.inner().meta(Method::MetaRename, &request).await?;
+        if let Some(replaced) = &response.replaced {
+            self.held(caller, replaced, hold).await;
+        }
+        response.attr = response.attr.map(|attr| self.inner().inodes.merge(attr));
+        response.replaced = response.replaced.map(|attr| self.inner().inodes.merge(attr));
+        Ok(response)
     }
 
     /// Change mode, owner or times.
     pub async fn setattr(&self, caller: &Caller, at: PathAt, change: Setattr) -> Result<Attr> {
-        let _ = (caller, at, change);
-        later()
+        let request = SetattrRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            mode: change.mode,
+            uid: change.uid,
+            gid: change.gid,
+            atime_ns: change.atime_ns,
+            mtime_ns: change.mtime_ns,
+            atime_now: change.atime_now,
+            mtime_now: change.mtime_now,
+        };
+        let response: AttrResponse = self.inner().meta(Method::MetaSetattr, &request).await?;
+        let attr = response.attr.ok_or_else(no_attr)?;
+        let sets_mtime = change.mtime_now || change.mtime_ns.is_some();
+        if let Some(state) = self.inner().inodes.get(attr.inode).filter(|_| sets_mtime) {
+            state.set_mtime();
+        }
+        Ok(self.inner().inodes.merge(attr))
     }
 
     /// Cut or extend a file to `length` bytes.
     pub async fn truncate(&self, caller: &Caller, at: PathAt, length: u64) -> Result<Attr> {
-        let _ = (caller, at, length);
-        later()
+        if at.path.is_empty() {
+            return self.truncate_inode(caller, at.inode, length, Bytes::new()).await;
+        }
+        // Which inode is meant decides whose writes must wait.
+        let inode = self.stat(caller, PathAt { follow: true, ..at }).await?.inode;
+        self.truncate_inode(caller, inode, length, Bytes::new()).await
+    }
+
+    /// Truncate with this client's writes to the inode held back, so that each of them is wholly before or after.
+    pub(crate) async fn truncate_inode(
+        &self,
+        caller: &Caller,
+        inode: u64,
+        length: u64,
+        session: Bytes,
+    ) -> Result<Attr> {
+        let state = self.inner().inodes.get(inode);
+        let _alone = match &state {
+            Some(state) => Some(state.gate.write().await),
+            None => None,
+        };
+        let at = Some(crate::at_inode(inode));
+        let request = TruncateRequest { caller: some(caller), op: self.inner().op_id(), at, length, session };
+        let attr = self.attr(Method::MetaTruncate, &request).await?;
+        if let Some(state) = &state {
+            state.set_mtime();
+        }
+        Ok(attr)
     }
 
     /// Capacity and use.
     pub async fn statfs(&self, caller: &Caller, at: PathAt) -> Result<StatfsResponse> {
-        let _ = (caller, at);
-        later()
+        self.inner().meta(Method::MetaStatfs, &StatfsRequest { caller: some(caller), at: Some(at) }).await
     }
 
     /// Many reads at once, batched per node; results in the order asked, each as [`OpenFile::read`].
     pub async fn read_many(&self, ops: Vec<ReadOp>) -> Vec<(Result<usize>, RegionMut)> {
-        ops.into_iter().map(|op| (later(), op.buf)).collect()
+        crate::read::read_many(self.inner(), ops).await
     }
 
     /// What every target of every chain holds, for comparing replicas.
     pub async fn list_replicas(&self) -> Result<Vec<ReplicaListing>> {
-        later()
+        crate::audit::list_replicas(self.inner()).await
     }
+
+    async fn attr<Req: prost::Message + Clone>(&self, method: Method, request: &Req) -> Result<Attr> {
+        let response: AttrResponse = self.inner().meta(method, request).await?;
+        Ok(self.inner().inodes.merge(response.attr.ok_or_else(no_attr)?))
+    }
+
+    fn opened(&self, caller: &Caller, response: OpenResponse, write: bool) -> Result<Arc<OpenFile>> {
+        let attr = response.attr.ok_or_else(no_attr)?;
+        if attr.r#type() == FileType::File {
+            check_layout(&attr.layout.unwrap_or_default())?;
+        }
+        if write && response.session.is_empty() {
+            return Err(Error::new(Code::Protocol, "the service opened a file for writing without a session"));
+        }
+        Ok(OpenFile::new(self.clone(), caller.clone(), &attr, response.session, response.created))
+    }
+
+    /// A session to keep an inode alive that may be open here while it loses its last name.
+    fn hold_for(&self, known: Option<u64>) -> Option<[u8; 16]> {
+        let inodes = &self.inner().inodes;
+        let may_be_open = match known {
+            Some(inode) => inodes.get(inode).is_some(),
+            None => !inodes.is_empty(),
+        };
+        may_be_open.then(rand::random)
+    }
+
+    /// The service has answered a request that offered `hold`.
+    async fn held(&self, caller: &Caller, gone: &Attr, hold: Option<[u8; 16]>) {
+        let Some(session) = hold.filter(|_| gone.nlink == 0) else { return };
+        self.inner().session_opened();
+        if !self.inner().inodes.hold(gone.inode, session) {
+            self.release_hold(caller, gone.inode, session).await;
+        }
+    }
+
+    /// End a hold. A failure leaves it to the service, which reaps sessions of clients that are gone.
+    pub(crate) async fn release_hold(&self, caller: &Caller, inode: u64, session: [u8; 16]) {
+        let request = CloseRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            inode,
+            session: Bytes::copy_from_slice(&session),
+            report: None,
+        };
+        if let Err(error) = self.inner().meta::<_, AttrResponse>(Method::MetaClose, &request).await {
+            tracing::debug!(inode, %error, "could not end the session of an unlinked file");
+        }
+        self.inner().session_closed();
+    }
+}
+
+async fn first_routing(wire: &Wire, config: &ClientConfig) -> Result<Routing> {
+    let metas = Metas::new(config.metas.clone());
+    let deadline = tokio::time::Instant::now() + config.op_timeout;
+    let limits = CallLimits { deadline, attempt: config.meta_attempt_timeout };
+    let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
+    let response: GetRoutingResponse = call(wire, &metas, Method::GetRouting, &request, limits).await?;
+    let none = || Error::new(Code::Unavailable, "the cluster has no routing yet; is its manager running?");
+    response.routing.ok_or_else(none)
+}
+
+fn some(caller: &Caller) -> Option<Caller> {
+    Some(caller.clone())
+}
+
+fn hold_bytes(hold: Option<[u8; 16]>) -> Bytes {
+    hold.map_or_else(Bytes::new, |session| Bytes::copy_from_slice(&session))
+}
+
+fn no_attr() -> Error {
+    Error::new(Code::Protocol, "the service answered without attributes")
 }

@@ -1,90 +1,239 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
-use fs3_proto::v1::{Attr, Layout};
+use fs3_proto::v1::{Attr, AttrResponse, Caller, CloseRequest, Layout, Method, SyncRequest};
+use tokio::sync::Mutex;
+
+use crate::inode::InodeState;
+use crate::{Client, at_inode};
 
 /// An open file. Shared by `Arc`; all methods may be called from any task at once.
 ///
 /// Open files of one inode in one client share what is known of it: acknowledged writes through one are seen
-/// by reads through another at once. Other clients see them after [`OpenFile::sync`] or [`OpenFile::close`]
-/// (close-to-open). Overlapping writes at the same time are the caller's to order.
+/// by reads through another at once. Other clients see them after [`OpenFile::sync`], [`OpenFile::publish`] or
+/// [`OpenFile::close`] (close-to-open). Overlapping writes at the same time are the caller's to order.
 pub struct OpenFile {
-    attr: Attr,
+    handle: Arc<Handle>,
 }
 
-fn later<T>() -> Result<T> {
-    Err(Error::new(Code::Unimplemented, "not connected"))
+/// What a close in the background needs after the [`OpenFile`] is gone.
+struct Handle {
+    client: Client,
+    caller: Caller,
+    state: Arc<InodeState>,
+    /// Empty for opens without write.
+    session: Bytes,
+    created: bool,
+    closed: AtomicBool,
+    closing: Mutex<()>,
 }
 
 impl OpenFile {
+    pub(crate) fn new(client: Client, caller: Caller, attr: &Attr, session: Bytes, created: bool) -> Arc<Self> {
+        let state = client.inner().inodes.open(attr);
+        if !session.is_empty() {
+            client.inner().session_opened();
+        }
+        let (closed, closing) = (AtomicBool::new(false), Mutex::new(()));
+        Arc::new(Self { handle: Arc::new(Handle { client, caller, state, session, created, closed, closing }) })
+    }
+
+    pub(crate) fn state(&self) -> &Arc<InodeState> {
+        &self.handle.state
+    }
+
+    pub(crate) fn check_open(&self) -> Result<()> {
+        self.handle.check_open()
+    }
+
+    /// The client it was opened through.
+    pub fn client(&self) -> &Client {
+        &self.handle.client
+    }
+
     /// The inode.
     pub fn inode(&self) -> u64 {
-        self.attr.inode
+        self.state().inode
     }
 
     /// Attributes as last seen, length merged with this client's acknowledged writes.
     pub fn attr(&self) -> Attr {
-        self.attr.clone()
+        self.state().merged()
     }
 
     /// Where the chunks live.
     pub fn layout(&self) -> Layout {
-        self.attr.layout.unwrap_or_default()
+        self.state().layout()
     }
 
     /// The file's length in bytes as this client knows it.
     pub fn length(&self) -> u64 {
-        self.attr.length
+        self.state().length()
     }
 
     /// Whether the open made the file.
     pub fn created(&self) -> bool {
-        false
+        self.handle.created
     }
 
     /// Whether it is open for writing (has a write session).
     pub fn writable(&self) -> bool {
-        false
+        !self.handle.session.is_empty()
     }
 
-    /// Fill `buf` from `offset`. Returns the count, short only at the end of the file, together with the buffer.
-    /// Holes are zeros. Every byte was verified against its writer's checksum.
+    /// Fill `buf` from `offset`. Returns the count, short only at the end of the file, together with the buffer
+    /// (whose bytes beyond the count are undefined). Holes are zeros. Every byte was verified against its
+    /// writer's checksum. Also works on files that are open for writing only.
     /// Errors: ChecksumMismatch when no replica is right; Timeout or Unavailable when none answered in time.
     pub async fn read(&self, offset: u64, buf: RegionMut) -> (Result<usize>, RegionMut) {
-        let _ = offset;
-        (later(), buf)
+        crate::read::read_one(self, offset, buf).await
     }
 
     /// Write all of `data` at `offset`. Returns after every serving replica has it (it survives kill -9 of all);
-    /// power loss needs [`OpenFile::sync`]. On an error a part may have been applied.
+    /// power loss needs [`OpenFile::sync`]. On an error a part may have been applied. `data` must not change
+    /// until this returns; a change is refused as damaged or stored as of some moment, never mixed unnoticed.
     /// Errors: NoSpace, FileTooLarge, InvalidArgument when not open for writing, Timeout.
     pub async fn write(&self, offset: u64, data: Region) -> Result<usize> {
-        let _ = (offset, data);
-        later()
+        self.check_open()?;
+        if !self.writable() {
+            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
+        }
+        if data.is_empty() {
+            return Ok(0);
+        }
+        let state = self.state();
+        let _shared = state.gate.read().await;
+        let (end, count) = (offset.saturating_add(data.len() as u64), data.len());
+        match crate::write::write(self.client().inner(), state, offset, data).await {
+            Ok(()) => {
+                state.acknowledge_write(end, now_ns());
+                Ok(count)
+            }
+            Err(error) => {
+                state.fail_write();
+                Err(error)
+            }
+        }
     }
 
-    /// Make every acknowledged write survive power loss and publish length and mtime.
+    /// Make every acknowledged write of this client to the inode survive power loss, and publish length and mtime.
+    /// An error means that some of them may not: they count as unsynced until a later sync succeeds.
     pub async fn sync(&self) -> Result<Attr> {
-        later()
+        self.check_open()?;
+        crate::write::sync_chains(self.client().inner(), self.state()).await?;
+        self.publish().await
     }
 
     /// Publish length and mtime without asking the disks to sync (close-to-open for readers elsewhere).
     pub async fn publish(&self) -> Result<Attr> {
-        later()
+        self.check_open()?;
+        let (state, client) = (self.state(), self.client());
+        let Some(pending) = state.pending() else { return Ok(state.merged()) };
+        let request = SyncRequest {
+            caller: Some(self.handle.caller.clone()),
+            op: client.inner().op_id(),
+            inode: state.inode,
+            session: self.handle.session.clone(),
+            report: Some(pending.report),
+        };
+        let response: AttrResponse = client.inner().meta(Method::MetaSync, &request).await?;
+        state.published(&pending);
+        Ok(response.attr.map_or_else(|| state.merged(), |attr| state.merge(&attr)))
     }
 
     /// Cut or extend to `length` bytes.
     pub async fn truncate(&self, length: u64) -> Result<Attr> {
-        let _ = length;
-        later()
+        self.check_open()?;
+        let session = self.handle.session.clone();
+        self.client().truncate_inode(&self.handle.caller, self.inode(), length, session).await
     }
 
     /// Ask the service for the attributes now.
     pub async fn refresh(&self) -> Result<Attr> {
-        later()
+        self.check_open()?;
+        self.client().stat(&self.handle.caller, at_inode(self.inode())).await
     }
 
-    /// Publish length and mtime and end the session. Later calls return the same attributes; reads and writes
-    /// after it fail. Dropping an open file without it closes in the background, errors unseen.
+    /// Publish length and mtime and end the session, after the writes on their way. Reads and writes after it
+    /// fail; closing again does nothing. On an error the file is closed, but others may not see its last length.
+    /// Dropping an open file without closing it closes in the background, errors going to the log.
     pub async fn close(&self) -> Result<Attr> {
-        later()
+        self.handle.close().await
     }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        if self.handle.closed.load(Ordering::Acquire) {
+            return;
+        }
+        let handle = self.handle.clone();
+        let runtime = handle.client.runtime().clone();
+        if handle.session.is_empty() {
+            handle.closed.store(true, Ordering::Release);
+            if let Some(hold) = handle.client.inner().inodes.close(handle.state.inode) {
+                let inode = handle.state.inode;
+                runtime.spawn(async move { handle.client.release_hold(&handle.caller, inode, hold).await });
+            }
+            return;
+        }
+        runtime.spawn(async move {
+            if let Err(error) = handle.close().await {
+                tracing::warn!(inode = handle.state.inode, %error, "closing a dropped file failed");
+            }
+        });
+    }
+}
+
+impl Handle {
+    fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::new(Code::StaleHandle, "the file is closed"));
+        }
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<Attr> {
+        let _alone = self.closing.lock().await;
+        if self.closed.load(Ordering::Acquire) {
+            return Ok(self.state.merged());
+        }
+        let writes_done = self.state.gate.write().await;
+        self.closed.store(true, Ordering::Release);
+        let result = self.end_session().await;
+        drop(writes_done);
+        if let Some(hold) = self.client.inner().inodes.close(self.state.inode) {
+            self.client.release_hold(&self.caller, self.state.inode, hold).await;
+        }
+        result
+    }
+
+    async fn end_session(&self) -> Result<Attr> {
+        if self.session.is_empty() {
+            return Ok(self.state.merged());
+        }
+        let pending = self.state.pending();
+        let request = CloseRequest {
+            caller: Some(self.caller.clone()),
+            op: self.client.inner().op_id(),
+            inode: self.state.inode,
+            session: self.session.clone(),
+            report: pending.as_ref().map(|pending| pending.report),
+        };
+        let result = self.client.inner().meta::<_, AttrResponse>(Method::MetaClose, &request).await;
+        self.client.inner().session_closed();
+        let response = result?;
+        if let Some(pending) = &pending {
+            self.state.published(pending);
+        }
+        Ok(response.attr.map_or_else(|| self.state.merged(), |attr| self.state.merge(&attr)))
+    }
+}
+
+/// Wall clock, nanoseconds since 1970.
+fn now_ns() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_nanos() as i64)
 }

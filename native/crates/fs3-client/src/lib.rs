@@ -1,10 +1,24 @@
 //! The fs3 client: metadata calls, striped reads and writes, failover. Everything that applications and the
 //! mount daemon do with a cluster goes through [`Client`] and [`OpenFile`].
 
+mod audit;
+mod backoff;
+mod channels;
 mod client;
 mod config;
 mod file;
+mod health;
+mod inner;
+mod inode;
+mod loan;
+mod meta;
+mod plan;
+mod pool;
+mod read;
+mod routing;
 mod types;
+mod wire;
+mod write;
 
 pub use client::Client;
 pub use config::ClientConfig;
@@ -14,4 +28,4 @@ pub use fs3_proto::v1::{
     Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, PathAt, Routing,
     StatfsResponse as Statfs,
 };
-pub use types::{CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, at_child, at_inode, at_path};
+pub use types::{CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats, at_child, at_inode, at_path};

@@ -94,3 +94,16 @@ pub struct ReplicaListing {
 pub(crate) fn is_special(kind: FileType) -> bool {
     !matches!(kind, FileType::Unspecified | FileType::Directory | FileType::Symlink)
 }
+
+/// What a client has met so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Replies of storage whose bytes did not match their checksums, or that storage itself found rotten.
+    pub checksum_failures: u64,
+    /// Reads that went on to another replica, whatever the reason.
+    pub read_failovers: u64,
+    /// Writes sent again, because the chain changed or a node did not answer.
+    pub write_retries: u64,
+    /// Writes sent again because they were damaged on the way.
+    pub payload_resends: u64,
+}

@@ -1,0 +1,49 @@
+//! Which targets failed lately.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+/// A failed target is left alone for this long while its chain stays as it is.
+const SKIP: Duration = Duration::from_secs(3);
+/// Entries kept at most; beyond it the oldest knowledge is thrown away.
+const ENTRIES_MAX: usize = 4096;
+
+/// Targets to avoid, each for one chain version.
+#[derive(Default)]
+pub(crate) struct Health {
+    failed: Mutex<HashMap<u64, (u64, Instant)>>,
+}
+
+impl Health {
+    /// `target_id` did not answer, or not as a serving target does, at this version of its chain.
+    pub fn failed(&self, target_id: u64, chain_version: u64) {
+        let mut failed = self.failed.lock();
+        if failed.len() >= ENTRIES_MAX {
+            failed.clear();
+        }
+        failed.insert(target_id, (chain_version, Instant::now()));
+    }
+
+    /// Whether to avoid it where there is a choice.
+    pub fn suspect(&self, target_id: u64, chain_version: u64) -> bool {
+        let failed = self.failed.lock();
+        failed.get(&target_id).is_some_and(|&(version, at)| version == chain_version && at.elapsed() < SKIP)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_target_is_avoided_for_its_chain_version_and_a_while() {
+        let health = Health::default();
+        health.failed(7, 3);
+        assert!(health.suspect(7, 3) && !health.suspect(7, 4) && !health.suspect(8, 3));
+        tokio::time::advance(SKIP).await;
+        assert!(!health.suspect(7, 3));
+    }
+}

@@ -1,0 +1,146 @@
+//! One metadata call: the same bytes (and so the same OpId) to one meta service after another until the
+//! deadline.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use fs3_core::{Code, Error, Result};
+use parking_lot::RwLock;
+use prost::Message;
+use tokio::time::Instant;
+
+use crate::backoff::Backoff;
+use crate::wire::Wire;
+use fs3_proto::v1::Method;
+
+/// The meta services and which one is in use.
+pub(crate) struct Metas {
+    /// As configured, then those of the routing.
+    list: RwLock<Vec<String>>,
+    configured: Vec<String>,
+    current: AtomicUsize,
+}
+
+impl Metas {
+    pub fn new(configured: Vec<String>) -> Self {
+        // Clients start at different services.
+        let start = rand::random_range(0..configured.len().max(1));
+        Self { list: RwLock::new(configured.clone()), configured, current: AtomicUsize::new(start) }
+    }
+
+    /// Take the services of a new routing: those first, then the configured ones it does not have.
+    pub fn learn(&self, routed: &[String]) {
+        if routed.is_empty() {
+            return;
+        }
+        let mut list = self.list.write();
+        let using = list[self.current.load(Ordering::Relaxed) % list.len()].clone();
+        let mut next = routed.to_vec();
+        next.extend(self.configured.iter().filter(|a| !routed.contains(a)).cloned());
+        if let Some(at) = next.iter().position(|a| *a == using) {
+            self.current.store(at, Ordering::Relaxed);
+        }
+        *list = next;
+    }
+
+    /// The one in use, with the number to pass to [`Metas::failed`].
+    pub fn pick(&self) -> (usize, String) {
+        let list = self.list.read();
+        let at = self.current.load(Ordering::Relaxed) % list.len();
+        (at, list[at].clone())
+    }
+
+    /// Move on from `at`, unless somebody has already.
+    pub fn failed(&self, at: usize) {
+        let count = self.list.read().len();
+        let _ = self
+            .current
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now % count == at).then_some((at + 1) % count));
+    }
+
+    /// Whether `address` is one of them.
+    pub fn has(&self, address: &str) -> bool {
+        self.list.read().iter().any(|known| known == address)
+    }
+
+    pub fn count(&self) -> usize {
+        self.list.read().len()
+    }
+}
+
+/// Limits of one call.
+#[derive(Clone, Copy)]
+pub(crate) struct CallLimits {
+    pub deadline: Instant,
+    pub attempt: Duration,
+}
+
+/// Call a meta service, failing over while the error is worth it.
+pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
+    wire: &Wire,
+    metas: &Metas,
+    method: Method,
+    request: &Req,
+    limits: CallLimits,
+) -> Result<Resp> {
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+    let mut failures = 0;
+    let mut sent = false;
+    loop {
+        let (at, address) = metas.pick();
+        let attempt = (Instant::now() + limits.attempt).min(limits.deadline);
+        let error = match wire.call(&address, method, request.clone(), attempt).await {
+            Ok(reply) => {
+                return Resp::decode(reply)
+                    .map_err(|e| Error::new(Code::Protocol, format!("{address} sent a reply that is none: {e}")));
+            }
+            Err(error) => error,
+        };
+        if !error.retryable() {
+            return Err(error);
+        }
+        sent |= error.code == Code::Timeout || error.maybe_applied;
+        if error.code != Code::Busy {
+            metas.failed(at);
+        }
+        failures += 1;
+        // One quick round over all services, then with pauses.
+        let pause = if failures < metas.count() { Duration::ZERO } else { backoff.next() };
+        if Instant::now() + pause >= limits.deadline {
+            return Err(give_up(error, sent));
+        }
+        tracing::debug!(%address, ?method, error = %error, "metadata call failed; trying again");
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn give_up(last: Error, sent: bool) -> Error {
+    let message = format!("no meta service answered in time; the last error: {}", last.message);
+    let error = Error::new(last.code, message);
+    if sent { error.maybe_applied() } else { error }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_service_is_left_once() {
+        let metas = Metas::new(vec!["a:1".into(), "b:1".into(), "c:1".into()]);
+        let (at, first) = metas.pick();
+        metas.failed(at);
+        metas.failed(at);
+        let (next, second) = metas.pick();
+        assert_eq!(next, (at + 1) % 3);
+        assert_ne!(first, second);
+    }
+
+    #[test]
+    fn the_service_in_use_stays_in_use_when_the_list_changes() {
+        let metas = Metas::new(vec!["a:1".into()]);
+        metas.learn(&["b:1".into(), "c:1".into(), "a:1".into()]);
+        assert_eq!(metas.pick().1, "a:1");
+        metas.learn(&["b:1".into(), "c:1".into()]);
+        assert_eq!(metas.count(), 3);
+    }
+}

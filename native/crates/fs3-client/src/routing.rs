@@ -1,0 +1,179 @@
+//! The routing as the data path reads it: indexed, immutable, one value per version.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use fs3_core::{ChunkId, Code, Error, Result};
+use fs3_proto::v1::{Layout, PublicState, Routing};
+
+/// One replica that serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Replica {
+    pub target_id: u64,
+    pub node_id: u32,
+}
+
+/// A chain as a client needs it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ChainView {
+    pub id: u32,
+    pub version: u64,
+    /// Head first. Writes go to the head, reads to any.
+    pub serving: Vec<Replica>,
+}
+
+/// One version of the routing.
+#[derive(Debug, Default)]
+pub(crate) struct RoutingView {
+    pub raw: Routing,
+    chains: HashMap<u32, ChainView>,
+    addresses: HashMap<u32, Arc<str>>,
+    tables: HashMap<(u32, u32), usize>,
+    metas: Vec<String>,
+}
+
+impl RoutingView {
+    pub fn new(raw: Routing) -> Self {
+        let node_of: HashMap<u64, u32> = raw.targets.iter().map(|t| (t.target_id, t.node_id)).collect();
+        let chains = raw
+            .chains
+            .iter()
+            .map(|chain| {
+                let serving = chain
+                    .targets
+                    .iter()
+                    .filter(|t| t.state() == PublicState::Serving)
+                    .filter_map(|t| Some(Replica { target_id: t.target_id, node_id: *node_of.get(&t.target_id)? }))
+                    .collect();
+                (chain.chain_id, ChainView { id: chain.chain_id, version: chain.version, serving })
+            })
+            .collect();
+        let served = || raw.nodes.iter().filter(|n| n.frame_port != 0);
+        let addresses = served().map(|n| (n.node_id, join(&n.host, n.frame_port).into())).collect();
+        let metas = served().filter(|n| n.role == "meta").map(|n| join(&n.host, n.frame_port)).collect();
+        let tables = raw.tables.iter().enumerate().map(|(i, t)| ((t.table_id, t.table_version), i)).collect();
+        Self { raw, chains, addresses, tables, metas }
+    }
+
+    pub fn version(&self) -> u64 {
+        self.raw.version
+    }
+
+    /// Addresses of the meta services.
+    pub fn metas(&self) -> &[String] {
+        &self.metas
+    }
+
+    pub fn chain(&self, id: u32) -> Option<&ChainView> {
+        self.chains.get(&id)
+    }
+
+    /// `host:port` of a node's frame server.
+    pub fn address(&self, node_id: u32) -> Option<&Arc<str>> {
+        self.addresses.get(&node_id)
+    }
+
+    /// Whether some node is reached there.
+    pub fn serves_at(&self, address: &str) -> bool {
+        self.addresses.values().any(|known| **known == *address)
+    }
+
+    /// The chain of chunk `index`: table.chain_ids[(first + index % stripe) % len]. `None` when this routing
+    /// does not have the table (yet).
+    pub fn chain_of(&self, layout: &Layout, index: u64) -> Option<u32> {
+        let table = &self.raw.tables[*self.tables.get(&(layout.table_id, layout.table_version))?];
+        let count = table.chain_ids.len() as u64;
+        if count == 0 || layout.stripe == 0 {
+            return None;
+        }
+        let position = (u64::from(layout.first) + index % u64::from(layout.stripe)) % count;
+        Some(table.chain_ids[position as usize])
+    }
+}
+
+fn join(host: &str, port: u32) -> String {
+    if host.contains(':') && !host.starts_with('[') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// Check a layout from the network before dividing by its fields.
+pub(crate) fn check_layout(layout: &Layout) -> Result<()> {
+    let bytes = layout.chunk_bytes;
+    if bytes.is_power_of_two() && (1 << 16..=1 << 26).contains(&bytes) && layout.stripe > 0 {
+        return Ok(());
+    }
+    Err(Error::new(Code::Internal, format!("the file has an impossible layout (chunk_bytes {bytes})")))
+}
+
+/// Spreads chunks over replicas: the same chunk always prefers the same replica, so that the caches of the
+/// servers do not all hold the same chunks. splitmix64 of (inode, index).
+pub(crate) fn spread(chunk: &ChunkId) -> u64 {
+    let mut z = chunk.inode.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(u64::from(chunk.index));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fs3_proto::v1::{Chain, ChainTable, ChainTarget, Node, Target};
+
+    fn view() -> RoutingView {
+        RoutingView::new(Routing {
+            version: 7,
+            nodes: vec![
+                Node { node_id: 1, role: "meta".into(), host: "a".into(), frame_port: 9, ..Default::default() },
+                Node { node_id: 2, role: "storage".into(), host: "::1".into(), frame_port: 8, ..Default::default() },
+                Node { node_id: 3, role: "mgmtd".into(), host: "c".into(), ..Default::default() },
+            ],
+            targets: vec![Target { target_id: 2001, node_id: 2, ..Default::default() }],
+            chains: vec![Chain {
+                chain_id: 10,
+                version: 4,
+                targets: vec![
+                    ChainTarget { target_id: 2001, state: PublicState::Serving as i32 },
+                    ChainTarget { target_id: 2002, state: PublicState::Syncing as i32 },
+                ],
+            }],
+            tables: vec![ChainTable { table_id: 1, table_version: 1, chain_ids: vec![10, 11, 12, 13], replicas: 3 }],
+            ..Default::default()
+        })
+    }
+
+    #[test]
+    fn chunks_stripe_over_the_table_from_first_and_wrap() {
+        let view = view();
+        let layout = Layout { table_id: 1, table_version: 1, chunk_bytes: 1 << 20, stripe: 3, first: 2 };
+        let chains: Vec<_> = (0..7).map(|i| view.chain_of(&layout, i).unwrap()).collect();
+        assert_eq!(chains, [12, 13, 10, 12, 13, 10, 12]);
+        assert_eq!(view.chain_of(&Layout { table_version: 2, ..layout }, 0), None);
+    }
+
+    #[test]
+    fn only_serving_targets_and_serving_nodes_are_addressed() {
+        let view = view();
+        assert_eq!(view.chain(10).unwrap().serving, [Replica { target_id: 2001, node_id: 2 }]);
+        assert_eq!(view.address(2).map(|a| &**a), Some("[::1]:8"));
+        assert!(view.address(3).is_none());
+        assert_eq!(view.metas(), ["a:9"]);
+    }
+
+    #[test]
+    fn spread_uses_every_replica_evenly() {
+        let mut counts = [0u32; 3];
+        for index in 0..3000 {
+            counts[(spread(&ChunkId { space: 0, inode: 42, index }) % 3) as usize] += 1;
+        }
+        assert!(counts.iter().all(|c| (850..1150).contains(c)), "{counts:?}");
+    }
+
+    #[test]
+    fn impossible_layouts_are_refused() {
+        let good = Layout { table_id: 1, table_version: 1, chunk_bytes: 1 << 20, stripe: 1, first: 0 };
+        assert!(check_layout(&good).is_ok());
+        for bad in [0, 4096, 100_000, 1 << 27] {
+            assert!(check_layout(&Layout { chunk_bytes: bad, ..good }).is_err());
+        }
+        assert!(check_layout(&Layout { stripe: 0, ..good }).is_err());
+    }
+}

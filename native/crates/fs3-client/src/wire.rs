@@ -1,0 +1,63 @@
+//! Calls to services, as the rest of the client makes them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use fs3_core::{ClientId, Code, Error, Region, Result};
+use fs3_net::{Hello, Peers, Reply, Sink};
+use fs3_proto::v1::{Method, Role};
+use prost::Message;
+use tokio::time::Instant;
+
+use crate::ClientConfig;
+
+/// Connections to metas and storage nodes.
+pub(crate) struct Wire {
+    peers: Peers,
+    closed: AtomicBool,
+}
+
+impl Wire {
+    /// Connects to services of `cluster_id` only; empty: any.
+    pub fn new(id: ClientId, config: &ClientConfig, cluster_id: &str) -> Self {
+        let hello =
+            Hello { cluster_id: cluster_id.to_owned(), role: Role::Client, peer_id: id.0, token: config.token.clone() };
+        Self { peers: Peers::new(hello, config.connections_per_peer), closed: AtomicBool::new(false) }
+    }
+
+    /// A call without payload either way; the encoded response.
+    pub async fn call(&self, addr: &str, method: Method, body: impl Message, until: Instant) -> Result<Bytes> {
+        self.transfer(addr, method, body, Vec::new(), Sink::none(), until).await.map(|reply| reply.body)
+    }
+
+    /// A call with payload. Once it has returned or was dropped, nothing touches the sink's memory any more.
+    pub async fn transfer(
+        &self,
+        addr: &str,
+        method: Method,
+        body: impl Message,
+        payload: Vec<Region>,
+        sink: Sink,
+        until: Instant,
+    ) -> Result<Reply> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(Error::new(Code::Unavailable, "the client is closed"));
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::new(Code::Timeout, format!("no time left to ask {addr}")));
+        }
+        self.peers.call(addr, method, body, payload, sink, left).await
+    }
+
+    /// Drop connections to other addresses than these.
+    pub fn retain(&self, keep: impl Fn(&str) -> bool) {
+        self.peers.retain(keep);
+    }
+
+    /// End all connections and refuse calls.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        self.peers.retain(|_| false);
+    }
+}

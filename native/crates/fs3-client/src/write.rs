@@ -1,0 +1,209 @@
+//! Writes and syncs: through the head of each chain, again with the same identity until the chain has it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use fs3_core::{Code, Error, Region, Result, crc_blocks, pack_crcs};
+use fs3_net::Sink;
+use fs3_proto::v1::{Layout, Method, SyncChainRequest, WriteRequest};
+use prost::Message;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::backoff::Backoff;
+use crate::inner::Inner;
+use crate::inode::InodeState;
+use crate::plan::{Piece, pieces};
+use crate::routing::{ChainView, Replica};
+
+/// Times one write is sent again because it was damaged on the way, before that is an error.
+const RESENDS_MAX: usize = 4;
+/// Times a failure of the replicas' disks or stored bytes is waited out: their targets should leave the chain.
+const DISK_RETRIES_MAX: usize = 6;
+/// How long an answer may still come after its chain has changed.
+const MOVED_GRACE: Duration = Duration::from_millis(300);
+
+/// Write all of `data`; every piece is on its chain afterwards. The pieces travel at the same time.
+pub(crate) async fn write(inner: &Arc<Inner>, state: &Arc<InodeState>, offset: u64, data: Region) -> Result<()> {
+    let layout = state.layout();
+    let deadline = inner.deadline();
+    let mut list = pieces(state.inode, layout.chunk_bytes, offset, data.len())?;
+    state.begin_write(offset + data.len() as u64);
+    if list.len() == 1 {
+        let piece = list.pop().expect("one piece");
+        return write_piece(inner.clone(), state.clone(), layout, piece, data, deadline).await;
+    }
+    let mut tasks = JoinSet::new();
+    for piece in list {
+        let part = data.slice(piece.at, piece.len as usize);
+        tasks.spawn(write_piece(inner.clone(), state.clone(), layout, piece, part, deadline));
+    }
+    tasks.join_all().await.into_iter().collect()
+}
+
+async fn write_piece(
+    inner: Arc<Inner>,
+    state: Arc<InodeState>,
+    layout: Layout,
+    piece: Piece,
+    data: Region,
+    deadline: Instant,
+) -> Result<()> {
+    let permits = data.len().min(inner.config.write_bytes_in_flight) as u32;
+    let _budget = inner.write_budget.acquire_many(permits).await.expect("the budget is never closed");
+    let claim = inner.channels.claim().await?;
+    let chain_id = locate(&inner, &layout, u64::from(piece.chunk.index), deadline).await?;
+    state.touch_chain(chain_id);
+    let request = WriteRequest {
+        chunk_id: Bytes::copy_from_slice(&piece.chunk.to_bytes()),
+        chunk_bytes: layout.chunk_bytes,
+        offset: piece.offset,
+        length: piece.len,
+        crcs: pack_crcs(&crc_blocks(piece.offset as usize, &data)).into(),
+        writer: Some(claim.id()),
+        ..Default::default()
+    };
+    let build = |chain: &ChainView, head: Replica| WriteRequest {
+        chain_id,
+        chain_version: chain.version,
+        target_id: head.target_id,
+        ..request.clone()
+    };
+    head_call(&inner, chain_id, Method::StorageWrite, build, Some(data), deadline).await.map(drop)
+}
+
+/// The chain of a chunk, waiting for a routing that has the file's table.
+async fn locate(inner: &Inner, layout: &Layout, index: u64, deadline: Instant) -> Result<u32> {
+    loop {
+        let view = inner.view();
+        if let Some(chain_id) = view.chain_of(layout, index) {
+            return Ok(chain_id);
+        }
+        if Instant::now() >= deadline {
+            let message = format!("the routing has no table {}.{}", layout.table_id, layout.table_version);
+            return Err(Error::new(Code::Timeout, message));
+        }
+        inner.wait_routing(view.version(), view.version() + 1, Duration::from_millis(200)).await;
+    }
+}
+
+/// Make everything acknowledged on the chains that were written since the last sync survive power loss.
+pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> Result<()> {
+    let mut unsynced = Unsynced { state, chains: state.take_unsynced() };
+    let deadline = inner.deadline();
+    let mut tasks = JoinSet::new();
+    for &chain_id in &unsynced.chains {
+        let inner = inner.clone();
+        tasks.spawn(async move { (chain_id, sync_chain(&inner, chain_id, deadline).await) });
+    }
+    let mut result = Ok(());
+    while let Some(joined) = tasks.join_next().await {
+        match joined.map_err(|e| Error::new(Code::Internal, format!("a sync task failed: {e}"))) {
+            Ok((chain_id, Ok(()))) => {
+                unsynced.chains.remove(&chain_id);
+            }
+            Ok((_, Err(error))) | Err(error) => result = Err(error),
+        }
+    }
+    result
+}
+
+/// Chains taken for a sync; those that remain at the end (an error, a dropped future) count as unsynced again.
+struct Unsynced<'a> {
+    state: &'a InodeState,
+    chains: BTreeSet<u32>,
+}
+
+impl Drop for Unsynced<'_> {
+    fn drop(&mut self) {
+        self.state.not_synced(std::mem::take(&mut self.chains));
+    }
+}
+
+async fn sync_chain(inner: &Inner, chain_id: u32, deadline: Instant) -> Result<()> {
+    let build = |chain: &ChainView, head: Replica| SyncChainRequest {
+        chain_id,
+        chain_version: chain.version,
+        target_id: head.target_id,
+        forwarded: false,
+    };
+    head_call(inner, chain_id, Method::StorageSync, build, None, deadline).await.map(drop)
+}
+
+/// Ask the head of a chain, whoever that is at the time, until it succeeds, cannot succeed, or the deadline.
+async fn head_call<Req: Message>(
+    inner: &Inner,
+    chain_id: u32,
+    method: Method,
+    build: impl Fn(&ChainView, Replica) -> Req,
+    payload: Option<Region>,
+    deadline: Instant,
+) -> Result<Bytes> {
+    let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(1));
+    let (mut resends, mut disk_failures, mut sent) = (0, 0, false);
+    loop {
+        let view = inner.view();
+        let head = view.chain(chain_id).and_then(|chain| {
+            let head = *chain.serving.first()?;
+            Some((chain, head, view.address(head.node_id)?))
+        });
+        let result = match head {
+            None => Err(Error::new(Code::NotServing, format!("chain {chain_id} has no serving replica"))),
+            Some((chain, head, address)) => {
+                let payload = payload.iter().cloned().collect();
+                let call = inner.wire.transfer(address, method, build(chain, head), payload, Sink::none(), deadline);
+                unless_moved(inner, chain, call).await
+            }
+        };
+        let error = match result {
+            Ok(reply) => return Ok(reply.body),
+            Err(error) => error,
+        };
+        sent |= error.maybe_applied;
+        let wait = match error.code {
+            Code::PayloadChecksum if resends < RESENDS_MAX => {
+                inner.counters.payload_resends.fetch_add(1, Ordering::Relaxed);
+                resends += 1;
+                false
+            }
+            // The manager takes such a target out of the chain, or the replica repairs itself.
+            Code::DiskError | Code::VersionGap | Code::ChecksumMismatch if disk_failures < DISK_RETRIES_MAX => {
+                disk_failures += 1;
+                true
+            }
+            code if code.retryable() && code != Code::PayloadChecksum => true,
+            _ => return Err(if sent { error.maybe_applied() } else { error }),
+        };
+        let pause = if wait { backoff.next() } else { Duration::ZERO };
+        if Instant::now() + pause >= deadline {
+            let message = format!("chain {chain_id} did not answer in time; the last error: {error}");
+            let late = Error::new(Code::Timeout, message);
+            return Err(if sent { late.maybe_applied() } else { late });
+        }
+        inner.counters.write_retries.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!(chain_id, ?method, %error, "trying again");
+        if wait {
+            inner.wait_routing(view.version(), error.routing_version, pause).await;
+        }
+    }
+}
+
+/// The call's result, or StaleChain soon after its chain has changed: a node that hangs does not answer, and the
+/// new head knows whether the request was applied.
+async fn unless_moved<T>(inner: &Inner, chain: &ChainView, call: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut changes = inner.routing.subscribe();
+    let moved = async {
+        let changed = changes.wait_for(|view| view.chain(chain.id).is_none_or(|now| now.version != chain.version));
+        if changed.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(MOVED_GRACE).await;
+    };
+    tokio::select! {
+        result = call => result,
+        () = moved => Err(Error::new(Code::StaleChain, "the chain changed while its head was asked").maybe_applied()),
+    }
+}
