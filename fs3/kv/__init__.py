@@ -1,0 +1,1 @@
+"""Transactional key-value stores: one interface (``api``), engines, and the retry loop."""

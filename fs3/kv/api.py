@@ -71,10 +71,14 @@ class StoreFull(KvError):
 
 
 class Transaction(Protocol):
-    """One transaction. Keys and values are bytes; ranges are ``[begin, end)``."""
+    """One transaction. Keys and values are bytes; ranges are ``[begin, end)``.
+
+    A key is not empty and does not begin with 0xff (LimitExceeded): that space belongs to the store. So the
+    range of all keys is from ``b""`` to the one byte 0xff.
+    """
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
-        """The value of `key`, or None. Raises TooOld, Unavailable."""
+        """Return the value of `key`, or None. Raises TooOld, Unavailable."""
 
     async def get_range(
         self,
@@ -85,13 +89,13 @@ class Transaction(Protocol):
         reverse: bool = False,
         snapshot: bool = False,
     ) -> list[tuple[bytes, bytes]]:
-        """Pairs in key order (or the reverse), at most `limit` when it is not 0.
+        """Return pairs in key order (or the reverse), at most `limit` when it is not 0.
 
         With a limit the conflict range ends at the last key returned.
         """
 
     async def get_read_version(self) -> int:
-        """The version of the snapshot. Versions grow with every commit that writes."""
+        """Return the version of the snapshot. Versions grow with every commit that writes."""
 
     def set(self, key: bytes, value: bytes) -> None:
         """Write. Raises LimitExceeded."""
@@ -130,7 +134,7 @@ class Transaction(Protocol):
         """
 
     def versionstamp(self) -> bytes:
-        """The 10-byte stamp of this committed transaction (big-endian version and order within it)."""
+        """Return the 10-byte stamp of this committed transaction (big-endian version and order within it)."""
 
     def cancel(self) -> None:
         """Give up; releases the snapshot. Harmless after the end."""
@@ -140,7 +144,7 @@ class KvStore(Protocol):
     """A store. Safe for use from the tasks of one event loop."""
 
     def transaction(self) -> Transaction:
-        """A new transaction; nothing is read until its first read."""
+        """Make a new transaction; nothing is read until its first read."""
 
     async def close(self) -> None:
         """Release everything. Transactions that are still open fail."""
@@ -150,7 +154,7 @@ TransactionFn = Callable[[Transaction], Awaitable[T]]
 
 
 def strinc(prefix: bytes) -> bytes:
-    """The first key after every key that starts with `prefix` (which must not be all 0xff)."""
+    """Return the first key after every key that starts with `prefix` (which must not be all 0xff)."""
     stripped = prefix.rstrip(b"\xff")
     if not stripped:
         raise ValueError("a prefix of 0xff bytes has no end")

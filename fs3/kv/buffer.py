@@ -106,15 +106,15 @@ class BufferedTransaction(ABC):
 
     @abstractmethod
     def _base_get(self, key: bytes) -> bytes | None:
-        """The value in the snapshot, which exists."""
+        """Read from the snapshot, which exists."""
 
     @abstractmethod
     def _base_iter(self, begin: bytes, end: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
-        """The pairs of the snapshot, which exists, in ``[begin, end)``."""
+        """Walk the pairs of the snapshot, which exists, in ``[begin, end)``."""
 
     @abstractmethod
     def _base_range(self, begin: bytes, end: bytes, limit: int, reverse: bool) -> list[tuple[bytes, bytes]]:
-        """As _base_iter, at most `limit` when it is not 0."""
+        """Read as _base_iter does, at most `limit` pairs when it is not 0."""
 
     @abstractmethod
     async def _commit(self) -> bytes:
@@ -125,11 +125,13 @@ class BufferedTransaction(ABC):
         """Let go of the snapshot. Called at the end, perhaps more than once."""
 
     async def _before_read(self) -> None:
-        """A place for faults."""
+        """Give faults a place to happen."""
+        return
 
     # Reads.
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
+        """Read one key; see the protocol."""
         self._check_open()
         if not _FIRST_KEY <= key < KEYS_END or len(key) > KEY_BYTES_MAX:
             raise _key_refused(key)
@@ -154,6 +156,7 @@ class BufferedTransaction(ABC):
         reverse: bool = False,
         snapshot: bool = False,
     ) -> list[tuple[bytes, bytes]]:
+        """Read a range; see the protocol. Keys with a versionstamp of this transaction are not seen."""
         self._check_open()
         self._check_range(begin, end)
         if limit < 0:
@@ -176,6 +179,7 @@ class BufferedTransaction(ABC):
         return rows
 
     async def get_read_version(self) -> int:
+        """Take the snapshot if there is none."""
         self._check_open()
         await self._before_read()
         return self._snapshot()
@@ -183,18 +187,23 @@ class BufferedTransaction(ABC):
     # Writes.
 
     def set(self, key: bytes, value: bytes) -> None:
+        """Buffer a write."""
+        if type(value) is not bytes:
+            raise TypeError(f"a value must be bytes, not {type(value).__name__}")
         self._check_write(key, len(value))
         if key not in self._writes:
             self._order = None
         self._writes[key] = value
 
     def clear(self, key: bytes) -> None:
+        """Buffer a removal."""
         self._check_write(key, 0)
         if key not in self._writes:
             self._order = None
         self._writes[key] = None
 
     def clear_range(self, begin: bytes, end: bytes) -> None:
+        """Buffer the removal of a range."""
         self._check_open()
         self._check_range(begin, end)
         if begin >= end:
@@ -219,6 +228,7 @@ class BufferedTransaction(ABC):
         self._clears = kept
 
     def add(self, key: bytes, delta: int) -> None:
+        """Buffer an atomic addition."""
         self._check_write(key, 8)
         own = self._own(key)
         if isinstance(own, tuple):
@@ -234,10 +244,12 @@ class BufferedTransaction(ABC):
             self._writes[key] = add_wrapping(own, delta)
 
     def set_versionstamped_key(self, prefix: bytes, suffix: bytes, value: bytes) -> None:
+        """Buffer a write under a key with the stamp of the commit."""
         self._check_write(prefix + _NO_STAMP + suffix, len(value))
         self._stamped_keys.append((prefix, suffix, value))
 
     def set_versionstamped_value(self, key: bytes, prefix: bytes, suffix: bytes = b"") -> None:
+        """Buffer a value with the stamp of the commit; reading it in the same transaction raises KvError."""
         self._check_write(key, len(prefix) + VERSIONSTAMP_BYTES + len(suffix))
         if key not in self._writes:
             self._order = None
@@ -246,12 +258,14 @@ class BufferedTransaction(ABC):
     # Conflicts declared by the caller.
 
     def add_read_conflict_key(self, key: bytes) -> None:
+        """Take the snapshot if there is none, and declare `key` as read."""
         self._check_open()
         self._check_range(key, key)
         self._snapshot()
         self._read_keys.append(key)
 
     def add_read_conflict_range(self, begin: bytes, end: bytes) -> None:
+        """Take the snapshot if there is none, and declare the range as read."""
         self._check_open()
         self._check_range(begin, end)
         self._snapshot()
@@ -259,10 +273,12 @@ class BufferedTransaction(ABC):
             self._read_ranges.append((begin, end))
 
     def add_write_conflict_key(self, key: bytes) -> None:
+        """Declare `key` as written."""
         self._check_write(key, 0)
         self._write_keys.append(key)
 
     def add_write_conflict_range(self, begin: bytes, end: bytes) -> None:
+        """Declare the range as written."""
         self._check_open()
         self._check_range(begin, end)
         if begin < end:
@@ -271,6 +287,7 @@ class BufferedTransaction(ABC):
     # The end.
 
     async def commit(self) -> None:
+        """Commit; see the protocol. Always succeeds when nothing was written."""
         self._check_open()
         if not (self._writes or self._clears or self._stamped_keys or self._write_keys or self._write_ranges):
             self._state = State.COMMITTED
@@ -287,6 +304,7 @@ class BufferedTransaction(ABC):
             self._release()
 
     def versionstamp(self) -> bytes:
+        """Return the stamp; raises KvError before the commit or when nothing was written."""
         if self._state is not State.COMMITTED:
             raise KvError("only a committed transaction has a versionstamp")
         if self._stamp is None:
@@ -294,6 +312,7 @@ class BufferedTransaction(ABC):
         return self._stamp
 
     def cancel(self) -> None:
+        """Give up."""
         if self._state is State.OPEN:
             self._state = State.CANCELLED
             self._release()
@@ -355,7 +374,7 @@ class BufferedTransaction(ABC):
         return rows
 
     def _merge(self, own: list[bytes], begin: bytes, end: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
-        """The snapshot's pairs with `own` (sorted keys of this transaction's writes) laid over them."""
+        """Walk the snapshot's pairs with `own` (sorted keys of this transaction's writes) laid over them."""
         own = own[::-1] if reverse else own
         at = 0
         for key, value in self._base_iter(begin, end, reverse):
@@ -377,7 +396,7 @@ class BufferedTransaction(ABC):
                 yield key, mine
 
     def _visible(self, key: bytes, base: bytes | None) -> bytes | None:
-        """What this transaction sees at a key that it wrote."""
+        """Return what this transaction sees at a key that it wrote."""
         own = self._writes[key]
         if isinstance(own, int):
             return add_wrapping(base, own)
@@ -386,7 +405,7 @@ class BufferedTransaction(ABC):
         return own
 
     def _written(self, stamp: bytes) -> tuple[list[bytes], list[KeyRange]]:
-        """The write conflict keys and ranges of a commit with this versionstamp."""
+        """Return the write conflict keys and ranges of a commit with this versionstamp."""
         keys = list(self._writes)
         if self._stamped_keys:
             keys.extend(prefix + stamp + suffix for prefix, suffix, _ in self._stamped_keys)

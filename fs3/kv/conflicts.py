@@ -30,7 +30,7 @@ class ConflictLog:
     """The writes of the last WINDOW_MS, newest last.
 
     Invariant: every committed write with a version above ``floor`` is here, so a snapshot older than
-    ``floor`` cannot be judged. Extra entries (of commits that failed later) only cause needless conflicts.
+    ``floor`` cannot be judged.
     """
 
     def __init__(self, floor: int) -> None:

@@ -46,7 +46,7 @@ class KvFaults:
             raise Unavailable("injected: the store cannot be reached")
 
     def on_commit(self) -> CommitFault | None:
-        """What happens to this commit; None: nothing unusual. Conflict and TooOld are raised."""
+        """Decide what happens to this commit; None: nothing unusual. Conflict and TooOld are raised."""
         draw = self.rng.random()
         for fault, probability in (
             (CommitFault.CONFLICT, self.commit_conflict),

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lmdb
 
@@ -36,7 +36,7 @@ def _monotonic_ms() -> int:
 class _Environment:
     """One directory opened by this process; shared by every LmdbKv on it, because LMDB permits only one."""
 
-    _open: dict[str, _Environment] = {}
+    _open: ClassVar[dict[str, _Environment]] = {}
     _lock = threading.Lock()
 
     def __init__(self, path: str, durable: bool, map_bytes: int, now_ms: Callable[[], int]) -> None:
@@ -54,7 +54,10 @@ class _Environment:
 
     @classmethod
     def acquire(cls, path: Path, durable: bool, map_bytes: int, now_ms: Callable[[], int]) -> _Environment:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KvError(f"cannot make the directory of the key-value store {path}: {error.strerror}") from error
         name = os.path.realpath(path)
         with cls._lock:
             shared = cls._open.get(name)
@@ -170,16 +173,16 @@ class LmdbKv:
 
     @property
     def path(self) -> str:
-        """The directory."""
+        """Return the directory."""
         return self._shared.path
 
     @property
     def batches(self) -> int:
-        """LMDB write transactions made by this process since the directory was opened."""
+        """Count the LMDB write transactions made by this process since the directory was opened."""
         return self._shared.committer.batches
 
     def transaction(self) -> LmdbTransaction:
-        """See the protocol."""
+        """Make a new transaction."""
         return LmdbTransaction(self)
 
     async def close(self) -> None:
@@ -259,7 +262,7 @@ class LmdbTransaction(BufferedTransaction):
         self._reader: Any = None
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
-        """See the protocol."""
+        """Read one key; see the protocol."""
         reader = self._reader
         if reader is None or self._writes or self._clears or len(key) > records.SHORT_KEY_BYTES_MAX:
             return await super().get(key, snapshot=snapshot)

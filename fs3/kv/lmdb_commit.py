@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -46,7 +47,12 @@ def _full(error: Exception) -> StoreFull:
 
 
 def _is_full(error: Exception) -> bool:
-    return isinstance(error, lmdb.MapFullError) or getattr(error, "code", None) == errno.ENOSPC
+    # py-lmdb gives operating-system errors no number, only the text of strerror.
+    return isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in str(error)
+
+
+class _OutcomeUnknown(Exception):
+    """LMDB's commit failed in a way that does not say whether it took effect."""
 
 
 class Committer:
@@ -116,19 +122,19 @@ class Committer:
             return [(future, Unavailable(self._broken)) for _, future in batch]
         try:
             return self._commit(batch)
-        except lmdb.Error as error:
-            if _is_full(error):
-                if len(batch) == 1:
-                    return [(batch[0][1], _full(error))]
-                # Alone, the small ones and those that only remove may still fit.
-                return [outcome for request in batch for outcome in self._commit_safely([request])]
+        except _OutcomeUnknown as error:
             return self._fail(batch, error)
         except Exception as error:
-            return self._fail(batch, error)
+            if len(batch) > 1:
+                # One bad transaction must not fail its neighbours; and alone, small ones may still fit.
+                return [outcome for request in batch for outcome in self._commit_safely([request])]
+            refusal = _full(error) if _is_full(error) else KvError(f"the store refused the transaction: {error!r}")
+            refusal.__cause__ = error
+            return [(batch[0][1], refusal)]
 
     def _fail(self, batch: list[Request], error: Exception) -> list[Outcome]:
-        """An error whose effect is not known: after a failed sync the page cache can no longer be trusted."""
-        self._broken = f"the store failed and must be reopened: {error!r}"
+        """Give up the store: after a failed sync the page cache can no longer be trusted."""
+        self._broken = f"the store failed and must be reopened: {error.__cause__}"
         outcomes: list[Outcome] = []
         for _, future in batch:
             unknown = CommitUnknown(self._broken)
@@ -153,11 +159,17 @@ class Committer:
             if now_ms >= self._next_prune_ms:
                 self._next_prune_ms = now_ms + LOG_PRUNE_INTERVAL_MS
                 self._prune_stored(txn, version, now_ms)
-            txn.put(records.log_key(version), records.encode_log(now_ms, staged.keys, staged.ranges), append=False)
-            txn.commit()
+            txn.put(records.log_key(version), records.encode_log(now_ms, staged.keys, staged.ranges))
         except BaseException:
-            txn.abort()  # harmless after a commit that failed
+            txn.abort()
             raise
+        try:
+            txn.commit()
+        except lmdb.Error as error:
+            if _is_full(error):
+                raise  # pages did not fit, so the new root was not written
+            raise _OutcomeUnknown from error
+        self._log.append(Entry(version, now_ms, staged.keys, staged.ranges))
         self._known = version
         self.batches += 1
         self.transactions += len(batch)
@@ -175,9 +187,11 @@ class Committer:
         outcomes: list[Outcome] = []
         staged: _Staged | None = None
         head = version.to_bytes(8, "big")
-        log = self._log
+        # What this batch writes. It joins the log only once it is committed: a phantom entry of a batch that
+        # failed would refuse later transactions for something that never happened.
+        earlier = ConflictLog(version - 1)
         for order, (request, future) in enumerate(batch):
-            refusal = self._judge(request, now_ms)
+            refusal = self._judge(request, earlier, now_ms)
             if refusal is not None:
                 outcomes.append((future, refusal))
                 continue
@@ -185,21 +199,23 @@ class Committer:
             stamp = head + order.to_bytes(2, "big")
             staged.stage(request, stamp)
             keys, ranges = request._written(stamp)
-            # Logged before the next one is judged: transactions of a batch see each other's writes as newer.
-            # If the batch fails after this, the entry can only cause a needless conflict.
-            log.append(Entry(version, now_ms, keys, ranges))
+            earlier.append(Entry(version, now_ms, keys, ranges))
             staged.keys += keys
             staged.ranges += ranges
             outcomes.append((future, stamp))
         return outcomes, staged
 
-    def _judge(self, request: LmdbTransaction, now_ms: int) -> KvError | None:
+    def _judge(self, request: LmdbTransaction, earlier: ConflictLog, now_ms: int) -> KvError | None:
         read_version = request._version
         if read_version is None:
             return None
-        if read_version < self._log.floor or now_ms - request._started_ms > TRANSACTION_MS_MAX:
+        log = self._log
+        if read_version < log.floor or now_ms - request._started_ms > TRANSACTION_MS_MAX:
             return TooOld("the snapshot is older than a transaction may be: run the transaction again")
-        if self._log.conflicts(read_version, request._read_keys, request._read_ranges):
+        keys, ranges = request._read_keys, request._read_ranges
+        if log.conflicts(read_version, keys, ranges) or (
+            len(earlier) and earlier.conflicts(read_version, keys, ranges)
+        ):
             return Conflict("something this transaction read has changed: run it again")
         return None
 
@@ -277,14 +293,12 @@ class _Staged:
 
 
 def _split(waiting: list[Request]) -> tuple[list[Request], list[Request]]:
-    """The next batch and the rest."""
-    taken = 0
+    """Return the next batch and the rest."""
     size = 0
-    for request, _ in waiting:
+    for taken, (request, _) in enumerate(waiting):
         size += request._write_bytes
         if taken == BATCH_TRANSACTIONS_MAX or (taken and size > BATCH_BYTES_MAX):
             return waiting[:taken], waiting[taken:]
-        taken += 1
     return waiting, []
 
 

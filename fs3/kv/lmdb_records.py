@@ -31,12 +31,12 @@ Row = tuple[bytes, bytes]
 
 
 def encode_format(version: int) -> bytes:
-    """The record that says which layout the directory has."""
+    """Make the record that says which layout the directory has."""
     return _FORMAT_RECORD.pack(_FORMAT_MAGIC, version)
 
 
 def decode_format(record: bytes) -> int:
-    """The layout version, or 0 when the record is not ours."""
+    """Return the layout version, or 0 when the record is not ours."""
     if len(record) < _FORMAT_RECORD.size:
         return 0
     magic, version = _FORMAT_RECORD.unpack_from(record)
@@ -44,17 +44,17 @@ def decode_format(record: bytes) -> int:
 
 
 def log_key(version: int) -> bytes:
-    """The key of the conflict log's entry of a commit."""
+    """Return the key of the conflict log's entry of a commit."""
     return LOG_PREFIX + version.to_bytes(8, "big")
 
 
 def log_version(key: bytes) -> int:
-    """The version in a key of the conflict log."""
+    """Return the version in a key of the conflict log."""
     return int.from_bytes(key[len(LOG_PREFIX) :], "big")
 
 
 def encode_log(at_ms: int, keys: Sequence[bytes], ranges: Sequence[KeyRange]) -> bytes:
-    """The conflict log's entry: head, lengths (16 bits each), then the keys and the range boundaries."""
+    """Make the conflict log's entry: head, lengths (16 bits each), then the keys and the range boundaries."""
     parts = [*keys]
     for key_range in ranges:
         parts += key_range
@@ -63,12 +63,12 @@ def encode_log(at_ms: int, keys: Sequence[bytes], ranges: Sequence[KeyRange]) ->
 
 
 def log_at_ms(record: bytes) -> int:
-    """When the entry was made, on the monotonic clock of this machine's boot."""
+    """Return when the entry was made, in milliseconds on the monotonic clock of this machine's boot."""
     return int.from_bytes(record[:8], "little")
 
 
 def decode_log(version: int, record: bytes) -> Entry:
-    """The inverse of encode_log."""
+    """Undo encode_log."""
     at_ms, n_keys, n_ranges = _LOG_HEAD.unpack_from(record)
     n_parts = n_keys + 2 * n_ranges
     lengths = struct.unpack_from(f"<{n_parts}H", record, _LOG_HEAD.size)
@@ -102,7 +102,7 @@ def _write_bucket(txn: Any, bucket: bytes, rows: list[Row]) -> None:
 
 
 def get(txn: Any, key: bytes) -> bytes | None:
-    """The value of a user key of any permitted length in an LMDB transaction."""
+    """Return the value of a user key of any permitted length in an LMDB transaction."""
     if len(key) <= SHORT_KEY_BYTES_MAX:
         value: bytes | None = txn.get(key)
         return value
@@ -131,7 +131,7 @@ def put(txn: Any, key: bytes, value: bytes | None) -> None:
 
 
 def iterate(txn: Any, begin: bytes, end: bytes, reverse: bool) -> Iterator[Row]:
-    """The user pairs of ``[begin, end)`` in key order or the reverse; `end` is at most 0xff."""
+    """Walk the user pairs of ``[begin, end)`` in key order or the reverse; `end` is at most 0xff."""
     cursor = txn.cursor()
     if reverse:
         yield from _iterate_back(cursor, begin, end)

@@ -38,9 +38,11 @@ class MemoryKv:
         self._keys: list[bytes] = []
 
     def transaction(self) -> MemoryTransaction:
+        """Make a new transaction."""
         return MemoryTransaction(self)
 
     async def close(self) -> None:
+        """Make every later operation raise Unavailable."""
         self._closed = True
 
     def _check_usable(self) -> None:
