@@ -1,0 +1,191 @@
+"""The garbage collector: removes chunks of inodes without names and sessions, takes detached directories apart.
+
+It fails closed: an inode's record and queue entry go only after every chain of its stripe has removed the chunks.
+What is done twice, by two servers or after a crash, is harmless: inode ids are never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from fs3.core.errors import Fs3Error, error
+from fs3.kv import retry
+from fs3.kv.api import KvError, KvStore, Transaction
+from fs3.meta import chunks, keys, model, scan, tree
+from fs3.meta.chunks import ChunkStore
+from fs3.meta.clock import Clock
+from fs3.meta.context import OpContext
+from fs3.v1.disk_meta_pb2 import GcRecord, InodeRecord
+from fs3.v1.frame_pb2 import Code
+
+log = logging.getLogger("fs3.meta.gc")
+
+SCAN_ROWS: Final = 256
+CHILDREN_MAX: Final = 256
+PARALLEL_MAX: Final = 16
+REMOVE_S: Final = 10.0
+BACKOFF_S_MIN: Final = 1.0
+BACKOFF_S_MAX: Final = 60.0
+# Entries whose back-off is remembered; a forgotten one is tried again at once.
+BACKOFF_ENTRIES_MAX: Final = 65_536
+# An entry of another server's share is taken once it is older than this.
+FOREIGN_S: Final = 30.0
+
+
+class Collector:
+    """Works off the gc queue. `owns(inode)`: whether the inode is in this server's share. One event loop."""
+
+    def __init__(
+        self,
+        store: KvStore,
+        chunk_store: ChunkStore,
+        clock: Clock,
+        new_context: Callable[[], OpContext],
+        *,
+        delay_ms: int = 0,
+    ) -> None:
+        self._store = store
+        self._chunks = chunk_store
+        self._clock = clock
+        self._new_context = new_context
+        self._delay_ns = delay_ms * 1_000_000
+        self.owns: Callable[[int], bool] = lambda inode: True
+        self._backoff: dict[int, tuple[float, float]] = {}
+        self._event = asyncio.Event()
+        self.collected = 0
+        # Entries seen in the last pass that are still queued.
+        self.queued = 0
+
+    def wake(self) -> None:
+        """There is new work."""
+        self._event.set()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when woken, or after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
+        except TimeoutError:
+            pass
+        self._event.clear()
+
+    async def step(self) -> int:
+        """One pass over the queue; returns how many entries it finished."""
+        finished = left = 0
+        async for rows in scan.pages(self._store, keys.table(keys.GC), limit=SCAN_ROWS):
+            ready = [(keys.inode_of(key), model.decode_gc(value)) for key, value in rows]
+            ready = [(inode, entry) for inode, entry in ready if self._ready(inode, entry)]
+            left += len(rows) - len(ready)
+            for at in range(0, len(ready), PARALLEL_MAX):
+                batch = ready[at : at + PARALLEL_MAX]
+                done = await asyncio.gather(*(self._attempt(inode, entry) for inode, entry in batch))
+                finished += sum(done)
+                left += len(done) - sum(done)
+        self.collected += finished
+        self.queued = left
+        return finished
+
+    def _ready(self, inode: int, entry: GcRecord) -> bool:
+        age_ns = self._clock.wall_ns() - entry.time_ns
+        if 0 <= age_ns < self._delay_ns:
+            return False
+        if not self.owns(inode) and 0 <= age_ns < self._delay_ns + FOREIGN_S * 1e9:
+            return False
+        return self._backoff.get(inode, (0.0, 0.0))[0] <= self._clock.monotonic_s()
+
+    async def _attempt(self, inode: int, entry: GcRecord) -> bool:
+        try:
+            if entry.type == model.DIRECTORY:
+                await self._expand(inode)
+            else:
+                await self._collect(inode)
+        except (Fs3Error, KvError) as exc:
+            self._postpone(inode)
+            log.warning("removing inode %#x waits for the next attempt: %s", inode, exc)
+            return False
+        self._backoff.pop(inode, None)
+        return True
+
+    def _postpone(self, inode: int) -> None:
+        pause_s = min(max(self._backoff.get(inode, (0.0, 0.0))[1] * 2, BACKOFF_S_MIN), BACKOFF_S_MAX)
+        if len(self._backoff) >= BACKOFF_ENTRIES_MAX:
+            self._backoff.clear()
+        self._backoff[inode] = (self._clock.monotonic_s() + pause_s, pause_s)
+
+    async def _collect(self, inode: int) -> None:
+        """Remove the chunks of a file, then its records."""
+
+        async def check(tr: Transaction) -> InodeRecord | None:
+            return await _collectable(tr, inode)
+
+        record = await retry.run(self._store, check, idempotent=True)
+        if record is not None and record.attr.type == model.FILE:
+            layout = record.attr.layout
+            extent = None if record.loose or record.truncating else record.extent_bytes
+            ends_s = self._clock.monotonic_s() + REMOVE_S
+            await chunks.cut(self._chunks, inode, layout, 0, extent, ends_s=ends_s)
+
+        async def finish(tr: Transaction) -> None:
+            # Queued inodes do not come back, but nothing is taken on trust here.
+            again = await _collectable(tr, inode)
+            if again is not None:
+                tree.erase(tr, self._new_context(), again)
+                tr.clear(keys.truncation(inode))
+            tr.clear(keys.gc(inode))
+
+        await retry.run(self._store, finish, idempotent=True)
+
+    async def _expand(self, inode: int) -> None:
+        """Take a detached directory apart, CHILDREN_MAX entries in a transaction."""
+        while True:
+            ctx = self._new_context()
+
+            async def expand(tr: Transaction, ctx: OpContext = ctx) -> bool:
+                ctx.begin()
+                return await _expand_page(tr, ctx, inode)
+
+            if await retry.run(self._store, expand, idempotent=True):
+                if ctx.collect:
+                    self.wake()
+                return
+
+
+async def _collectable(tr: Transaction, inode: int) -> InodeRecord | None:
+    """The record, None when it is gone already. Raises Fs3Error INTERNAL when the inode is in use."""
+    record = await tree.load(tr, inode)
+    if record is None:
+        return None
+    if record.attr.nlink or await tree.has_sessions(tr, inode):
+        raise error(Code.CODE_INTERNAL, f"inode {inode:#x} is queued for removal and in use: it stays")
+    return record
+
+
+async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:
+    """Detach the first entries; True when the directory is gone."""
+    directory = await tree.load(tr, inode)
+    if directory is None:
+        tr.clear(keys.gc(inode))
+        return True
+    begin, end = keys.dirents(inode)
+    rows = await tr.get_range(begin, end, limit=CHILDREN_MAX)
+    for key, value in rows:
+        child_inode, file_type = model.decode_dirent(value)
+        child = await tree.load(tr, child_inode)
+        tr.clear(key)
+        if child is None:
+            continue
+        if file_type == model.DIRECTORY:
+            child.detached = True
+            tree.store(tr, child)
+            tree.enqueue(tr, ctx, child)
+        else:
+            await tree.drop_link(tr, ctx, child, hold_session=b"", client_id=b"")
+    if len(rows) == CHILDREN_MAX:
+        return False
+    # The range was read to its end, so that a creation in the directory conflicts with this.
+    tree.erase(tr, ctx, directory)
+    tr.clear(keys.gc(inode))
+    return True

@@ -1,0 +1,157 @@
+"""Keys of the metadata service in the key-value store. Pure.
+
+Every key begins with ``F`` and a letter for its table. Numbers are big-endian, so that byte order is numeric
+order. An inode's own keys lie next to each other: one range read over a run of inode ids brings the records
+and, of directories, the times and subdirectory counts.
+
+Inode ids: 52 bits of block number, reversed bit by bit so that blocks spread over the key space, then 12 bits
+within the block. Blocks with even numbers are handed out whole; those with odd numbers in 64 pieces of 64 ids.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+ROOT_INODE: Final = 1
+BLOCK_IDS: Final = 4096
+PIECE_IDS: Final = 64
+PIECES_PER_BLOCK: Final = BLOCK_IDS // PIECE_IDS
+_BLOCK_BITS: Final = 52
+
+# Shards of the counter of inodes in use.
+COUNTER_SHARDS: Final = 16
+
+_U64 = struct.Struct(">Q")
+_PREFIXED = struct.Struct(">2sQ")
+
+INODE: Final = b"Fi"
+DIRENT: Final = b"Fe"
+SESSION: Final = b"Fs"
+KEEPALIVE: Final = b"Fk"
+IDEMPOTENCY: Final = b"Fo"
+GC: Final = b"Fg"
+TRUNCATION: Final = b"Ft"
+ALLOCATOR: Final = b"Fa"
+COUNTER: Final = b"Fc"
+
+TIMES_SUFFIX: Final = b"t"
+SUBDIRS_SUFFIX: Final = b"s"
+INODE_KEY_BYTES: Final = 10
+
+
+def inode(ino: int) -> bytes:
+    """The InodeRecord."""
+    return _PREFIXED.pack(INODE, ino)
+
+
+def directory_times(ino: int) -> bytes:
+    """Modification and change time of a directory; written blindly by operations inside it."""
+    return _PREFIXED.pack(INODE, ino) + TIMES_SUFFIX
+
+
+def directory_subdirs(ino: int) -> bytes:
+    """Number of subdirectories of a directory, an atomic counter."""
+    return _PREFIXED.pack(INODE, ino) + SUBDIRS_SUFFIX
+
+
+def inode_range(first: int, last: int) -> tuple[bytes, bytes]:
+    """Every key of the inodes `first` to `last`, inclusive."""
+    end = _PREFIXED.pack(INODE, last + 1) if last + 1 < 1 << 64 else b"Fj"
+    return _PREFIXED.pack(INODE, first), end
+
+
+def inode_of(key: bytes) -> int:
+    """The inode that a key of the inode, session, gc or truncation table belongs to."""
+    number: int = _U64.unpack_from(key, 2)[0]
+    return number
+
+
+def dirent(parent: int, name: bytes) -> bytes:
+    """The directory entry `name` of `parent`."""
+    return _PREFIXED.pack(DIRENT, parent) + name
+
+
+def dirents(parent: int, after: bytes = b"") -> tuple[bytes, bytes]:
+    """The entries of `parent` whose names are greater than `after`."""
+    prefix = _PREFIXED.pack(DIRENT, parent)
+    begin = prefix + after + b"\x00" if after else prefix
+    # A name holds no 0xff-only tail that could reach beyond: the next parent's prefix ends the range.
+    return begin, _PREFIXED.pack(DIRENT, parent + 1) if parent + 1 < 1 << 64 else b"Ff"
+
+
+def dirent_name(key: bytes) -> bytes:
+    """The name of a directory entry's key."""
+    return key[10:]
+
+
+def session(ino: int, session_id: bytes) -> bytes:
+    """A write session, or a hold of an unlinked file."""
+    return _PREFIXED.pack(SESSION, ino) + session_id
+
+
+def sessions(ino: int) -> tuple[bytes, bytes]:
+    """Every session of an inode."""
+    return _PREFIXED.pack(SESSION, ino), _PREFIXED.pack(SESSION, ino + 1)
+
+
+def session_id(key: bytes) -> bytes:
+    """The session of a session key."""
+    return key[10:]
+
+
+def keepalive(client_id: bytes) -> bytes:
+    """The KeepaliveRecord of a client."""
+    return KEEPALIVE + client_id
+
+
+def idempotency(client_id: bytes, sequence: int) -> bytes:
+    """The IdempotencyRecord of an operation; one client's are in the order of its sequence numbers."""
+    return IDEMPOTENCY + client_id + _U64.pack(sequence)
+
+
+def gc(ino: int) -> bytes:
+    """The GcRecord of an inode that waits for removal."""
+    return _PREFIXED.pack(GC, ino)
+
+
+def truncation(ino: int) -> bytes:
+    """The PendingTruncation of an inode."""
+    return _PREFIXED.pack(TRUNCATION, ino)
+
+
+def allocator(kind: bytes) -> bytes:
+    """Next block number (`b"b"`) or piece number (`b"p"`) that nobody has."""
+    return ALLOCATOR + kind
+
+
+def counter(shard: int) -> bytes:
+    """One shard of the number of inodes in use."""
+    return COUNTER + bytes([shard])
+
+
+def table(prefix: bytes) -> tuple[bytes, bytes]:
+    """Everything of one table."""
+    return prefix, prefix[:-1] + bytes([prefix[-1] + 1])
+
+
+def _reverse(number: int) -> int:
+    return int(format(number, f"0{_BLOCK_BITS}b")[::-1], 2)
+
+
+def block_ids(number: int) -> range:
+    """Inode ids of the whole block `number`, counted from 0. Raises ValueError when ids have run out."""
+    block = 2 * (number + 1)
+    if block >= 1 << _BLOCK_BITS:
+        raise ValueError("the inode id blocks are used up")
+    first = _reverse(block) * BLOCK_IDS
+    return range(first, first + BLOCK_IDS)
+
+
+def piece_ids(number: int) -> range:
+    """Inode ids of piece `number`, counted from 0: a 64th of a block. Raises ValueError when ids have run out."""
+    block = 2 * (number // PIECES_PER_BLOCK) + 1
+    if block >= 1 << _BLOCK_BITS:
+        raise ValueError("the inode id pieces are used up")
+    first = _reverse(block) * BLOCK_IDS + number % PIECES_PER_BLOCK * PIECE_IDS
+    return range(first, first + PIECE_IDS)

@@ -1,0 +1,76 @@
+"""Change mode, owner and times."""
+
+from __future__ import annotations
+
+from fs3.core.errors import error
+from fs3.kv.api import Transaction
+from fs3.meta import access, keys, model, tree, walk
+from fs3.meta.context import OpContext
+from fs3.v1.disk_meta_pb2 import InodeRecord
+from fs3.v1.frame_pb2 import Code
+from fs3.v1.meta_pb2 import AttrResponse, Caller, SetattrRequest
+
+
+async def run(tr: Transaction, request: SetattrRequest, ctx: OpContext) -> AttrResponse:
+    """All of it or nothing. Raises NOT_PERMITTED (not the owner), ACCESS (times "now" without write permission)."""
+    record = await walk.target(tr, request.at, request.caller)
+    attr = await tree.complete(tr, record)
+    caller = request.caller
+    explicit = request.HasField("atime_ns") or request.HasField("mtime_ns")
+    now = request.atime_now or request.mtime_now
+    if explicit:
+        access.require_owner(attr, caller)
+    elif now and caller.uid != attr.uid:
+        access.require(attr, caller, access.WRITE)
+    owner = request.HasField("uid") or request.HasField("gid")
+    if owner:
+        _change_owner(record, request, caller)
+    if request.HasField("mode"):
+        _change_mode(record, request.mode, caller)
+    if not (explicit or now or owner or request.HasField("mode")):
+        return AttrResponse(attr=attr)
+    if explicit or now:
+        _change_times(record, request, ctx.now_ns)
+    attr.ctime_ns = ctx.now_ns
+    if attr.type == model.DIRECTORY:
+        tr.set(keys.directory_times(attr.inode), model.encode_times(attr.mtime_ns, attr.ctime_ns))
+    tree.store(tr, record)
+    return AttrResponse(attr=attr)
+
+
+def _change_owner(record: InodeRecord, request: SetattrRequest, caller: Caller) -> None:
+    """Only root gives files away; the owner may choose among the own groups. Files lose their set-id bits."""
+    attr = record.attr
+    uid = request.uid if request.HasField("uid") else attr.uid
+    gid = request.gid if request.HasField("gid") else attr.gid
+    if caller.uid != 0:
+        access.require_owner(attr, caller)
+        if uid != attr.uid:
+            raise error(Code.CODE_NOT_PERMITTED, "only root gives a file to another owner")
+        if gid != attr.gid and not access.in_group(caller, gid):
+            raise error(Code.CODE_NOT_PERMITTED, f"the caller does not belong to group {gid}")
+    attr.uid = uid
+    attr.gid = gid
+    if attr.type != model.DIRECTORY:
+        attr.mode = access.without_set_id(attr.mode)
+
+
+def _change_mode(record: InodeRecord, mode: int, caller: Caller) -> None:
+    attr = record.attr
+    access.require_owner(attr, caller)
+    mode &= model.MODE_BITS
+    if caller.uid != 0 and not access.in_group(caller, attr.gid):
+        mode &= ~model.SET_GID
+    attr.mode = mode
+
+
+def _change_times(record: InodeRecord, request: SetattrRequest, now_ns: int) -> None:
+    attr = record.attr
+    if request.atime_now:
+        attr.atime_ns = now_ns
+    elif request.HasField("atime_ns"):
+        attr.atime_ns = request.atime_ns
+    if request.mtime_now:
+        attr.mtime_ns = now_ns
+    elif request.HasField("mtime_ns"):
+        attr.mtime_ns = request.mtime_ns

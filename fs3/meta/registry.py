@@ -1,0 +1,94 @@
+"""The operations by method number."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from fs3.kv.api import KvStore, Transaction
+from fs3.meta.context import OpContext
+from fs3.meta.ops import (
+    batch_stat,
+    close,
+    create,
+    keepalive,
+    link,
+    list,
+    lookup,
+    mkdir,
+    open,
+    remove_all,
+    rename,
+    rmdir,
+    setattr,
+    stat,
+    statfs,
+    symlink,
+    sync,
+    truncate,
+    unlink,
+)
+from fs3.v1 import meta_pb2 as pb
+from fs3.v1.frame_pb2 import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation. `name` is its gRPC method.
+
+    ``mutates``: it carries an OpId and its answer is stored. ``cuts``: it may leave a pending truncation of the
+    inode it answers with. ``prepare`` runs before the transaction, outside of it.
+    """
+
+    name: str
+    method: int
+    request: type[Message]
+    response: type[Message]
+    run: Callable[[Transaction, Any, OpContext], Awaitable[Any]]
+    mutates: bool = False
+    cuts: bool = False
+    prepare: Callable[[KvStore, Any], Awaitable[None]] | None = None
+
+
+_M = Method
+
+OPERATIONS: Final[tuple[Operation, ...]] = (
+    Operation("Lookup", _M.METHOD_META_LOOKUP, pb.LookupRequest, pb.AttrResponse, lookup.run),
+    Operation("Stat", _M.METHOD_META_STAT, pb.StatRequest, pb.AttrResponse, stat.run),
+    Operation("BatchStat", _M.METHOD_META_BATCH_STAT, pb.BatchStatRequest, pb.BatchStatResponse, batch_stat.run),
+    Operation("List", _M.METHOD_META_LIST, pb.ListRequest, pb.ListResponse, list.run),
+    Operation("Create", _M.METHOD_META_CREATE, pb.CreateRequest, pb.OpenResponse, create.run, mutates=True, cuts=True),
+    Operation("Open", _M.METHOD_META_OPEN, pb.OpenRequest, pb.OpenResponse, open.run, mutates=True, cuts=True),
+    Operation("Close", _M.METHOD_META_CLOSE, pb.CloseRequest, pb.AttrResponse, close.run, mutates=True),
+    Operation("Sync", _M.METHOD_META_SYNC, pb.SyncRequest, pb.AttrResponse, sync.run, mutates=True),
+    Operation("Mkdir", _M.METHOD_META_MKDIR, pb.MkdirRequest, pb.AttrResponse, mkdir.run, mutates=True),
+    Operation("Symlink", _M.METHOD_META_SYMLINK, pb.SymlinkRequest, pb.AttrResponse, symlink.run, mutates=True),
+    Operation("Link", _M.METHOD_META_LINK, pb.LinkRequest, pb.AttrResponse, link.run, mutates=True),
+    Operation("Unlink", _M.METHOD_META_UNLINK, pb.UnlinkRequest, pb.UnlinkResponse, unlink.run, mutates=True),
+    Operation("Rmdir", _M.METHOD_META_RMDIR, pb.RmdirRequest, pb.Empty, rmdir.run, mutates=True),
+    Operation(
+        "RemoveAll",
+        _M.METHOD_META_REMOVE_ALL,
+        pb.RemoveAllRequest,
+        pb.Empty,
+        remove_all.run,
+        mutates=True,
+        prepare=remove_all.prepare,
+    ),
+    Operation("Rename", _M.METHOD_META_RENAME, pb.RenameRequest, pb.RenameResponse, rename.run, mutates=True),
+    Operation("Setattr", _M.METHOD_META_SETATTR, pb.SetattrRequest, pb.AttrResponse, setattr.run, mutates=True),
+    Operation(
+        "Truncate",
+        _M.METHOD_META_TRUNCATE,
+        pb.TruncateRequest,
+        pb.AttrResponse,
+        truncate.run,
+        mutates=True,
+        cuts=True,
+    ),
+    Operation("Statfs", _M.METHOD_META_STATFS, pb.StatfsRequest, pb.StatfsResponse, statfs.run),
+    Operation("Keepalive", _M.METHOD_META_KEEPALIVE, pb.KeepaliveRequest, pb.KeepaliveResponse, keepalive.run),
+)
