@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use fs3_core::{Code, TargetId};
 
-use crate::types::{Kind, OpId, Outcome, Request, RequestId, WriterRecord};
+use crate::types::{Content, Kind, OpId, Outcome, Request, RequestId};
 
 /// An update in flight.
 pub(crate) struct Op {
@@ -24,8 +24,6 @@ pub(crate) struct Op {
     pub legs: Vec<Leg>,
     pub phase: Phase,
     pub rewrites: u32,
-    /// Writers of the chunk that a removal leaves behind.
-    pub removed_writers: Vec<WriterRecord>,
 }
 
 /// The local half of an update.
@@ -79,6 +77,17 @@ pub(crate) struct Chunk {
     pub readers: Vec<RequestId>,
     /// An update was given up by a chain change and its upstream has not sent it again yet.
     pub orphan: bool,
+}
+
+impl Op {
+    /// What to prepare locally.
+    pub fn content(&self) -> Content {
+        match self.kind {
+            Kind::Mirror => Content::Committed,
+            _ if self.replace => Content::Whole,
+            _ => Content::Update,
+        }
+    }
 }
 
 impl Chunk {

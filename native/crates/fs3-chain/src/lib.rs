@@ -29,8 +29,8 @@
 //! 4. *Exactly once.* The records of the last writers are committed with the chunk and travel with a replace. A
 //!    retry waits behind the first attempt, then finds its record.
 //! 5. *No resurrection.* A chunk that is created again gets a version above all of its earlier life (creation
-//!    versions begin at `chain version << 32`), and a replica remembers the versions it removed lately, so that a
-//!    delayed duplicate of an old update does not bring a removed chunk back.
+//!    versions begin at `chain version << 32`), and the store keeps a tombstone of a removed chunk for a while, so
+//!    that a delayed duplicate of an old update does not bring it back.
 //! 6. *Divergence heals.* An acknowledgement carries length and checksum. When they differ from the local ones (only
 //!    possible after all replicas failed at once, since prepare and forward overlap), or a successor reports a gap,
 //!    the head writes the chunk again as a full replace under a version above both.
@@ -43,11 +43,10 @@ mod chunk;
 mod progress;
 mod replica;
 mod routing;
-mod tombs;
 mod types;
 
 pub use replica::{ReadAdmission, Replica};
 pub use types::{
-    ChunkState, ChunkView, Config, Effect, Event, Kind, OpId, Origin, Outcome, Refusal, Request, RequestId, Role,
-    RoutingView, Successor, Writer, WriterRecord,
+    ChunkState, ChunkView, Config, Content, Effect, Event, Kind, OpId, Origin, Outcome, Refusal, Request, RequestId,
+    Role, RoutingView, Successor, Writer, WriterRecord,
 };

@@ -150,7 +150,7 @@ impl Replica {
         op.rewrites += 1;
         op.replace = true;
         op.local = Local::Preparing;
-        out.push(Effect::Prepare { op: op.id, chunk, version: op.version, replace: true });
+        out.push(Effect::Prepare { op: op.id, chunk, version: op.version, content: op.content() });
         self.open_legs(chunk, true, out);
     }
 
@@ -170,8 +170,6 @@ impl Replica {
         let (kind, version, phase) = (op.kind, op.version, op.phase);
         let outcome = if let Local::Ready(outcome) = op.local { outcome } else { Outcome::default() };
         if kind == Kind::Remove {
-            let writers = std::mem::take(&mut op.removed_writers);
-            self.tombs.insert(chunk, version, writers);
             self.next_create = self.next_create.max(version + 1);
         }
         if let Some(chunk) = self.chunks.get_mut(&chunk) {

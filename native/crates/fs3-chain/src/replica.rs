@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use fs3_core::{ChunkId, Code, TargetId};
 
 use crate::chunk::{Chunk, Leg, LegState, Local, Op, Phase};
-use crate::tombs::Tombs;
 use crate::types::*;
 
 /// Versions of chunks created under chain version c begin at `c << CREATE_SHIFT`.
@@ -32,7 +31,6 @@ pub struct Replica {
     pub(crate) chunks: BTreeMap<ChunkId, Chunk>,
     /// Chunks that a syncing successor holds equal, within this chain version.
     pub(crate) synced: BTreeSet<(TargetId, ChunkId)>,
-    pub(crate) tombs: Tombs,
     pub(crate) next_create: u64,
     pub(crate) next_op: OpId,
 }
@@ -49,7 +47,6 @@ impl Replica {
     /// A replica that knows no routing and serves nothing.
     pub fn new(config: Config) -> Self {
         Self {
-            tombs: Tombs::new(config.tombs_max),
             config,
             routing: RoutingView::default(),
             serve_until_ns: 0,
@@ -206,9 +203,11 @@ impl Replica {
         let plan = match request.origin {
             Origin::Client => self.plan_client(&request, &state),
             Origin::Forward { version, base, replace } => self.plan_forward(&request, &state, version, base, replace),
-            Origin::Resync { .. } => Ok(Plan::Begin { version: state.committed, base: 0, replace: true, local: false }),
+            Origin::Resync { .. } => {
+                Ok(Plan::Begin { version: state.committed.max(state.tombstone), base: 0, replace: true, local: false })
+            }
             Origin::Heal { above } => {
-                let version = state.committed.max(above) + 1;
+                let version = state.committed.max(state.tombstone).max(above) + 1;
                 let local = request.kind == Kind::Mirror;
                 if local == (state.committed == 0) {
                     Ok(Plan::Answer(outcome_of(&state)))
@@ -243,10 +242,9 @@ impl Replica {
             legs: Vec::new(),
             phase: Phase::Working,
             rewrites: 0,
-            removed_writers: if request.kind == Kind::Remove { state.writers } else { Vec::new() },
         };
         if local {
-            out.push(Effect::Prepare { op: op.id, chunk: request.chunk, version, replace });
+            out.push(Effect::Prepare { op: op.id, chunk: request.chunk, version, content: op.content() });
         }
         self.chunks.entry(request.chunk).or_default().active = Some(op);
         self.open_legs(request.chunk, false, out);
@@ -261,9 +259,6 @@ impl Replica {
                     return Ok(Plan::Answer(Outcome { update_version: r.update_version, ..outcome_of(state) }));
                 }
                 Some(r) if r.writer.sequence > writer.sequence => return Err(Refusal::new(Code::Superseded)),
-                _ if state.committed == 0 && self.tombs.has_writer(request.chunk, writer) => {
-                    return Err(Refusal::new(Code::Superseded));
-                }
                 _ => {}
             }
         }
@@ -275,7 +270,7 @@ impl Replica {
         if nothing {
             return Ok(Plan::Answer(outcome_of(state)));
         }
-        let version = if state.committed > 0 { state.committed + 1 } else { self.creation_version() };
+        let version = if state.committed > 0 { state.committed + 1 } else { self.creation_version(state.tombstone) };
         Ok(Plan::Begin { version, base: state.committed, replace: false, local: true })
     }
 
@@ -288,17 +283,16 @@ impl Replica {
         replace: bool,
     ) -> Result<Plan, Refusal> {
         // Only forward from here on: a serving replica's chunks, and a syncing one's that this chain version wrote.
-        let guarded = state.committed > 0
-            && (self.routing.role == Role::Serving || state.chain_version == self.routing.chain_version);
-        if guarded && version <= state.committed {
+        let known = state.committed.max(state.tombstone);
+        let guarded =
+            self.routing.role == Role::Serving || (known > 0 && state.chain_version == self.routing.chain_version);
+        if guarded && version <= known {
             return Ok(Plan::Answer(outcome_of(state)));
         }
         if request.kind == Kind::Remove {
             // A removal of what is not here still travels on: a successor that has it is healed.
+            let version = version.max(known + 1);
             return Ok(Plan::Begin { version, base, replace: false, local: state.committed > 0 });
-        }
-        if state.committed == 0 && version <= self.tombs.version(request.chunk) {
-            return Err(Refusal::new(Code::VersionGap));
         }
         if !replace && state.committed != base {
             return Err(Refusal::new(Code::VersionGap));
@@ -307,8 +301,8 @@ impl Replica {
     }
 
     /// Above every version of an earlier life of any chunk, as far as this head can know (invariant 5).
-    fn creation_version(&mut self) -> u64 {
-        let version = self.next_create.max((self.routing.chain_version << CREATE_SHIFT) + 1);
+    fn creation_version(&mut self, tombstone: u64) -> u64 {
+        let version = self.next_create.max((self.routing.chain_version << CREATE_SHIFT) + 1).max(tombstone + 1);
         self.next_create = version + 1;
         version
     }
@@ -331,6 +325,10 @@ impl Replica {
     pub(crate) fn forward_effect(&self, chunk: ChunkId, leg: usize, delay_ns: u64) -> Option<Effect> {
         let op = self.chunks.get(&chunk)?.active.as_ref()?;
         let leg = &op.legs[leg];
+        let content = match op.content() {
+            Content::Update if leg.syncing && !self.synced.contains(&(leg.to, chunk)) => Content::Whole,
+            content => content,
+        };
         Some(Effect::Forward {
             op: op.id,
             chunk,
@@ -339,7 +337,7 @@ impl Replica {
             chain_version: self.routing.chain_version,
             version: op.version,
             base: op.base,
-            replace: op.replace || op.kind == Kind::Mirror || (leg.syncing && !self.synced.contains(&(leg.to, chunk))),
+            content,
             delay_ns,
         })
     }

@@ -14,9 +14,6 @@ impl Replica {
         let (was_serving, was_head) = (self.routing.role == Role::Serving, self.is_serving_head());
         self.routing = to;
         self.synced.clear();
-        if self.routing.role == Role::Syncing {
-            self.tombs.clear();
-        }
         let (serving, head) = (self.routing.role == Role::Serving, self.is_serving_head());
         for id in self.chunks.keys().copied().collect::<Vec<_>>() {
             self.reroute_chunk(now_ns, id, view, out);
@@ -92,7 +89,6 @@ impl Replica {
                 legs: Vec::new(),
                 phase: Phase::Recovering,
                 rewrites: 0,
-                removed_writers: Vec::new(),
             };
             self.next_op += 1;
             out.push(Effect::Commit { op: op.id, chunk: id, version });

@@ -20,8 +20,6 @@ pub struct Config {
     pub retry_ns_max: u64,
     /// How often a payload that arrives damaged is sent again before the write is refused.
     pub damaged_max: u32,
-    /// Removed chunks remembered to refuse late duplicates.
-    pub tombs_max: usize,
 }
 
 impl Default for Config {
@@ -32,7 +30,6 @@ impl Default for Config {
             retry_ns_min: 20_000_000,
             retry_ns_max: 1_000_000_000,
             damaged_max: 5,
-            tombs_max: 16_384,
         }
     }
 }
@@ -62,7 +59,9 @@ pub struct WriterRecord {
 pub struct ChunkState {
     /// Committed version; 0: there is no committed chunk.
     pub committed: u64,
-    /// Chain version under which the committed version was made.
+    /// Version of the removal of the chunk, while that is remembered; 0: none, or it was created again.
+    pub tombstone: u64,
+    /// Chain version under which the committed version, or the tombstone, was made.
     pub chain_version: u64,
     /// Committed length in bytes.
     pub length: u32,
@@ -70,7 +69,7 @@ pub struct ChunkState {
     pub crc: u32,
     /// Pending version; 0: none.
     pub pending: u64,
-    /// Dedupe records committed with the chunk.
+    /// Dedupe records committed with the chunk, or left by its removal.
     pub writers: Vec<WriterRecord>,
 }
 
@@ -271,6 +270,17 @@ pub enum Event {
     },
 }
 
+/// Which bytes a prepare or forward is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// The change as it was requested, on top of the base version.
+    Update,
+    /// The whole chunk after the change (the payload itself when that is whole).
+    Whole,
+    /// The whole chunk as it is committed here, with its records; a removal when there is none.
+    Committed,
+}
+
 /// Something to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
@@ -282,8 +292,8 @@ pub enum Effect {
         chunk: ChunkId,
         /// Version to create.
         version: u64,
-        /// Prepare the whole content after the update, whatever is committed.
-        replace: bool,
+        /// What to prepare; other than `Update`, whatever is committed.
+        content: Content,
     },
     /// Send to a successor after a delay, unless [`crate::Replica::forward_is_current`] denies it by then; then
     /// `Forwarded`.
@@ -302,8 +312,8 @@ pub enum Effect {
         version: u64,
         /// Version it builds on.
         base: u64,
-        /// Send the whole content after the update (or a removal when there is none).
-        replace: bool,
+        /// What to send.
+        content: Content,
         /// Wait before sending, nanoseconds.
         delay_ns: u64,
     },
