@@ -121,14 +121,18 @@ class MetaConfig(ServiceConfig):
     chunk_bytes: int = 1 << 20
     """Chunk size of new files: a power of two, 64 KiB .. 64 MiB."""
     stripe: int = 0
-    """Chains per new file; 0: as many as the table has, at most 64."""
+    """Chains per new file; 0: as many as the table has, at most 16."""
+    session_ms: int = 60_000
+    """A client silent for this long loses its write sessions."""
+    gc_delay_ms: int = 0
+    """How long the chunks of removed files stay."""
     data_dir: str = ""
     """Where the node's uuid is kept; with none it is derived from cluster, host and port."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _need(self.mgmtd, "mgmtd")
-        _at_least(self, stripe=0)
+        _at_least(self, stripe=0, session_ms=1000, gc_delay_ms=0)
         size = self.chunk_bytes
         if size & (size - 1) or not CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX:
             raise _invalid(f"chunk_bytes must be a power of two from 64KiB to 64MiB, not {size}")
