@@ -82,6 +82,13 @@ impl Peers {
         self.0.peers.lock().retain(|addr, _| keep(addr));
     }
 
+    /// Live connections to `addr`.
+    pub fn connections(&self, addr: &str) -> usize {
+        let peer = self.peer(addr);
+        let state = peer.state.lock();
+        state.connections.iter().filter(|c| !c.is_closed()).count()
+    }
+
     fn peer(&self, addr: &str) -> Arc<Peer> {
         let mut peers = self.0.peers.lock();
         match peers.get(addr) {

@@ -18,8 +18,6 @@ use tokio::sync::{Notify, Semaphore};
 
 /// A request's deadline when it names none.
 const DEADLINE_MS_DEFAULT: u32 = 30_000;
-/// How long a refused peer is given to read why.
-const LINGER: Duration = Duration::from_millis(500);
 /// Pause after the system refused to accept (out of file descriptors).
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -203,7 +201,7 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<PeerInfo> {
         }
         Err(error) => {
             socket.write_all(&answer(&header, Err(error.clone())).flat()).await?;
-            socket.linger(LINGER).await;
+            socket.linger().await;
             Err(error)
         }
     }

@@ -27,6 +27,9 @@ const READ_AHEAD_BYTES: usize = 4 << 10;
 /// From this size on a payload is large.
 const LARGE_PAYLOAD_BYTES: usize = 32 << 10;
 
+/// How long a refused peer is given to read why.
+const LINGER: Duration = Duration::from_millis(500);
+
 /// A connected socket that can still be used for the hello.
 pub(crate) struct Socket {
     fd: AsyncFd<TcpStream>,
@@ -102,14 +105,14 @@ impl Socket {
     }
 
     /// Say goodbye so that the peer reads what was sent last: without this, closing with unread input resets
-    /// the connection and the last message is lost. Bounded by `patience`.
-    pub async fn linger(&self, patience: Duration) {
+    /// the connection and the last message is lost. Bounded by [`LINGER`].
+    pub async fn linger(&self) {
         let _ = self.fd.get_ref().shutdown(Shutdown::Write);
         let drain = async {
             let mut scratch = vec![0u8; READ_BUFFER_BYTES];
             while self.read_exact(&mut scratch).await.is_ok() {}
         };
-        let _ = tokio::time::timeout(patience, drain).await;
+        let _ = tokio::time::timeout(LINGER, drain).await;
     }
 }
 
@@ -154,6 +157,10 @@ impl TcpLink {
             let mut guard = guard;
             let mut reader = Reader::new(&guard.link);
             let error = reader.run(&guard.endpoint).await;
+            if matches!(error.code, Code::MessageTooBig | Code::Protocol) {
+                guard.link.flush();
+                guard.link.socket.linger().await;
+            }
             guard.reason = Some(error);
         });
         endpoint
