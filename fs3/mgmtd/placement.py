@@ -1,0 +1,90 @@
+"""Which disks make a chain together. Pure.
+
+A greedy plan: each chain takes the nodes with the most free slots (which makes the most chains there can be),
+among equals those that have shared the fewest chains with each other, so that a failed node's load spreads over
+all others. Within a chain the order is such that every node is head, and every other position, equally often.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class FreeDisk:
+    """A disk that can take `slots` more targets."""
+
+    node_id: int
+    disk_uuid: bytes
+    slots: int
+
+
+class Place(NamedTuple):
+    """Where one target of a chain goes."""
+
+    node_id: int
+    disk_uuid: bytes
+
+
+def plan_chains(
+    disks: Iterable[FreeDisk], replicas: int, existing: Sequence[Sequence[int]] = ()
+) -> list[tuple[Place, ...]]:
+    """Make as many chains as the free slots allow, each on `replicas` distinct nodes, head first.
+
+    `existing` are the node ids of the chains there are, in chain order: their neighbourhoods and positions count.
+    The same input gives the same plan.
+    """
+    slots: dict[int, dict[bytes, int]] = {}
+    for disk in disks:
+        if disk.slots > 0:
+            slots.setdefault(disk.node_id, {})[disk.disk_uuid] = disk.slots
+    free = {node: sum(s.values()) for node, s in slots.items()}
+    shared: Counter[tuple[int, int]] = Counter()
+    held: Counter[tuple[int, int]] = Counter()
+    for chain in existing:
+        _count(chain, shared, held)
+    chains: list[tuple[Place, ...]] = []
+    while True:
+        nodes = _pick_nodes(free, shared, replicas)
+        if nodes is None:
+            return chains
+        order = _order(nodes, held)
+        _count(order, shared, held)
+        chain = []
+        for node in order:
+            disk_uuid = max(sorted(slots[node]), key=lambda uuid: slots[node][uuid])
+            slots[node][disk_uuid] -= 1
+            free[node] -= 1
+            chain.append(Place(node, disk_uuid))
+        chains.append(tuple(chain))
+
+
+def _count(chain: Sequence[int], shared: Counter[tuple[int, int]], held: Counter[tuple[int, int]]) -> None:
+    for position, node in enumerate(chain):
+        held[node, position] += 1
+        for other in chain:
+            if other != node:
+                shared[node, other] += 1
+
+
+def _pick_nodes(free: dict[int, int], shared: Counter[tuple[int, int]], replicas: int) -> list[int] | None:
+    picked: list[int] = []
+    while len(picked) < replicas:
+        left = [n for n in free if free[n] > 0 and n not in picked]
+        if not left:
+            return None
+        picked.append(min(left, key=lambda n: (-free[n], sum(shared[n, p] for p in picked), n)))
+    return picked
+
+
+def _order(nodes: list[int], held: Counter[tuple[int, int]]) -> list[int]:
+    left = list(nodes)
+    order = []
+    for position in range(len(nodes)):
+        chosen = min(left, key=lambda n: (held[n, position], n))
+        left.remove(chosen)
+        order.append(chosen)
+    return order
