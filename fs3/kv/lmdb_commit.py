@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import queue
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,11 @@ QUEUED_TRANSACTIONS_MAX = 20_000
 LOG_PRUNE_INTERVAL_MS = 1_000
 LOG_PRUNE_ENTRIES_MAX = 20_000
 READER_CHECK_INTERVAL_S = 10.0
+# py-lmdb gives up the interpreter's lock at every write of a key. By Python's default of 5 ms a busy event loop
+# would hand it back so late that a batch takes hundreds of milliseconds.
+SWITCH_INTERVAL_S = 0.0005
+
+_log = logging.getLogger(__name__)
 
 Future = asyncio.Future[bytes]
 Request = tuple["LmdbTransaction", Future]
@@ -58,7 +66,8 @@ class _OutcomeUnknown(Exception):
 class Committer:
     """Owns the writer side of one LMDB environment. ``submit`` is thread-safe; the rest is its own thread's.
 
-    LMDB's writer mutex is shared between processes, so only this thread ever waits for it.
+    LMDB's writer mutex is shared between processes, so only this thread ever waits for it. Making one lowers the
+    interpreter's thread switch interval to SWITCH_INTERVAL_S, for the whole process.
     """
 
     def __init__(self, env: Any, base: int, now_ms: Callable[[], int]) -> None:
@@ -70,9 +79,10 @@ class Committer:
         self._known = base + int(env.info()["last_txnid"])  # the log below holds every commit up to this one
         self._log = ConflictLog(self._known)
         self._broken: str | None = None
-        self._queued = 0
+        self._next_reader_check_s = 0.0
         self._next_prune_ms = 0
         self._queue: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._thread = threading.Thread(target=self._run, name="fs3-kv-committer", daemon=True)
         self._thread.start()
 
@@ -89,21 +99,35 @@ class Committer:
         waiting: list[Request] = []
         stopping = False
         while not (stopping and not waiting):
-            if not waiting:
-                try:
-                    requests = self._queue.get(timeout=READER_CHECK_INTERVAL_S)
-                except queue.Empty:
-                    self._env.reader_check()
-                    continue
-                stopping = stopping or requests is None
-                waiting.extend(requests or ())
-            while not self._queue.empty():
-                requests = self._queue.get_nowait()
+            self._check_readers()
+            for requests in self._take(block=not waiting):
                 stopping = stopping or requests is None
                 waiting.extend(requests or ())
             batch, waiting = _split(waiting)
             if batch:
                 self._complete(self._commit_safely(batch))
+
+    def _take(self, *, block: bool) -> list[list[Request] | None]:
+        """Return everything that is queued; with `block`, wait up to READER_CHECK_INTERVAL_S for the first."""
+        taken: list[list[Request] | None] = []
+        try:
+            if block:
+                taken.append(self._queue.get(timeout=READER_CHECK_INTERVAL_S))
+            while True:
+                taken.append(self._queue.get_nowait())
+        except queue.Empty:
+            return taken
+
+    def _check_readers(self) -> None:
+        """Free the slots of dead processes' readers: their snapshots keep LMDB from reusing pages."""
+        now_s = time.monotonic()
+        if now_s < self._next_reader_check_s:
+            return
+        self._next_reader_check_s = now_s + READER_CHECK_INTERVAL_S
+        try:
+            self._env.reader_check()
+        except lmdb.Error as error:
+            _log.warning("cannot check for dead readers of the store: %s", error)
 
     @staticmethod
     def _complete(outcomes: list[Outcome]) -> None:

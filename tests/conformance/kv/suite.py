@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fs3.kv import api
+from fs3.kv import api, conflicts
 from fs3.kv.api import Conflict, KvError, KvStore, LimitExceeded, TooOld, Transaction, UsedAfterCommit, strinc
 from fs3.kv.retry import run
 
@@ -291,13 +291,13 @@ class KvConformance:
         async def body(store: KvStore) -> None:
             await write(store, {bytes([c]): b"v" for c in b"bdfh"})
             beyond, inside = (b"c", b"g") if reverse else (b"g", b"c")
-            for changed, conflicts in ((beyond, False), (inside, True)):
+            for changed, collides in ((beyond, False), (inside, True)):
                 txn = store.transaction()
                 rows = await txn.get_range(b"a", b"z", limit=2, reverse=reverse)
                 assert [key for key, _ in rows] == ([b"h", b"f"] if reverse else [b"b", b"d"])
                 txn.set(b"~", b"1")
                 await write(store, {changed: b"1"})
-                if conflicts:
+                if collides:
                     await expect_conflict(txn)
                 else:
                     await txn.commit()
@@ -349,7 +349,7 @@ class KvConformance:
 
     def test_declared_read_conflicts_count(self) -> None:
         async def body(store: KvStore) -> None:
-            for declare, conflicts in (
+            for declare, collides in (
                 (lambda txn: txn.add_read_conflict_key(b"m"), True),
                 (lambda txn: txn.add_read_conflict_key(b"mm"), False),
                 (lambda txn: txn.add_read_conflict_range(b"l", b"n"), True),
@@ -360,7 +360,7 @@ class KvConformance:
                 declare(txn)
                 txn.set(b"out", b"x")
                 await write(store, {b"m": b"1"})
-                if conflicts:
+                if collides:
                     await expect_conflict(txn)
                 else:
                     await txn.commit()
@@ -369,14 +369,14 @@ class KvConformance:
 
     def test_declared_write_conflicts_count(self) -> None:
         async def body(store: KvStore) -> None:
-            for key, conflicts in ((b"c", True), (b"e", False)):
+            for key, collides in ((b"c", True), (b"e", False)):
                 txn = store.transaction()
                 await txn.get(key)
                 txn.set(b"out", b"x")
                 other = store.transaction()
                 other.add_write_conflict_range(b"b", b"d")
                 await other.commit()
-                if conflicts:
+                if collides:
                     await expect_conflict(txn)
                 else:
                     await txn.commit()
@@ -609,12 +609,27 @@ class KvConformance:
                 old = store.transaction()
                 await old.get_read_version()
                 clock.ms += 700
+                await write(store, {b"k": b"new"})
                 await write(store, {b"k": b"newer"})
                 assert await old.get(b"k") == i64(i)
                 old.cancel()
             assert await contents(store) == {b"k": b"newer", b"once39": b"v"}
 
         self.go(body, clock)
+
+    def test_a_snapshot_older_than_the_remembered_commits_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(conflicts, "ENTRIES_MAX", 10)
+
+        async def body(store: KvStore) -> None:
+            txn = store.transaction()
+            await txn.get(b"k")
+            txn.set(b"out", b"x")
+            for i in range(20):
+                await write(store, {b"k" if i == 0 else b"other": b"v"})
+            with pytest.raises(TooOld):
+                await txn.commit()
+
+        self.go(body)
 
     def test_a_closed_store_refuses(self) -> None:
         async def main() -> None:
