@@ -26,7 +26,7 @@ PYTHON: dict[str, set[str]] = {
     "storage": {"core", "rpc", "native", "v1"},
     "client": {"core", "rpc", "native", "v1"},
     "fuse": {"core", "client", "native", "v1"},
-    "testing": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "v1"},
+    "testing": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "v1"},
     "cli": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "testing", "v1"},
 }
 

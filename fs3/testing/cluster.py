@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import secrets
 import signal
 import socket
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from fs3.core.errors import Fs3Error, error
 from fs3.rpc.grpc_client import fetch_routing
-from fs3.testing.process import ProcessRef, last_line, spawn, wait_until
+from fs3.testing.process import ProcessRef, last_line, spawn
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import PublicState, Routing
 
@@ -369,23 +368,9 @@ class LocalCluster:
         if number in (signal.SIGKILL, signal.SIGTERM):
             process.wait(timeout_s=STOP_TIMEOUT_S)
 
-    def cpu_seconds(self) -> float:
-        """User and system time of every running service together."""
-        total = 0.0
-        for service in self.services():
-            if process := service.process():
-                total += process_cpu_seconds(process.pid)
-        return total
-
-
-def process_cpu_seconds(pid: int) -> float:
-    """User and system time of a process, seconds; 0 when it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0.0
-    values = stat[stat.rindex(")") + 2 :].split()
-    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
+    def pids(self) -> list[int]:
+        """Of the running services."""
+        return [process.pid for service in self.services() if (process := service.process())]
 
 
 def unserving(routing: Routing) -> list[int]:
@@ -396,6 +381,3 @@ def unserving(routing: Routing) -> list[int]:
         for target in chain.targets
         if target.state != PublicState.PUBLIC_STATE_SERVING
     ]
-
-
-__all__ = ["ClusterSpec", "LocalCluster", "Service", "process_cpu_seconds", "unserving", "wait_until"]

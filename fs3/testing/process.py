@@ -117,3 +117,13 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return lines[-1] if lines else ""
+
+
+def process_cpu_seconds(pid: int) -> float:
+    """User and system time of a process, seconds; 0 when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    values = stat[stat.rindex(")") + 2 :].split()
+    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")

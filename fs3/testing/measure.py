@@ -1,0 +1,276 @@
+"""Measurements of fs3 and of the limits it is compared with: what `fs3 bench`, `make bench` and the demo print.
+
+Every figure comes with the CPU seconds it cost, of this process, the services and the mount daemon together. Memory and files
+are warmed first, for fs3 and for the limits alike.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fs3 import native
+from fs3.client import FileSystem
+from fs3.testing.process import process_cpu_seconds
+
+MIB = 1 << 20
+GIB = 1 << 30
+SMALL_FILE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement did in `seconds`, and what it cost. `p50_us` is 0 where latency was not measured."""
+
+    bytes: int
+    operations: int
+    seconds: float
+    cpu_seconds: float
+    p50_us: float = 0.0
+
+    @property
+    def mb_per_s(self) -> float:
+        """Decimal megabytes per second."""
+        return self.bytes / 1e6 / self.seconds
+
+    @property
+    def per_s(self) -> float:
+        """Operations per second."""
+        return self.operations / self.seconds
+
+    @property
+    def cpu_s_per_gib(self) -> float:
+        """CPU seconds per GiB moved; 0 where no bytes are counted."""
+        return self.cpu_seconds / (self.bytes / GIB) if self.bytes else 0.0
+
+    def record(self) -> dict[str, float]:
+        """For JSON."""
+        result = {"seconds": round(self.seconds, 4), "cpu_seconds": round(self.cpu_seconds, 4)}
+        if self.bytes:
+            result |= {"mb_per_s": round(self.mb_per_s, 1), "cpu_s_per_gib": round(self.cpu_s_per_gib, 3)}
+        else:
+            result |= {"per_s": round(self.per_s, 1)}
+        if self.p50_us:
+            result["p50_us"] = round(self.p50_us, 1)
+        return result
+
+
+class Meter:
+    """Adds up wall and CPU time of the parts of a task that count: ``with meter: ...``. Not thread-safe."""
+
+    def __init__(self, pids: Iterable[int] = ()) -> None:
+        self.pids = list(pids)
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+
+    def _cpu(self) -> float:
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        total = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+        return total + sum(map(process_cpu_seconds, self.pids))
+
+    def __enter__(self) -> Meter:
+        self._start = (time.perf_counter(), self._cpu())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += self._cpu() - self._start[1]
+
+    def result(self, *, bytes_: int = 0, operations: int = 0, p50_us: float = 0.0) -> Measured:
+        """The measurement, with what was done in the counted parts."""
+        return Measured(bytes_, operations, self.seconds, self.cpu_seconds, p50_us)
+
+
+# ---- limits of the machine
+
+LIMITS = (
+    "memory_copy",
+    "checksum",
+    "tcp_1_stream",
+    "tcp_2_streams",
+    "ping_pong",
+    "ping_pong_32",
+    "disk_write",
+    "disk_read",
+    "bare_chain",
+)
+
+
+def limits(directory: Path, *, scale: float = 1.0, report: Callable[[str], None] | None = None) -> dict[str, Measured]:
+    """Measure the limits of LIMITS; files are made below `directory`. `scale` shortens everything."""
+    size = max(64 * MIB, int(scale * GIB))
+    calls = max(1000, int(scale * 50_000))
+    work: dict[str, Callable[[], tuple[int, int, float, float, float]]] = {
+        "memory_copy": lambda: native.bench_memory_copy(4 * size),
+        "checksum": lambda: native.bench_checksum(4 * size),
+        "tcp_1_stream": lambda: native.bench_tcp_stream(1, 4 * size),
+        "tcp_2_streams": lambda: native.bench_tcp_stream(2, 4 * size),
+        "ping_pong": lambda: native.bench_tcp_ping_pong(1, calls),
+        "ping_pong_32": lambda: native.bench_tcp_ping_pong(32, 10 * calls),
+        "disk_write": lambda: native.bench_disk(directory, 4, size, True),
+        "disk_read": lambda: native.bench_disk(directory, 4, size, False),
+        "bare_chain": lambda: native.bench_bare_chain(directory, 4, 3, size),
+    }
+    found = {}
+    for name in LIMITS:
+        if report:
+            report(name)
+        found[name] = Measured(*work[name]())
+    return found
+
+
+# ---- the native client
+
+
+def _pieces(total: int, piece: int) -> list[int]:
+    return list(range(0, total, piece))
+
+
+def native_write(
+    fs: FileSystem, path: str, total_bytes: int, *, piece_bytes: int = 32 * MIB, pids: Iterable[int] = ()
+) -> Measured:
+    """Write a file of `total_bytes` from one reused buffer, acknowledged by every replica."""
+    data = memoryview(bytearray(os.urandom(MIB) * (piece_bytes // MIB)))
+    meter = Meter(pids)
+    with fs.open(path, "wb", buffering=0) as file, meter:
+        for offset in _pieces(total_bytes, piece_bytes):
+            file.pwrite(data[: min(piece_bytes, total_bytes - offset)], offset)
+    return meter.result(bytes_=total_bytes)
+
+
+def native_read(
+    fs: FileSystem, path: str, total_bytes: int, *, piece_bytes: int = 32 * MIB, pids: Iterable[int] = ()
+) -> Measured:
+    """Read the first `total_bytes` of a file into one reused buffer."""
+    buffer = memoryview(bytearray(piece_bytes))
+    meter = Meter(pids)
+    with fs.open(path, "rb", buffering=0) as file:
+        file.pread_into(buffer, 0)
+        with meter:
+            for offset in _pieces(total_bytes, piece_bytes):
+                file.pread_into(buffer[: min(piece_bytes, total_bytes - offset)], offset)
+    return meter.result(bytes_=total_bytes)
+
+
+def native_random_read(
+    fs: FileSystem, path: str, *, file_bytes: int, batch: int, operations: int, pids: Iterable[int] = ()
+) -> Measured:
+    """Read random 4 KiB blocks, `batch` of them per call."""
+    rng = random.Random(7)
+    buffers = [memoryview(bytearray(SMALL_FILE_BYTES)) for _ in range(batch)]
+    latencies = []
+    meter = Meter(pids)
+    with fs.open(path, "rb", buffering=0) as file:
+        for warm in (True, False):
+            for _ in range(max(1, operations // batch // (10 if warm else 1))):
+                offsets = [rng.randrange(file_bytes // SMALL_FILE_BYTES) * SMALL_FILE_BYTES for _ in range(batch)]
+                triples = [(file, offset, buffer) for offset, buffer in zip(offsets, buffers, strict=True)]
+                if warm:
+                    fs.read_many(triples)
+                    continue
+                start = time.perf_counter()
+                with meter:
+                    fs.read_many(triples)
+                latencies.append(time.perf_counter() - start)
+    latencies.sort()
+    p50_us = latencies[len(latencies) // 2] * 1e6
+    return meter.result(operations=len(latencies) * batch, p50_us=p50_us)
+
+
+def native_metadata(
+    fs: FileSystem, directory: str, *, operations: int, in_flight: int, pids: Iterable[int] = ()
+) -> dict[str, Measured]:
+    """Creations, stats and removals of empty files, `in_flight` threads at once."""
+    fs.makedirs(directory, exist_ok=True)
+    names = [f"{directory}/f{i}" for i in range(operations)]
+
+    def create(name: str) -> None:
+        fs.open(name, "xb", buffering=0).close()
+
+    found = {}
+    with ThreadPoolExecutor(in_flight) as pool:
+        list(pool.map(fs.exists, names[:in_flight]))
+        for label, call in (("create", create), ("stat", fs.stat), ("unlink", fs.remove)):
+            meter = Meter(pids)
+            with meter:
+                list(pool.map(call, names))
+            found[label] = meter.result(operations=operations)
+    return found
+
+
+# ---- through the mount
+
+
+def mount_write(path: Path, total_bytes: int, *, pids: Iterable[int] = ()) -> Measured:
+    """Write a file by 1 MiB writes, then fsync; the fsync counts."""
+    data = os.urandom(MIB)
+    meter = Meter(pids)
+    with path.open("wb", buffering=0) as file, meter:
+        for _ in range(total_bytes // MIB):
+            file.write(data)
+        os.fsync(file.fileno())
+    return meter.result(bytes_=total_bytes)
+
+
+def mount_read(path: Path, total_bytes: int, *, pids: Iterable[int] = ()) -> Measured:
+    """Read a file by 1 MiB reads; the kernel's cached pages of it are dropped first."""
+    buffer = memoryview(bytearray(MIB))
+    meter = Meter(pids)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with meter:
+            remaining = total_bytes
+            while remaining and (count := file.readinto(buffer)):
+                remaining -= count
+    if remaining:
+        raise OSError(f"{path} is {remaining} bytes shorter than expected")
+    return meter.result(bytes_=total_bytes)
+
+
+def _small_files(job: tuple[str, int, int]) -> int:
+    directory, number, count = job
+    data = b"x" * SMALL_FILE_BYTES
+    for i in range(count):
+        descriptor = os.open(f"{directory}/j{number}-{i}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        os.write(descriptor, data)
+        os.close(descriptor)
+    return count
+
+
+def _stats(job: tuple[str, int, int]) -> int:
+    directory, number, count = job
+    for i in range(count):
+        os.stat(f"{directory}/j{number}-{i}")
+    return count
+
+
+def _unlinks(job: tuple[str, int, int]) -> int:
+    directory, number, count = job
+    for i in range(count):
+        os.unlink(f"{directory}/j{number}-{i}")
+    return count
+
+
+def mount_small_files(directory: Path, *, jobs: int, operations: int, pids: Sequence[int] = ()) -> dict[str, Measured]:
+    """Create + write 4 KiB + close, stat, unlink of `operations` files in all, by `jobs` processes."""
+    directory.mkdir(exist_ok=True)
+    work = [(str(directory), number, operations // jobs) for number in range(jobs)]
+    found = {}
+    with ProcessPoolExecutor(jobs) as pool:
+        list(pool.map(_small_files, [(str(directory), 1000 + n, 1) for n in range(jobs)]))
+        children = [p for p in (pool._processes or {})]
+        for label, call in (("create_write_close", _small_files), ("stat", _stats), ("unlink", _unlinks)):
+            meter = Meter([*pids, *children])
+            with meter:
+                done = sum(pool.map(call, work))
+            found[label] = meter.result(operations=done)
+        list(pool.map(_unlinks, [(str(directory), 1000 + n, 1) for n in range(jobs)]))
+    directory.rmdir()
+    return found
