@@ -1,1 +1,26 @@
-//! fs3-fuse
+//! The mount daemon: serves a cluster to the kernel through FUSE.
+//!
+//! Requests are read by a few threads of fuser and answered from tasks on the client's runtime, so that a slow
+//! one holds up nobody else. All handles of an inode share one state ([`inode`]): writes are gathered into
+//! large pieces ([`gather`]) that go to storage in the background, reads see them at once, and `close` returns
+//! after the data is on every serving replica and the length is published. Memory is bounded by two pools of
+//! recycled buffers ([`buffers`]).
+
+mod attrs;
+mod blocks;
+mod buffers;
+mod caller;
+mod core;
+mod data;
+mod dirs;
+mod event;
+mod filesystem;
+mod gather;
+mod inode;
+mod io;
+mod mount;
+mod names;
+mod readahead;
+mod tables;
+
+pub use mount::{MountHandle, MountOptions, mount};

@@ -1,0 +1,412 @@
+//! The state of one mount and the steps that several operations share.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use fs3_client::{Attr, Client, Code, Error, OpenFile, OpenOptions, Result, at_inode};
+use fuser::{Errno, FileAttr, INodeNo, Notifier};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
+
+use crate::attrs::{Version, file_attr};
+use crate::caller::superuser;
+use crate::dirs::DirStream;
+use crate::inode::Inode;
+use crate::io::{DIRTY_AGE_MAX, Io};
+use crate::mount::MountOptions;
+use crate::readahead::Stream;
+use crate::tables::Recent;
+
+/// Places in the tables of what the kernel was told lately.
+const RECENT_PLACES: usize = 1 << 14;
+
+pub(crate) type File = Inode<OpenFile>;
+
+/// One `open` of the kernel.
+pub(crate) struct Handle {
+    pub inode: Arc<File>,
+    /// `None` while parked: closed early, opened again by the next use.
+    file: Mutex<Option<Arc<OpenFile>>>,
+    pub write: bool,
+    /// O_DIRECT: nothing is buffered when an operation returns.
+    pub direct: bool,
+    /// O_SYNC or O_DSYNC.
+    pub sync: bool,
+    /// Writes go to the end of the file whatever position the kernel names.
+    pub to_end: bool,
+    pub stream: Mutex<Stream>,
+    /// How many failures of background writes were told through this handle.
+    pub errors_seen: AtomicU64,
+    /// Closed early once already and used again: its descriptor is shared, so parking does not pay.
+    reopened: std::sync::atomic::AtomicBool,
+}
+
+impl Handle {
+    /// The open file, unless the handle is parked.
+    pub fn open_file(&self) -> Option<Arc<OpenFile>> {
+        self.file.lock().clone()
+    }
+}
+
+/// One `opendir` of the kernel.
+pub(crate) struct DirHandle {
+    pub inode: u64,
+    pub stream: tokio::sync::Mutex<DirStream>,
+}
+
+/// How a handle is opened.
+pub(crate) struct HandleFlags {
+    pub write: bool,
+    pub direct: bool,
+    pub sync: bool,
+    pub to_end: bool,
+}
+
+/// Everything that a mount knows. Shared by all operations.
+pub(crate) struct Core {
+    pub client: Client,
+    pub io: Arc<Io<OpenFile>>,
+    pub options: MountOptions,
+    pub notifier: OnceLock<Notifier>,
+    inodes: Mutex<HashMap<u64, Entry>>,
+    /// What the kernel's page cache holds of files that are not open; forgotten with the kernel's inode.
+    versions: Mutex<HashMap<u64, Version>>,
+    handles: RwLock<HashMap<u64, Arc<Handle>>>,
+    dirs: RwLock<HashMap<u64, Arc<DirHandle>>>,
+    next_handle: AtomicU64,
+    /// Length and mtime that the kernel was told, by inode.
+    told: Recent<(u64, i64)>,
+    /// Inodes of files that the kernel was told, by (parent, name).
+    names: Recent<u64>,
+    tasks: Arc<Tasks>,
+}
+
+struct Entry {
+    inode: Arc<File>,
+    handles: usize,
+    parked: Vec<Arc<Handle>>,
+}
+
+#[derive(Default)]
+struct Tasks {
+    running: AtomicUsize,
+    idle: Notify,
+}
+
+struct TaskGuard(Arc<Tasks>);
+
+impl Drop for TaskGuard {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+pub(crate) fn errno(error: &Error) -> Errno {
+    Errno::from_i32(error.errno())
+}
+
+impl Core {
+    pub fn new(client: Client, runtime: tokio::runtime::Handle, options: MountOptions) -> Self {
+        let io = Arc::new(Io::new(runtime, options.max_memory_bytes));
+        Self {
+            client,
+            io,
+            notifier: OnceLock::new(),
+            inodes: Mutex::default(),
+            versions: Mutex::default(),
+            handles: RwLock::default(),
+            dirs: RwLock::default(),
+            next_handle: AtomicU64::new(1),
+            told: Recent::new(RECENT_PLACES, options.attr_timeout),
+            names: Recent::new(RECENT_PLACES, options.entry_timeout),
+            tasks: Arc::default(),
+            options,
+        }
+    }
+
+    /// Run an operation on the runtime; [`Core::drain`] waits for it.
+    pub fn spawn(&self, operation: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.running.fetch_add(1, Ordering::AcqRel);
+        let guard = TaskGuard(self.tasks.clone());
+        self.io.runtime.spawn(async move {
+            operation.await;
+            drop(guard);
+        });
+    }
+
+    /// Wait until no operation runs, `limit` at most. Says whether none does.
+    pub async fn drain(&self, limit: Duration) -> bool {
+        let wait = async {
+            loop {
+                let idle = self.tasks.idle.notified();
+                tokio::pin!(idle);
+                idle.as_mut().enable();
+                if self.tasks.running.load(Ordering::Acquire) == 0 {
+                    return;
+                }
+                idle.await;
+            }
+        };
+        tokio::time::timeout(limit, wait).await.is_ok()
+    }
+
+    /// Write and publish everything, and forget read-ahead: before the mount goes away.
+    pub async fn flush_all(&self) {
+        for inode in self.io.aged(Duration::ZERO) {
+            self.write_back(&inode).await;
+        }
+    }
+
+    /// What has to be done about once a second: old data is written, old read-ahead dropped.
+    pub async fn tick(self: &Arc<Self>) {
+        for inode in self.io.aged(DIRTY_AGE_MAX) {
+            let core = self.clone();
+            self.spawn(async move { core.write_back(&inode).await });
+        }
+        let open: Vec<_> = self.inodes.lock().values().map(|e| e.inode.clone()).collect();
+        for inode in open {
+            inode.blocks.drop_aged();
+        }
+    }
+
+    async fn write_back(&self, inode: &Arc<File>) {
+        inode.flush(&self.io).await;
+        if let Err(error) = inode.publish(None, false).await {
+            tracing::warn!(inode = inode.id, %error, "publishing a length failed");
+            inode.fail(error);
+        }
+    }
+
+    // Attributes
+
+    /// Attributes as the kernel shall see them, remembering what it is told.
+    pub fn tell(&self, mut attr: Attr) -> FileAttr {
+        if let Some(inode) = self.inode(attr.inode) {
+            inode.merge(&mut attr);
+        }
+        let shown = file_attr(&attr);
+        self.told.put(attr.inode, (attr.length, attr.mtime_ns));
+        shown
+    }
+
+    /// As [`Core::tell`] for the entry `name` of `parent`.
+    pub fn tell_entry(&self, parent: u64, name: &[u8], attr: Attr) -> FileAttr {
+        self.names.put((parent, name), attr.inode);
+        self.tell(attr)
+    }
+
+    /// The inode behind a name that the kernel was told lately.
+    pub fn known_inode(&self, parent: u64, name: &[u8]) -> Option<u64> {
+        self.names.get((parent, name))
+    }
+
+    pub fn forget_name(&self, parent: u64, name: &[u8]) {
+        self.names.remove((parent, name));
+    }
+
+    /// Whether the kernel's attributes of an inode are those of `attr`; if they may not be, it is made to ask.
+    pub fn refresh_kernel(&self, attr: &Attr) -> bool {
+        let same = self.told.get(attr.inode) == Some((attr.length, attr.mtime_ns));
+        if !same && let Some(notifier) = self.notifier.get() {
+            // A negative offset concerns the attributes alone, so no page lock is taken.
+            let _ = notifier.inval_inode(INodeNo(attr.inode), -1, 0);
+        }
+        same
+    }
+
+    pub fn forget(&self, inode: u64) {
+        self.versions.lock().remove(&inode);
+    }
+
+    // Open files
+
+    /// The inode if it has open handles.
+    pub fn inode(&self, id: u64) -> Option<Arc<File>> {
+        self.inodes.lock().get(&id).map(|e| e.inode.clone())
+    }
+
+    /// One more handle of an inode.
+    pub fn enter(&self, id: u64) -> Arc<File> {
+        let mut inodes = self.inodes.lock();
+        let entry = inodes.entry(id).or_insert_with(|| {
+            let inode = Arc::new(File::new(id));
+            inode.set_version(self.versions.lock().remove(&id));
+            Entry { inode, handles: 0, parked: Vec::new() }
+        });
+        entry.handles += 1;
+        entry.inode.clone()
+    }
+
+    fn leave(&self, inode: &Arc<File>) {
+        let mut inodes = self.inodes.lock();
+        let Some(entry) = inodes.get_mut(&inode.id) else { return };
+        entry.handles -= 1;
+        if entry.handles == 0 {
+            inodes.remove(&inode.id);
+            inode.abandon();
+            if let Some(version) = inode.version() {
+                self.versions.lock().insert(inode.id, version);
+            }
+        }
+    }
+
+    /// Register an open file; returns the kernel's handle of it.
+    pub fn add_handle(&self, inode: Arc<File>, file: Arc<OpenFile>, flags: HandleFlags) -> u64 {
+        if flags.write {
+            inode.add_writer(file.clone());
+        }
+        let handle = Handle {
+            errors_seen: AtomicU64::new(inode.errors()),
+            inode,
+            file: Mutex::new(Some(file)),
+            write: flags.write,
+            direct: flags.direct,
+            sync: flags.sync,
+            to_end: flags.to_end,
+            stream: Mutex::default(),
+            reopened: Default::default(),
+        };
+        let id = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.handles.write().insert(id, Arc::new(handle));
+        id
+    }
+
+    pub fn handle(&self, id: u64) -> Option<Arc<Handle>> {
+        self.handles.read().get(&id).cloned()
+    }
+
+    pub fn add_dir(&self, inode: u64) -> u64 {
+        let id = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.dirs.write().insert(id, Arc::new(DirHandle { inode, stream: Default::default() }));
+        id
+    }
+
+    pub fn dir(&self, id: u64) -> Option<Arc<DirHandle>> {
+        self.dirs.read().get(&id).cloned()
+    }
+
+    pub fn remove_dir(&self, id: u64) {
+        self.dirs.write().remove(&id);
+    }
+
+    /// The open file of a handle; one that was closed early is opened again.
+    pub async fn file(&self, handle: &Arc<Handle>) -> Result<Arc<OpenFile>> {
+        if let Some(file) = handle.file.lock().clone() {
+            return Ok(file);
+        }
+        // The right to use the file was given when the handle was made and does not end with its mode bits.
+        let options = OpenOptions { read: true, write: handle.write, truncate: false };
+        let file = self.client.open(&superuser(), at_inode(handle.inode.id), options).await?;
+        let kept = {
+            let mut slot = handle.file.lock();
+            match &*slot {
+                Some(other) => other.clone(),
+                None => {
+                    *slot = Some(file.clone());
+                    handle.inode.add_writer(file.clone());
+                    file.clone()
+                }
+            }
+        };
+        handle.reopened.store(true, Ordering::Relaxed);
+        self.unlist_parked(handle);
+        if !Arc::ptr_eq(&kept, &file) {
+            file.close().await?;
+        }
+        Ok(kept)
+    }
+
+    fn unlist_parked(&self, handle: &Arc<Handle>) {
+        if let Some(entry) = self.inodes.lock().get_mut(&handle.inode.id) {
+            entry.parked.retain(|p| !Arc::ptr_eq(p, handle));
+        }
+    }
+
+    /// Before an inode may lose its last name: files closed early are opened again, so that it lives on.
+    pub async fn unpark(&self, known: Option<u64>) -> Result<()> {
+        let parked: Vec<_> = {
+            let inodes = self.inodes.lock();
+            match known {
+                Some(id) => inodes.get(&id).map(|e| e.parked.clone()).unwrap_or_default(),
+                None => inodes.values().flat_map(|e| e.parked.iter().cloned()).collect(),
+            }
+        };
+        for handle in parked {
+            match self.file(&handle).await {
+                // Somebody else removed it already.
+                Err(e) if matches!(e.code, Code::NotFound | Code::StaleHandle) => {}
+                other => drop(other?),
+            }
+        }
+        Ok(())
+    }
+
+    /// What `close(2)` waits for: data written, length published, failures told.
+    ///
+    /// The file is closed at the service by the same call when this was the only handle that writes: most
+    /// descriptors are not used after it, and it saves a call.
+    pub async fn flush(&self, handle: &Arc<Handle>) -> Result<()> {
+        if !handle.write {
+            return Ok(());
+        }
+        let inode = &handle.inode;
+        inode.flush(&self.io).await;
+        let file = handle.file.lock().clone();
+        let published = match file {
+            None => Ok(None),
+            Some(file) if !handle.reopened.load(Ordering::Relaxed) && inode.park(&file) => {
+                *handle.file.lock() = None;
+                if let Some(entry) = self.inodes.lock().get_mut(&inode.id) {
+                    entry.parked.push(handle.clone());
+                }
+                inode.publish(Some(&file), true).await
+            }
+            Some(_) => inode.publish(None, false).await,
+        };
+        match inode.new_error(&handle.errors_seen) {
+            Some(error) => Err(error),
+            None => published.map(drop),
+        }
+    }
+
+    /// The kernel's last reference to a handle is gone.
+    pub async fn release(&self, id: u64) {
+        let Some(handle) = self.handles.write().remove(&id) else { return };
+        let inode = &handle.inode;
+        if handle.write {
+            inode.flush(&self.io).await;
+            let file = handle.file.lock().clone();
+            if let Some(file) = &file {
+                inode.remove_writer(file);
+                // Pieces that were launched meanwhile may still go through this file.
+                inode.flush(&self.io).await;
+                if let Err(error) = inode.publish(Some(file), true).await {
+                    tracing::warn!(inode = inode.id, %error, "closing a file failed");
+                    inode.fail(error);
+                }
+            }
+            self.unlist_parked(&handle);
+        } else {
+            let file = handle.file.lock().take();
+            if let Some(file) = file
+                && let Err(error) = file.close().await
+            {
+                tracing::warn!(inode = inode.id, %error, "closing a file failed");
+            }
+        }
+        self.leave(inode);
+    }
+
+    /// Release every handle: at the end of a mount whose kernel side is gone.
+    pub async fn release_all(&self) {
+        let ids: Vec<_> = self.handles.read().keys().copied().collect();
+        for id in ids {
+            self.release(id).await;
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Reading, writing and syncing open files.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fs3_client::{Code, Error, OpenFile, Region, Result};
+use fuser::{ReplyData, ReplyWrite};
+
+use crate::blocks::Block;
+use crate::buffers::LARGE;
+use crate::core::{Core, Handle, errno};
+use crate::inode::{Accepted, Place};
+use crate::readahead::{BLOCK, Plan};
+
+/// A write that found no memory is given up after this long.
+const WRITE_WAIT_MAX: Duration = Duration::from_secs(120);
+
+/// A read as planned on arrival, when the order of requests is still known.
+pub(crate) struct PlannedRead {
+    pub handle: Arc<Handle>,
+    pub offset: u64,
+    pub len: usize,
+    pub plan: Plan,
+}
+
+impl Core {
+    /// Plan a read. Never waits.
+    pub fn plan_read(handle: Arc<Handle>, offset: u64, len: usize) -> PlannedRead {
+        let len = len.min(LARGE);
+        let plan = match handle.open_file() {
+            Some(file) if !handle.direct => {
+                let length = handle.inode.length(&file);
+                handle.stream.lock().on_read(offset, len as u64, length)
+            }
+            _ => Plan::Exact,
+        };
+        PlannedRead { handle, offset, len, plan }
+    }
+
+    /// Read and answer.
+    pub async fn read(self: &Arc<Self>, read: PlannedRead, reply: ReplyData) {
+        let PlannedRead { handle, offset, len, plan } = read;
+        let inode = &handle.inode;
+        let mut reply = Some(reply);
+        if inode.read_kept(offset, len, |bytes| reply.take().expect("not answered yet").data(bytes)) {
+            return;
+        }
+        let reply = reply.expect("not answered yet");
+        inode.settle(&self.io, offset, offset + len as u64).await;
+        let result = match self.file(&handle).await {
+            Err(error) => Err(error),
+            Ok(file) => match self.read_blocks(&handle, &file, offset, len, plan).await {
+                Some(bytes) => Ok(bytes),
+                None => self.read_exact(&file, offset, len).await,
+            },
+        };
+        match result {
+            Ok(bytes) => reply.data(&bytes),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    async fn read_exact(&self, file: &Arc<OpenFile>, offset: u64, len: usize) -> Result<Region> {
+        let buffer = self.io.read_pool.take(len, || {}).await?;
+        let (result, region) = file.read(offset, buffer.into_region_mut(len)).await;
+        result.map(|n| region.freeze().slice(0, n))
+    }
+
+    /// Serve a read from blocks and keep the reader's blocks coming. `None`: read exactly instead.
+    async fn read_blocks(
+        &self,
+        handle: &Arc<Handle>,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        len: usize,
+        plan: Plan,
+    ) -> Option<Region> {
+        let Plan::Blocks { ahead } = plan else { return None };
+        let len = len.min(handle.inode.length(file).saturating_sub(offset) as usize);
+        if len == 0 {
+            return None;
+        }
+        let (first, last) = (offset / BLOCK, (offset + len as u64 - 1) / BLOCK);
+        let mut blocks = Vec::with_capacity(2);
+        for number in first..=last {
+            blocks.push(self.block(handle, file, number, 0));
+        }
+        for number in ahead {
+            if self.block(handle, file, number, self.io.read_pool.budget() / 4).is_none() {
+                break;
+            }
+        }
+        if first == last {
+            return self.take_part(handle, blocks.pop()??, offset, len).await;
+        }
+        let mut joined = self.io.read_pool.take(len, || {}).await.ok()?;
+        let mut done = 0;
+        for block in blocks {
+            let at = offset + done as u64;
+            let part = (len - done).min((BLOCK - at % BLOCK) as usize);
+            let bytes = self.take_part(handle, block?, at, part).await?;
+            joined[done..done + part].copy_from_slice(&bytes);
+            done += part;
+        }
+        Some(joined.into_region(0, len))
+    }
+
+    async fn take_part(&self, handle: &Handle, block: Arc<Block>, offset: u64, len: usize) -> Option<Region> {
+        let bytes = block.read(offset, len).await;
+        match &bytes {
+            Some(_) => handle.inode.blocks.consumed(&block, len),
+            None => handle.inode.blocks.drop_block(&block),
+        }
+        bytes
+    }
+
+    /// Block `number`, asked for now if need be; `None` when data of it is not written yet or memory is short.
+    fn block(&self, handle: &Handle, file: &Arc<OpenFile>, number: u64, reserve: usize) -> Option<Arc<Block>> {
+        let inode = &handle.inode;
+        if let Some(block) = inode.blocks.get(number) {
+            return Some(block);
+        }
+        let (start, end) = (number * BLOCK, (number + 1) * BLOCK);
+        let before = inode.settled(start, end)?;
+        let buffer = self.io.read_pool.try_take(BLOCK as usize, reserve)?;
+        let block = inode.blocks.fetch(&self.io.runtime, file, number, buffer);
+        if inode.settled(start, end) == Some(before) {
+            return Some(block);
+        }
+        // A write came between: it may not have seen the block that it makes stale.
+        inode.blocks.drop_block(&block);
+        None
+    }
+
+    /// Write and answer. Buffered data is accepted at once; only when memory is short does the caller wait.
+    pub fn write(self: &Arc<Self>, handle: Arc<Handle>, offset: u64, data: &[u8], reply: ReplyWrite) {
+        if let Some(error) = handle.inode.new_error(&handle.errors_seen) {
+            return reply.error(errno(&error));
+        }
+        let place = if handle.to_end { Place::End } else { Place::At(offset) };
+        let (place, done) = match handle.inode.write(&self.io, place, data) {
+            Accepted::Taken { offset, bytes } => (Place::At(offset + bytes as u64), bytes),
+            Accepted::NoWriter => (place, 0),
+        };
+        if done == data.len() && !handle.direct {
+            return reply.written(data.len() as u32);
+        }
+        let (core, rest, len) = (self.clone(), data[done..].to_vec(), data.len());
+        self.spawn(async move {
+            match core.finish_write(&handle, place, &rest).await {
+                Ok(()) => reply.written(len as u32),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    async fn finish_write(&self, handle: &Arc<Handle>, mut place: Place, data: &[u8]) -> Result<()> {
+        let deadline = Instant::now() + WRITE_WAIT_MAX;
+        let mut done = 0;
+        while done < data.len() {
+            self.file(handle).await?;
+            match handle.inode.write(&self.io, place, &data[done..]) {
+                Accepted::Taken { offset, bytes } => {
+                    done += bytes;
+                    place = Place::At(offset + bytes as u64);
+                }
+                Accepted::NoWriter => {}
+            }
+            if done < data.len() {
+                if Instant::now() >= deadline {
+                    return Err(Error::new(Code::Busy, "no memory came free for a write"));
+                }
+                drop(self.io.write_pool.take(LARGE, || self.io.reclaim()).await?);
+            }
+        }
+        if handle.direct {
+            handle.inode.flush(&self.io).await;
+            if let Some(error) = handle.inode.new_error(&handle.errors_seen) {
+                return Err(error);
+            }
+            if handle.sync {
+                return self.fsync(handle).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Make everything written to the file survive power loss.
+    pub async fn fsync(&self, handle: &Arc<Handle>) -> Result<()> {
+        let inode = &handle.inode;
+        inode.flush(&self.io).await;
+        if let Some(error) = inode.new_error(&handle.errors_seen) {
+            return Err(error);
+        }
+        let file = self.file(handle).await?;
+        // A handle that only reads has no session to publish a length with.
+        inode.writer().unwrap_or(file).sync().await?;
+        // What sync published need not be published again; this only takes note of it.
+        inode.publish(None, false).await.map(drop)
+    }
+}

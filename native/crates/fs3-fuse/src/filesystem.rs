@@ -1,0 +1,497 @@
+//! The kernel's requests, each handed to the runtime and answered from there.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fs3_client::{Result, Setattr, at_inode};
+use fuser::{
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
+    ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use crate::attrs::{file_attr, kind, set_times};
+use crate::caller::{Who, superuser};
+use crate::core::{Core, errno};
+use crate::names::{Change, Listed};
+
+/// Largest write that the kernel sends, in bytes.
+const WRITE_BYTES_MAX: u32 = 1 << 20;
+/// Read-ahead requests of the kernel that may be under way at a time.
+const BACKGROUND_MAX: u16 = 64;
+/// Unit of `statfs` counts in bytes.
+const BLOCK_BYTES: u64 = 4096;
+/// Inodes that may still be made, as shown by `statfs`: there is no limit short of the ids.
+const FREE_INODES: u64 = 1 << 40;
+/// Inode ids are never used twice.
+const GENERATION: Generation = Generation(0);
+
+/// The mount as fuser sees it.
+pub(crate) struct Fs {
+    pub core: Arc<Core>,
+}
+
+fn answer_entry(core: &Core, reply: ReplyEntry, result: Result<FileAttr>) {
+    match result {
+        Ok(attr) => {
+            reply.entry_with_ttls(&core.options.attr_timeout, &core.options.entry_timeout, &attr, GENERATION);
+        }
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn answer_attr(core: &Core, reply: ReplyAttr, result: Result<FileAttr>) {
+    match result {
+        Ok(attr) => reply.attr(&core.options.attr_timeout, &attr),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn answer_empty(reply: ReplyEmpty, result: Result<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+impl Fs {
+    /// Run `operation` with the mount's state and a copy of the name.
+    fn named<Fut>(&self, name: &OsStr, operation: impl FnOnce(Arc<Core>, Vec<u8>) -> Fut)
+    where
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        self.core.spawn(operation(self.core.clone(), name.as_bytes().to_vec()));
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+impl Filesystem for Fs {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let wanted = InitFlags::FUSE_ATOMIC_O_TRUNC
+            | InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_ASYNC_DIO
+            | InitFlags::FUSE_CACHE_SYMLINKS
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+        let offered = config.capabilities();
+        let _ = config.add_capabilities(wanted & offered);
+        let _ = config.set_max_write(WRITE_BYTES_MAX);
+        if let Err(most) = config.set_max_readahead(WRITE_BYTES_MAX) {
+            let _ = config.set_max_readahead(most);
+        }
+        let _ = config.set_max_background(BACKGROUND_MAX);
+        Ok(())
+    }
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            let result = core.lookup(who, parent.0, &name).await;
+            answer_entry(&core, reply, result);
+        });
+    }
+
+    fn forget(&self, _request: &Request, inode: INodeNo, _lookups: u64) {
+        self.core.forget(inode.0);
+    }
+
+    fn getattr(&self, _request: &Request, inode: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let core = self.core.clone();
+        self.core.spawn(async move {
+            let result = core.getattr(inode.0).await;
+            answer_attr(&core, reply, result);
+        });
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        inode: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let mut other = Setattr { mode: mode.map(|m| m & 0o7777), uid, gid, ..Setattr::default() };
+        set_times(&mut other, atime, mtime);
+        let change = Change { length: size, handle: fh.map(|f| f.0), other };
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            let result = core.setattr(who, inode.0, change).await;
+            answer_attr(&core, reply, result);
+        });
+    }
+
+    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        let core = self.core.clone();
+        self.core.spawn(async move {
+            match core.readlink(inode.0).await {
+                Ok(target) => reply.data(&target),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            let result = core.mknod(who, parent.0, &name, mode, rdev).await;
+            answer_entry(&core, reply, result);
+        });
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            let result = core.mkdir(who, parent.0, &name, mode).await;
+            answer_entry(&core, reply, result);
+        });
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            answer_empty(reply, core.unlink(who, parent.0, &name).await);
+        });
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            answer_empty(reply, core.rmdir(who, parent.0, &name).await);
+        });
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let (who, target) = (Who::of(request), target.as_os_str().as_bytes().to_vec());
+        self.named(name, |core, name| async move {
+            let result = core.symlink(who, parent.0, &name, &target).await;
+            answer_entry(&core, reply, result);
+        });
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (who, to) = (Who::of(request), newname.as_bytes().to_vec());
+        self.named(name, |core, from| async move {
+            let result = core.rename(who, (parent.0, &from), (newparent.0, &to), flags.bits()).await;
+            answer_empty(reply, result);
+        });
+    }
+
+    fn link(&self, request: &Request, inode: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        let who = Who::of(request);
+        self.named(newname, |core, name| async move {
+            let result = core.link(who, inode.0, newparent.0, &name).await;
+            answer_entry(&core, reply, result);
+        });
+    }
+
+    fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            match core.open(who, inode.0, flags.0).await {
+                Ok(opened) => reply.opened(FileHandle(opened.handle), opened.flags),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            match core.create(who, parent.0, &name, mode, flags).await {
+                Ok((attr, opened)) => {
+                    let life = core.options.attr_timeout.min(core.options.entry_timeout);
+                    reply.created(&life, &attr, GENERATION, FileHandle(opened.handle), opened.flags);
+                }
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let read = Core::plan_read(handle, offset, size as usize);
+        let core = self.core.clone();
+        self.core.spawn(async move { core.read(read, reply).await });
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        self.core.write(handle, offset, data, reply);
+    }
+
+    fn flush(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let core = self.core.clone();
+        self.core.spawn(async move { answer_empty(reply, core.flush(&handle).await) });
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        let core = self.core.clone();
+        self.core.spawn(async move {
+            core.release(fh.0).await;
+            reply.ok();
+        });
+    }
+
+    fn fsync(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let core = self.core.clone();
+        self.core.spawn(async move { answer_empty(reply, core.fsync(&handle).await) });
+    }
+
+    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(self.core.add_dir(inode.0)), FopenFlags::empty());
+    }
+
+    fn readdir(&self, request: &Request, _inode: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            let add = |e: Listed<'_>| reply.add(INodeNo(e.inode), e.next, kind(e.kind), OsStr::from_bytes(e.name));
+            match core.list(who, &dir, offset, false, add).await {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            let life = core.options.attr_timeout.min(core.options.entry_timeout);
+            let add = |e: Listed<'_>| {
+                // Without attributes (".", "..") the kernel only takes the name; it asks for the rest.
+                let (attr, life) = match e.attr {
+                    Some(attr) => (attr, life),
+                    None => (bare_attr(&e), Duration::ZERO),
+                };
+                reply.add(INodeNo(e.inode), e.next, OsStr::from_bytes(e.name), &life, &attr, GENERATION)
+            };
+            match core.list(who, &dir, offset, true, add).await {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn releasedir(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.core.remove_dir(fh.0);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _request: &Request, _inode: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        // An answered metadata operation is as durable as the service's store makes it; nothing is kept here.
+        reply.ok();
+    }
+
+    fn statfs(&self, _request: &Request, inode: INodeNo, reply: ReplyStatfs) {
+        let core = self.core.clone();
+        self.core.spawn(async move {
+            match core.client.statfs(&superuser(), at_inode(inode.0)).await {
+                Ok(s) => {
+                    let (all, free) = (s.capacity_bytes / BLOCK_BYTES, s.free_bytes / BLOCK_BYTES);
+                    let size = BLOCK_BYTES as u32;
+                    let name_max = if s.name_bytes_max == 0 { 255 } else { s.name_bytes_max };
+                    reply.statfs(all, free, free, s.inodes + FREE_INODES, FREE_INODES, size, name_max, size);
+                }
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn lseek(&self, _request: &Request, inode: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let core = self.core.clone();
+        self.core.spawn(async move {
+            match core.getattr(inode.0).await {
+                Err(error) => reply.error(errno(&error)),
+                Ok(attr) => match seek(offset, whence, attr.size as i64) {
+                    Ok(position) => reply.offset(position),
+                    Err(error) => reply.error(error),
+                },
+            }
+        });
+    }
+
+    // ENOSYS makes the kernel stop asking and answer the application itself.
+
+    fn access(&self, _request: &Request, _inode: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn getxattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _request: &Request, _inode: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _command: u32,
+        _data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn poll(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _fh: FileHandle,
+        _notifier: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        // Space is not reserved, so nothing is promised; posix_fallocate then writes.
+        reply.error(Errno::EOPNOTSUPP);
+    }
+}
+
+fn bare_attr(entry: &Listed<'_>) -> FileAttr {
+    let mut attr = fs3_client::Attr { inode: entry.inode, nlink: 1, ..Default::default() };
+    attr.set_type(entry.kind);
+    FileAttr { ctime: UNIX_EPOCH, ..file_attr(&attr) }
+}
+
+/// SEEK_DATA and SEEK_HOLE of a file that is data as a whole.
+fn seek(offset: i64, whence: i32, length: i64) -> Result<i64, Errno> {
+    match whence {
+        libc::SEEK_DATA | libc::SEEK_HOLE if !(0..length).contains(&offset) => Err(Errno::ENXIO),
+        libc::SEEK_DATA => Ok(offset),
+        libc::SEEK_HOLE => Ok(length),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_data_up_to_its_end() {
+        assert_eq!(seek(3, libc::SEEK_DATA, 10), Ok(3));
+        assert_eq!(seek(3, libc::SEEK_HOLE, 10), Ok(10));
+        assert_eq!(seek(10, libc::SEEK_DATA, 10), Err(Errno::ENXIO));
+        assert_eq!(seek(-1, libc::SEEK_HOLE, 10), Err(Errno::ENXIO));
+        assert_eq!(seek(0, 77, 10), Err(Errno::EINVAL));
+    }
+}

@@ -1,0 +1,301 @@
+//! Mounting, and the end of a mount.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fs3_client::{Client, Code, Error, Result};
+use fuser::{Config, MountOption, Session, SessionACL};
+use parking_lot::{Condvar, Mutex};
+use tokio::runtime::Handle;
+
+use crate::core::Core;
+use crate::filesystem::Fs;
+
+/// How long the end of a mount waits for operations under way, and for files that are still open.
+const END_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How often old data and read-ahead are looked for.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How to mount.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// Let other users than the one that mounts use the mount.
+    pub allow_other: bool,
+    /// Let the kernel check permission bits (the service checks them in any case).
+    pub default_permissions: bool,
+    /// Refuse every change.
+    pub read_only: bool,
+    /// Honour set-id bits of programs; needs the right to.
+    pub suid: bool,
+    /// Honour device nodes; needs the right to.
+    pub dev: bool,
+    /// Shown as the source in the mount table.
+    pub fsname: String,
+    /// Shown as `fuse.<subtype>` in the mount table.
+    pub subtype: String,
+    /// Threads that read requests from the kernel; 0: chosen by the number of cores.
+    pub threads: usize,
+    /// Memory for data on its way in both directions, in bytes.
+    pub max_memory_bytes: usize,
+    /// How long the kernel may use attributes without asking.
+    pub attr_timeout: Duration,
+    /// How long the kernel may use the inode behind a name without asking.
+    pub entry_timeout: Duration,
+    /// Have the helper program unmount when this process dies; needs `allow_other`.
+    pub auto_unmount: bool,
+    /// What the kernel reads ahead of a sequential reader, in bytes; set where this process has the right to.
+    pub readahead_bytes: usize,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self {
+            allow_other: false,
+            default_permissions: true,
+            read_only: false,
+            suid: false,
+            dev: false,
+            fsname: "fs3".to_owned(),
+            subtype: "fs3".to_owned(),
+            threads: 0,
+            max_memory_bytes: 256 << 20,
+            attr_timeout: Duration::from_secs(1),
+            entry_timeout: Duration::from_secs(1),
+            auto_unmount: false,
+            readahead_bytes: 4 << 20,
+        }
+    }
+}
+
+impl MountOptions {
+    fn config(&self) -> Config {
+        let mut options = vec![
+            MountOption::FSName(self.fsname.clone()),
+            // As a kernel option it also takes effect without the helper program.
+            MountOption::CUSTOM(format!("subtype={}", self.subtype)),
+        ];
+        let flags = [
+            (self.default_permissions, MountOption::DefaultPermissions),
+            (self.read_only, MountOption::RO),
+            (self.suid, MountOption::Suid),
+            (self.dev, MountOption::Dev),
+            (self.auto_unmount, MountOption::AutoUnmount),
+        ];
+        options.extend(flags.into_iter().filter_map(|(on, option)| on.then_some(option)));
+        let mut config = Config::default();
+        config.mount_options = options;
+        config.acl = if self.allow_other { SessionACL::All } else { SessionACL::Owner };
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        config.n_threads = Some(if self.threads == 0 { cores.clamp(2, 8) } else { self.threads });
+        config.clone_fd = true;
+        config
+    }
+}
+
+/// A mount that is being served. It is not unmounted when this is dropped: call [`MountHandle::unmount`].
+pub struct MountHandle {
+    core: Arc<Core>,
+    mountpoint: PathBuf,
+    end: Arc<End>,
+}
+
+#[derive(Default)]
+struct End {
+    result: Mutex<Option<Result<()>>>,
+    changed: Condvar,
+}
+
+fn io_error(what: &str, error: &std::io::Error) -> Error {
+    let code = match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => Code::Access,
+        Some(libc::ENOENT) => Code::NotFound,
+        Some(libc::ENOTDIR) => Code::NotDirectory,
+        Some(libc::EBUSY) => Code::Busy,
+        _ if error.kind() == std::io::ErrorKind::InvalidInput => Code::InvalidArgument,
+        _ => Code::Unavailable,
+    };
+    Error::new(code, format!("{what}: {error}"))
+}
+
+/// Mount the cluster of `client` on the directory `mountpoint` and serve it in the background, on threads of its
+/// own and on `runtime` (the one that the client runs on). Returns when the kernel has accepted the mount.
+///
+/// Must not be called from a task of the runtime. Errors: Access when mounting is not permitted, NotFound and
+/// NotDirectory about the mountpoint, InvalidArgument for options that contradict each other.
+pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountOptions) -> Result<MountHandle> {
+    let config = options.config();
+    let readahead_bytes = options.readahead_bytes;
+    let mountpoint =
+        mountpoint.canonicalize().map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
+    let core = Arc::new(Core::new(client, runtime.clone(), options));
+    let session = Session::new(Fs { core: core.clone() }, &mountpoint, &config)
+        .map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
+    let _ = core.notifier.set(session.notifier());
+    set_readahead(&mountpoint, readahead_bytes);
+
+    let ticking = core.clone();
+    let ticker = runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(TICK).await;
+            ticking.tick().await;
+        }
+    });
+    let end = Arc::new(End::default());
+    let (serving, ended) = (core.clone(), end.clone());
+    let serve = move || {
+        let result = session.run().map_err(|e| io_error("the connection to the kernel failed", &e));
+        ticker.abort();
+        runtime.block_on(finish(&serving));
+        *ended.result.lock() = Some(result);
+        ended.changed.notify_all();
+    };
+    std::thread::Builder::new()
+        .name("fs3-fuse".to_owned())
+        .spawn(serve)
+        .map_err(|e| io_error("cannot start a thread", &e))?;
+    Ok(MountHandle { core, mountpoint, end })
+}
+
+/// Nothing more comes from the kernel: let what runs end, write what is left.
+async fn finish(core: &Arc<Core>) {
+    if !core.drain(END_WAIT_MAX).await {
+        tracing::warn!("operations were still under way when the mount ended");
+    }
+    let rest = async {
+        core.flush_all().await;
+        core.release_all().await;
+    };
+    if tokio::time::timeout(END_WAIT_MAX, rest).await.is_err() {
+        tracing::warn!("not everything could be written before the mount ended");
+    }
+}
+
+impl MountHandle {
+    /// Where it is mounted.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Wait until the mount has ended (unmounted by whomever, or the kernel's side died) and everything
+    /// accepted is written. Must not be called from a task of the runtime.
+    pub fn wait(&self) -> Result<()> {
+        let mut result = self.end.result.lock();
+        while result.is_none() {
+            self.end.changed.wait(&mut result);
+        }
+        result.clone().expect("just seen")
+    }
+
+    /// As [`MountHandle::wait`], `limit` at most; `None` when the mount is still there.
+    pub fn wait_for(&self, limit: Duration) -> Option<Result<()>> {
+        let deadline = Instant::now() + limit;
+        let mut result = self.end.result.lock();
+        while result.is_none() {
+            if self.end.changed.wait_until(&mut result, deadline).timed_out() {
+                break;
+            }
+        }
+        result.clone()
+    }
+
+    /// Write everything, unmount, and wait for the end. Files that programs still hold open keep the mount
+    /// alive, out of sight, for half a minute. Must not be called from a task of the runtime.
+    /// Errors: Busy when they are still open then (they fail when this process ends; their data is written).
+    pub fn unmount(&self) -> Result<()> {
+        let runtime = self.core.io.runtime.clone();
+        let flush = || runtime.block_on(async { tokio::time::timeout(END_WAIT_MAX, self.core.flush_all()).await });
+        if self.wait_for(Duration::ZERO).is_none() {
+            let _ = flush();
+            detach(&self.mountpoint)?;
+        }
+        if let Some(result) = self.wait_for(END_WAIT_MAX) {
+            return result;
+        }
+        let _ = flush();
+        Err(Error::new(Code::Busy, format!("{}: files are still open", self.mountpoint.display())))
+    }
+}
+
+/// Take the mount out of the name space; at once if it is not in use, else as soon as it no longer is.
+fn detach(mountpoint: &Path) -> Result<()> {
+    let failed = |e: &std::io::Error| io_error(&format!("cannot unmount {}", mountpoint.display()), e);
+    let path = CString::new(mountpoint.as_os_str().as_bytes()).map_err(|e| failed(&e.into()))?;
+    for flags in [libc::UMOUNT_NOFOLLOW, libc::UMOUNT_NOFOLLOW | libc::MNT_DETACH] {
+        // SAFETY: `path` is a valid C string.
+        if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 {
+            return Ok(());
+        }
+        let error = std::io::Error::last_os_error();
+        match error.raw_os_error() {
+            // Not mounted any more.
+            Some(libc::EINVAL | libc::ENOENT) => return Ok(()),
+            Some(libc::EBUSY) => {}
+            Some(libc::EPERM) => return detach_by_helper(mountpoint),
+            _ => return Err(failed(&error)),
+        }
+    }
+    Err(Error::new(Code::Busy, format!("cannot unmount {}: it is in use", mountpoint.display())))
+}
+
+/// Ordinary users unmount through the set-user-id helper of FUSE.
+fn detach_by_helper(mountpoint: &Path) -> Result<()> {
+    for helper in ["fusermount3", "fusermount"] {
+        let mut command = Command::new(helper);
+        command.args(["-u", "-z", "--"]).arg(mountpoint).stdin(Stdio::null()).stdout(Stdio::null());
+        match command.stderr(Stdio::null()).status() {
+            Ok(status) if status.success() => return Ok(()),
+            _ => {}
+        }
+    }
+    Err(Error::new(Code::Access, format!("cannot unmount {}: fusermount3 -u failed", mountpoint.display())))
+}
+
+/// Best effort: only the superuser may, and where it fails the daemon's own read-ahead remains.
+fn set_readahead(mountpoint: &Path, bytes: usize) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if let Some(device) = device_of(&table, mountpoint) {
+        let file = format!("/sys/class/bdi/{device}/read_ahead_kb");
+        if let Err(error) = std::fs::write(&file, (bytes / 1024).to_string()) {
+            tracing::debug!(%error, file, "the kernel's read-ahead stays as it is");
+        }
+    }
+}
+
+/// `major:minor` of the last mount on `mountpoint` in a `mountinfo` table.
+fn device_of(mountinfo: &str, mountpoint: &Path) -> Option<String> {
+    let escaped = mountpoint.to_str()?.replace('\\', "\\134").replace(' ', "\\040");
+    let escaped = escaped.replace('\t', "\\011").replace('\n', "\\012");
+    let mut lines = mountinfo.lines().rev();
+    lines.find_map(|line| {
+        let fields: Vec<_> = line.split(' ').collect();
+        (fields.len() > 4 && fields[4] == escaped).then(|| fields[2].to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_of_a_mountpoint_is_found_in_the_table() {
+        let table = "25 30 0:23 / /sys rw - sysfs sysfs rw\n\
+                     90 30 0:51 / /mnt/a\\040b rw - fuse.fs3 fs3 rw\n\
+                     91 30 0:52 / /mnt/a\\040b rw - fuse.fs3 fs3 rw\n";
+        assert_eq!(device_of(table, Path::new("/mnt/a b")).as_deref(), Some("0:52"));
+        assert_eq!(device_of(table, Path::new("/mnt")), None);
+    }
+
+    #[test]
+    fn options_reach_the_session() {
+        let options = MountOptions { allow_other: true, read_only: true, threads: 3, ..Default::default() };
+        let config = options.config();
+        assert_eq!((config.n_threads, config.acl), (Some(3), SessionACL::All));
+        assert!(config.mount_options.contains(&MountOption::RO));
+        assert!(config.mount_options.contains(&MountOption::DefaultPermissions));
+        assert!(config.mount_options.contains(&MountOption::CUSTOM("subtype=fs3".to_owned())));
+    }
+}

@@ -1,0 +1,342 @@
+//! Operations on names and attributes, and opening.
+
+use std::sync::Arc;
+
+use fs3_client::{
+    Attr, Code, CreateOptions, DirEntry, Error, FileType, OpenFile, OpenOptions, Result, Setattr, at_child, at_inode,
+};
+use fuser::{FileAttr, FopenFlags};
+
+use crate::attrs::{Version, type_of_mode};
+use crate::caller::{Who, superuser};
+use crate::core::{Core, DirHandle, HandleFlags};
+use crate::dirs::{At, DirStream, FIRST, PAGE_ENTRIES};
+
+/// Set by the kernel in the flags of an open for execution; read permission is not needed then.
+const FMODE_EXEC: i32 = 0x20;
+const SET_ID_BITS: u32 = 0o6000;
+
+/// What an open answers.
+pub(crate) struct Opened {
+    pub handle: u64,
+    pub flags: FopenFlags,
+}
+
+/// One entry of a listing: offset behind it, name, attributes (or just inode and type).
+pub(crate) struct Listed<'a> {
+    pub next: u64,
+    pub name: &'a [u8],
+    pub inode: u64,
+    pub kind: FileType,
+    pub attr: Option<FileAttr>,
+}
+
+/// A change asked for by `setattr`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Change {
+    pub length: Option<u64>,
+    pub handle: Option<u64>,
+    pub other: Setattr,
+}
+
+fn access(flags: i32) -> OpenOptions {
+    let mode = flags & libc::O_ACCMODE;
+    OpenOptions {
+        read: mode != libc::O_WRONLY && flags & FMODE_EXEC == 0,
+        write: mode != libc::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0 && mode != libc::O_RDONLY,
+    }
+}
+
+impl Core {
+    pub async fn lookup(&self, who: Who, parent: u64, name: &[u8]) -> Result<FileAttr> {
+        let attr = match who.run(|c| async move { self.client.lookup(&c, parent, name).await }).await {
+            Ok(attr) => attr,
+            Err(error) => {
+                self.forget_name(parent, name);
+                return Err(error);
+            }
+        };
+        Ok(self.tell_entry(parent, name, attr))
+    }
+
+    pub async fn getattr(&self, inode: u64) -> Result<FileAttr> {
+        let attr = self.client.stat(&superuser(), at_inode(inode)).await?;
+        Ok(self.tell(attr))
+    }
+
+    pub async fn readlink(&self, inode: u64) -> Result<Vec<u8>> {
+        let attr = self.client.stat(&superuser(), at_inode(inode)).await?;
+        match attr.r#type() {
+            FileType::Symlink => Ok(attr.symlink_target.to_vec()),
+            _ => Err(Error::new(Code::InvalidArgument, "not a symlink")),
+        }
+    }
+
+    pub async fn setattr(&self, who: Who, inode: u64, change: Change) -> Result<FileAttr> {
+        let open = self.inode(inode);
+        if let Some(open) = open.as_ref().filter(|o| o.is_dirty()) {
+            // What was written before must not overtake the change: neither its bytes nor its time.
+            open.flush(&self.io).await;
+            open.publish(None, false).await?;
+        }
+        let mut attr = None;
+        if let Some(length) = change.length {
+            open.iter().for_each(|o| o.truncated());
+            let result = self.truncate(who, inode, length, change.handle).await;
+            open.iter().for_each(|o| o.truncated());
+            attr = Some(result?);
+        }
+        if change.other != Setattr::default() {
+            attr = Some(self.change(who, inode, change.other).await?);
+        }
+        match attr {
+            Some(attr) => Ok(self.tell(attr)),
+            None => self.getattr(inode).await,
+        }
+    }
+
+    async fn truncate(&self, who: Who, inode: u64, length: u64, handle: Option<u64>) -> Result<Attr> {
+        match handle.and_then(|h| self.handle(h)).filter(|h| h.write) {
+            Some(handle) => self.file(&handle).await?.truncate(length).await,
+            None => who.run(|c| async move { self.client.truncate(&c, at_inode(inode), length).await }).await,
+        }
+    }
+
+    async fn change(&self, who: Who, inode: u64, change: Setattr) -> Result<Attr> {
+        // Without its groups the service would take a set-group-id bit away from a member of the group.
+        let groups_matter = change.gid.is_some() || change.mode.is_some_and(|m| m & 0o2000 != 0);
+        let result = if who.uid != 0 && groups_matter {
+            self.client.setattr(&who.caller_with_groups(), at_inode(inode), change).await
+        } else {
+            who.run(|c| async move { self.client.setattr(&c, at_inode(inode), change).await }).await
+        };
+        match result {
+            Err(e) if e.code == Code::NotPermitted => {
+                if self.only_drops_set_id(inode, change).await {
+                    return self.client.setattr(&superuser(), at_inode(inode), change).await;
+                }
+                Err(e)
+            }
+            other => other,
+        }
+    }
+
+    /// A write by somebody who is not the owner takes the set-id bits away; the kernel asks for that in the
+    /// writer's name.
+    async fn only_drops_set_id(&self, inode: u64, change: Setattr) -> bool {
+        let Some(mode) = change.mode else { return false };
+        if (Setattr { mode: None, ..change }) != Setattr::default() {
+            return false;
+        }
+        let Ok(now) = self.client.stat(&superuser(), at_inode(inode)).await else { return false };
+        mode & !SET_ID_BITS & 0o7777 == now.mode & !SET_ID_BITS & 0o7777 && mode & SET_ID_BITS & !now.mode == 0
+    }
+
+    pub async fn mknod(&self, who: Who, parent: u64, name: &[u8], mode: u32, rdev: u32) -> Result<FileAttr> {
+        let kind = type_of_mode(mode);
+        let attr = who
+            .run(|c| async move {
+                self.client.mknod(&c, at_child(parent, name), mode & 0o7777, kind, u64::from(rdev)).await
+            })
+            .await?;
+        Ok(self.tell_entry(parent, name, attr))
+    }
+
+    pub async fn mkdir(&self, who: Who, parent: u64, name: &[u8], mode: u32) -> Result<FileAttr> {
+        let attr = who
+            .run(|c| async move { self.client.mkdir(&c, at_child(parent, name), mode & 0o7777, false, None).await })
+            .await?;
+        Ok(self.tell_entry(parent, name, attr))
+    }
+
+    pub async fn symlink(&self, who: Who, parent: u64, name: &[u8], target: &[u8]) -> Result<FileAttr> {
+        let attr = who.run(|c| async move { self.client.symlink(&c, at_child(parent, name), target).await }).await?;
+        Ok(self.tell_entry(parent, name, attr))
+    }
+
+    pub async fn link(&self, who: Who, inode: u64, parent: u64, name: &[u8]) -> Result<FileAttr> {
+        let attr =
+            who.run(|c| async move { self.client.link(&c, at_inode(inode), at_child(parent, name)).await }).await?;
+        Ok(self.tell_entry(parent, name, attr))
+    }
+
+    pub async fn unlink(&self, who: Who, parent: u64, name: &[u8]) -> Result<()> {
+        let known = self.known_inode(parent, name);
+        self.unpark(known).await?;
+        self.forget_name(parent, name);
+        let attr = who.run(|c| async move { self.client.unlink(&c, at_child(parent, name), known).await }).await?;
+        self.lost_name(&attr);
+        Ok(())
+    }
+
+    fn lost_name(&self, attr: &Attr) {
+        if attr.nlink == 0
+            && let Some(open) = self.inode(attr.inode)
+        {
+            open.set_unlinked();
+        }
+    }
+
+    pub async fn rmdir(&self, who: Who, parent: u64, name: &[u8]) -> Result<()> {
+        self.forget_name(parent, name);
+        who.run(|c| async move { self.client.rmdir(&c, at_child(parent, name)).await }).await
+    }
+
+    pub async fn rename(&self, who: Who, from: (u64, &[u8]), to: (u64, &[u8]), flags: u32) -> Result<()> {
+        if flags & !(libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) != 0 {
+            return Err(Error::new(Code::InvalidArgument, "rename flags other than NOREPLACE and EXCHANGE"));
+        }
+        let (no_replace, exchange) = (flags & libc::RENAME_NOREPLACE != 0, flags & libc::RENAME_EXCHANGE != 0);
+        let known = self.known_inode(to.0, to.1);
+        if !exchange {
+            self.unpark(known).await?;
+        }
+        self.forget_name(from.0, from.1);
+        self.forget_name(to.0, to.1);
+        let (source, target) = (at_child(from.0, from.1), at_child(to.0, to.1));
+        let (source, target) = (&source, &target);
+        let done = who
+            .run(|c| async move {
+                self.client.rename(&c, source.clone(), target.clone(), no_replace, exchange, known).await
+            })
+            .await?;
+        if let Some(replaced) = done.replaced.as_ref().filter(|_| !exchange) {
+            self.lost_name(replaced);
+        }
+        Ok(())
+    }
+
+    pub async fn open(&self, who: Who, inode: u64, flags: i32) -> Result<Opened> {
+        let options = access(flags);
+        if options.truncate
+            && let Some(open) = self.inode(inode)
+        {
+            // What was written before the cut must not land after it.
+            open.flush(&self.io).await;
+            open.truncated();
+        }
+        let file = who.run(|c| async move { self.client.open(&c, at_inode(inode), options).await }).await?;
+        Ok(self.opened(file, flags, options))
+    }
+
+    fn opened(&self, file: Arc<OpenFile>, flags: i32, options: OpenOptions) -> Opened {
+        let attr = file.attr();
+        let inode = self.enter(attr.inode);
+        if options.truncate {
+            inode.truncated();
+        }
+        let keep = inode.keep_cache(Version::of(&attr));
+        if !keep {
+            inode.blocks.clear();
+        }
+        let fresh = self.refresh_kernel(&attr);
+        // The kernel appends where it believes the end to be. When that may be stale the page cache is left out
+        // and the position chosen here.
+        let to_end = options.write && flags & libc::O_APPEND != 0 && !fresh;
+        let direct = flags & libc::O_DIRECT != 0 || to_end;
+        let mut answer = FopenFlags::empty();
+        answer.set(FopenFlags::FOPEN_KEEP_CACHE, keep);
+        answer.set(FopenFlags::FOPEN_DIRECT_IO, direct);
+        answer.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, direct && flags & libc::O_APPEND == 0);
+        answer.set(FopenFlags::FOPEN_NOFLUSH, !options.write);
+        let flags = HandleFlags { write: options.write, direct, sync: flags & libc::O_DSYNC != 0, to_end };
+        Opened { handle: self.add_handle(inode, file, flags), flags: answer }
+    }
+
+    pub async fn create(
+        &self,
+        who: Who,
+        parent: u64,
+        name: &[u8],
+        mode: u32,
+        flags: i32,
+    ) -> Result<(FileAttr, Opened)> {
+        let OpenOptions { read, write, truncate } = access(flags);
+        let (mode, exclusive) = (mode & 0o7777, flags & libc::O_EXCL != 0);
+        let options = CreateOptions { mode, exclusive, truncate, read, write, layout: None };
+        let options = &options;
+        let file =
+            who.run(|c| async move { self.client.create(&c, at_child(parent, name), options.clone()).await }).await?;
+        let shown = self.tell_entry(parent, name, file.attr());
+        let opened = self.opened(file, flags, OpenOptions { read, write, truncate });
+        Ok((shown, opened))
+    }
+
+    /// List a directory from `offset` until `add` says that it has enough.
+    pub async fn list(
+        &self,
+        who: Who,
+        dir: &DirHandle,
+        mut offset: u64,
+        with_attr: bool,
+        mut add: impl FnMut(Listed<'_>) -> bool,
+    ) -> Result<()> {
+        let mut stream = dir.stream.lock().await;
+        if offset == 0 {
+            stream.rewind();
+        }
+        if offset < FIRST {
+            // The first page also tells the parent.
+            self.fetch(who, dir, &mut stream, FIRST, with_attr).await?;
+            for (at, name, inode) in [(0, &b"."[..], dir.inode), (1, b"..", stream.parent)] {
+                let entry = Listed { next: at + 1, name, inode, kind: FileType::Directory, attr: None };
+                if at >= offset && add(entry) {
+                    return Ok(());
+                }
+            }
+            offset = FIRST;
+        }
+        let mut added = false;
+        loop {
+            // One page per call at most once something was found: a listing shows its first entries soon.
+            if matches!(stream.at(offset, with_attr), At::Fetch(_)) {
+                if added {
+                    return Ok(());
+                }
+                self.fetch(who, dir, &mut stream, offset, with_attr).await?;
+            }
+            match stream.at(offset, with_attr) {
+                At::End => return Ok(()),
+                At::Fetch(_) => {}
+                At::Entries(entries) => {
+                    for entry in entries {
+                        offset += 1;
+                        added = true;
+                        if add(self.listed(dir.inode, entry, offset, with_attr)) {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn listed<'a>(&self, parent: u64, entry: &'a DirEntry, next: u64, with_attr: bool) -> Listed<'a> {
+        let attr = entry.attr.as_ref().filter(|_| with_attr);
+        let attr = attr.map(|attr| self.tell_entry(parent, &entry.name, attr.clone()));
+        Listed { next, name: &entry.name, inode: entry.inode, kind: entry.r#type(), attr }
+    }
+
+    async fn fetch(
+        &self,
+        who: Who,
+        dir: &DirHandle,
+        stream: &mut DirStream,
+        offset: u64,
+        with_attr: bool,
+    ) -> Result<()> {
+        let At::Fetch(wanted) = stream.at(offset, with_attr) else { return Ok(()) };
+        let after = &wanted.after;
+        let page = if self.options.default_permissions {
+            // The kernel checked the permission when the directory was opened.
+            self.client.list(&superuser(), at_inode(dir.inode), after, PAGE_ENTRIES, with_attr).await?
+        } else {
+            who.run(|c| async move { self.client.list(&c, at_inode(dir.inode), after, PAGE_ENTRIES, with_attr).await })
+                .await?
+        };
+        stream.parent = page.parent;
+        stream.filled(wanted, offset, page.entries, page.end, with_attr);
+        Ok(())
+    }
+}
