@@ -1,0 +1,261 @@
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN};
+
+const CLASS_MIN: u8 = CHUNK_BYTES_MIN.trailing_zeros() as u8;
+const CLASSES: usize = (CHUNK_BYTES_MAX.trailing_zeros() as u8 - CLASS_MIN + 1) as usize;
+
+/// Where a block lies: block `index` of the data file of size class `class` (log2 of the block's bytes).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Location {
+    /// log2 of the block size.
+    pub class: u8,
+    /// Position in the file, in blocks.
+    pub index: u32,
+}
+
+impl Location {
+    /// Byte offset in the data file.
+    pub fn offset(self) -> u64 {
+        u64::from(self.index) << self.class
+    }
+
+    /// Whether the class exists.
+    pub fn is_valid(self) -> bool {
+        (CLASS_MIN..CLASS_MIN + CLASSES as u8).contains(&self.class)
+    }
+}
+
+/// The smallest size class whose blocks hold `length` bytes. `length` is at most [`CHUNK_BYTES_MAX`].
+pub fn class_of(length: u32) -> u8 {
+    length.max(CHUNK_BYTES_MIN).next_power_of_two().trailing_zeros() as u8
+}
+
+/// Bytes of a block of `class`.
+pub fn block_bytes(class: u8) -> u32 {
+    1 << class
+}
+
+/// What all blocks of a target share: where dropped ones are reported, and how much is in use.
+#[derive(Default)]
+pub struct Blocks {
+    returned: Mutex<Vec<Location>>,
+    used_bytes: AtomicU64,
+}
+
+static GENERATION: AtomicU64 = AtomicU64::new(1);
+
+impl Blocks {
+    /// A handle of the block at `location`. There must be at most one handle per location at a time.
+    pub fn handle(self: &Arc<Self>, location: Location) -> Arc<Block> {
+        self.used_bytes.fetch_add(1 << location.class, Ordering::Relaxed);
+        Arc::new(Block {
+            location,
+            generation: GENERATION.fetch_add(1, Ordering::Relaxed),
+            high_water: AtomicU32::new(0),
+            changes: AtomicU64::new(0),
+            blocks: self.clone(),
+        })
+    }
+
+    /// Blocks nobody refers to any more, since the last call.
+    pub fn take_returned(&self) -> Vec<Location> {
+        std::mem::take(&mut self.returned.lock().expect("no panic under this lock"))
+    }
+
+    /// Bytes of the blocks that have a handle.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// A disk block in use. Versions and readers share it; when the last of them drops it, it is returned.
+pub struct Block {
+    /// Where it lies.
+    pub location: Location,
+    /// Unique within the process for one life of the block: caches keyed by it never serve a former life.
+    pub generation: u64,
+    high_water: AtomicU32,
+    changes: AtomicU64,
+    blocks: Arc<Blocks>,
+}
+
+impl Block {
+    /// The largest length any version in this block ever had. Bytes beyond it were never referred to, so
+    /// they may be written in place.
+    pub fn high_water(&self) -> u32 {
+        self.high_water.load(Ordering::Acquire)
+    }
+
+    /// Records that a version of `length` bytes refers to the block.
+    pub fn raise_high_water(&self, length: u32) {
+        self.high_water.fetch_max(length, Ordering::AcqRel);
+    }
+
+    /// Counts in-place changes: raised before and after each. Bytes read from disk may be cached only if the
+    /// count did not move since before the read.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// To be called before and after an in-place change.
+    pub fn note_change(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.blocks.used_bytes.fetch_sub(1 << self.location.class, Ordering::Relaxed);
+        if let Ok(mut returned) = self.blocks.returned.lock() {
+            returned.push(self.location);
+        }
+    }
+}
+
+#[derive(Default)]
+struct ClassState {
+    blocks: u32,
+    free: Vec<u32>,
+    // (log position from which the block is safe to reuse once durable, block)
+    quarantine: std::collections::VecDeque<(u64, u32)>,
+}
+
+/// Which blocks are free. Rebuilt from the table at open, so it needs no records of its own.
+///
+/// A returned block is quarantined until the log is durable up to the position at which it was returned:
+/// until then a power loss may bring back the version that used it.
+#[derive(Default)]
+pub struct Allocator {
+    classes: [ClassState; CLASSES],
+    quarantined_bytes: u64,
+}
+
+impl Allocator {
+    fn class(&mut self, class: u8) -> &mut ClassState {
+        &mut self.classes[usize::from(class - CLASS_MIN)]
+    }
+
+    /// All size classes.
+    pub fn classes() -> impl Iterator<Item = u8> {
+        CLASS_MIN..CLASS_MIN + CLASSES as u8
+    }
+
+    /// A free block of `class`, the one freed last first (its extent is written and warm).
+    pub fn take(&mut self, class: u8) -> Option<Location> {
+        let index = self.class(class).free.pop()?;
+        Some(Location { class, index })
+    }
+
+    /// Blocks that the file of `class` has.
+    pub fn blocks(&mut self, class: u8) -> u32 {
+        self.class(class).blocks
+    }
+
+    /// By how many blocks to extend the file of `class` when it has no free one: at least 4 MiB or one
+    /// block, an eighth of the file, at most 64 MiB or one block.
+    pub fn growth(&mut self, class: u8) -> u32 {
+        let floor = ((4u32 << 20) >> class).max(1);
+        let ceiling = ((64u32 << 20) >> class).max(1);
+        (self.class(class).blocks / 8).clamp(floor, ceiling)
+    }
+
+    /// The file of `class` now has `blocks` blocks; the new ones are free.
+    pub fn grown(&mut self, class: u8, blocks: u32) {
+        let state = self.class(class);
+        let old = state.blocks;
+        state.free.extend((old..blocks).rev());
+        state.blocks = blocks.max(old);
+    }
+
+    /// At open: the file of `class` has `blocks` blocks, of which `used` (ascending) are referred to.
+    pub fn rebuild(&mut self, class: u8, blocks: u32, used: &[u32]) {
+        let mut used = used.iter().copied().peekable();
+        let mut free = Vec::new();
+        for index in 0..blocks {
+            if used.next_if_eq(&index).is_none() {
+                free.push(index);
+            }
+        }
+        free.reverse();
+        *self.class(class) = ClassState { blocks, free, quarantine: Default::default() };
+    }
+
+    /// Nobody refers to the block since log position `position`.
+    pub fn quarantine(&mut self, location: Location, position: u64) {
+        self.class(location.class).quarantine.push_back((position, location.index));
+        self.quarantined_bytes += 1 << location.class;
+    }
+
+    /// The log is durable up to `position`: frees what was quarantined until then.
+    pub fn release(&mut self, position: u64) {
+        for (i, state) in self.classes.iter_mut().enumerate() {
+            while let Some((_, index)) = state.quarantine.pop_front_if(|(at, _)| *at <= position) {
+                state.free.push(index);
+                self.quarantined_bytes -= 1 << (i + usize::from(CLASS_MIN));
+            }
+        }
+    }
+
+    /// Bytes waiting for the log to become durable.
+    pub fn quarantined_bytes(&self) -> u64 {
+        self.quarantined_bytes
+    }
+
+    /// Bytes of all data files.
+    pub fn file_bytes(&self) -> u64 {
+        self.classes.iter().enumerate().map(|(i, s)| u64::from(s.blocks) << (i + usize::from(CLASS_MIN))).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_takes_the_smallest_class_that_holds_it() {
+        assert_eq!(class_of(0), 16);
+        assert_eq!(class_of(4096), 16);
+        assert_eq!(class_of((64 << 10) + 1), 17);
+        assert_eq!(class_of(CHUNK_BYTES_MAX), 26);
+    }
+
+    #[test]
+    fn a_returned_block_is_free_only_after_the_log_is_durable() {
+        let mut alloc = Allocator::default();
+        alloc.grown(20, 1);
+        let location = alloc.take(20).unwrap();
+        assert!(alloc.take(20).is_none());
+        alloc.quarantine(location, 100);
+        alloc.release(99);
+        assert!(alloc.take(20).is_none());
+        assert_eq!(alloc.quarantined_bytes(), 1 << 20);
+        alloc.release(100);
+        assert_eq!(alloc.take(20), Some(location));
+        assert_eq!(alloc.quarantined_bytes(), 0);
+    }
+
+    #[test]
+    fn rebuild_frees_exactly_the_unused_blocks() {
+        let mut alloc = Allocator::default();
+        alloc.rebuild(16, 5, &[0, 3]);
+        let mut free: Vec<u32> = std::iter::from_fn(|| alloc.take(16)).map(|l| l.index).collect();
+        free.sort();
+        assert_eq!(free, vec![1, 2, 4]);
+    }
+
+    #[test]
+    fn a_handle_reports_its_block_when_the_last_user_drops_it() {
+        let blocks = Arc::new(Blocks::default());
+        let location = Location { class: 16, index: 7 };
+        let block = blocks.handle(location);
+        let reader = block.clone();
+        drop(block);
+        assert_eq!(blocks.used_bytes(), 64 << 10);
+        assert!(blocks.take_returned().is_empty());
+        drop(reader);
+        assert_eq!(blocks.take_returned(), vec![location]);
+        assert_eq!(blocks.used_bytes(), 0);
+    }
+}

@@ -1,0 +1,412 @@
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
+use std::sync::{Arc, Weak};
+
+use fs3_core::{ChunkId, Region};
+
+use crate::{
+    BLOCK_BYTES, Block, Blocks, Body, ChunkImage, ChunkMeta, Location, Prepare, Record, VersionImage, VersionInfo,
+    WriterRecord, block_count, chunk_crc, remember,
+};
+
+/// A crc block of new bytes that is in the log but not yet in its place.
+#[derive(Clone)]
+pub struct Patch {
+    /// 4 KiB; the last block of a chunk is padded.
+    pub bytes: Region,
+    /// Position of its record; it may be written in place once the log is durable up to here.
+    pub position: u64,
+}
+
+/// One immutable version of a chunk. A reader that holds it can read all its bytes for as long as it likes.
+#[derive(Clone)]
+pub struct Version {
+    /// What it is.
+    pub info: VersionInfo,
+    /// Where its bytes are, except for those in `patches`; none when it has no bytes.
+    pub block: Option<Arc<Block>>,
+    /// Checksums of its crc blocks.
+    pub crcs: Vec<u32>,
+    /// Crc blocks whose bytes are not in `block` yet.
+    pub patches: Arc<BTreeMap<u32, Patch>>,
+    /// Wall-clock milliseconds of the commit.
+    pub time_ms: i64,
+}
+
+/// A prepared version.
+#[derive(Clone)]
+pub struct Pending {
+    /// The version.
+    pub version: Arc<Version>,
+    writer: Option<WriterRecord>,
+    writers: Option<Vec<WriterRecord>>,
+}
+
+/// The state of one chunk.
+#[derive(Clone, Default)]
+pub struct Chunk {
+    /// Position of the last record applied to it.
+    pub position: u64,
+    /// What readers get.
+    pub committed: Option<Arc<Version>>,
+    /// Prepared, not yet committed.
+    pub pending: Option<Pending>,
+    /// Exactly-once records, oldest first.
+    pub writers: Vec<WriterRecord>,
+    // Former versions in the committed version's block: while a reader holds one, patches it does not
+    // have must not be written in place.
+    superseded: Vec<Weak<Version>>,
+}
+
+impl Chunk {
+    /// The state without the bytes.
+    pub fn meta(&self) -> ChunkMeta {
+        ChunkMeta {
+            committed: self.committed.as_ref().map(|v| v.info.clone()),
+            pending: self.pending.as_ref().map(|p| p.version.info.clone()),
+            writers: self.writers.clone(),
+        }
+    }
+
+    /// Whether a reader may still hold a former version in the same block.
+    pub fn has_old_readers(&mut self) -> bool {
+        self.superseded.retain(|v| v.strong_count() > 0);
+        !self.superseded.is_empty()
+    }
+
+    fn supersede(&mut self, new: Arc<Version>) {
+        if let Some(old) = self.committed.replace(new.clone()) {
+            let same = matches!((&old.block, &new.block), (Some(a), Some(b)) if Arc::ptr_eq(a, b));
+            if same {
+                self.superseded.retain(|v| v.strong_count() > 0);
+                self.superseded.push(Arc::downgrade(&old));
+            } else {
+                self.superseded.clear();
+            }
+        }
+    }
+}
+
+/// All chunks of a target: the state that the records of the log build.
+pub struct Table {
+    chunks: BTreeMap<ChunkId, Chunk>,
+    blocks: Arc<Blocks>,
+    patched: BTreeSet<ChunkId>,
+    patch_blocks: u64,
+    live: u64,
+    // Removed chunks in the order of removal, to be forgotten some time later.
+    tombstones: VecDeque<(i64, ChunkId)>,
+}
+
+impl Table {
+    /// An empty table whose block handles are made by `blocks`.
+    pub fn new(blocks: Arc<Blocks>) -> Self {
+        Self {
+            chunks: BTreeMap::new(),
+            blocks,
+            patched: BTreeSet::new(),
+            patch_blocks: 0,
+            live: 0,
+            tombstones: VecDeque::new(),
+        }
+    }
+
+    /// One chunk.
+    pub fn get(&self, id: ChunkId) -> Option<&Chunk> {
+        self.chunks.get(&id)
+    }
+
+    /// Up to `limit` chunks after `after`, in order.
+    pub fn after(&self, after: Option<ChunkId>) -> impl Iterator<Item = (&ChunkId, &Chunk)> {
+        self.chunks.range((after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded))
+    }
+
+    /// The chunks `first..=last`, in order.
+    pub fn range(&self, first: ChunkId, last: ChunkId) -> impl Iterator<Item = (&ChunkId, &Chunk)> {
+        self.chunks.range(first..=last)
+    }
+
+    /// Chunks that have readable content.
+    pub fn live_chunks(&self) -> u64 {
+        self.live
+    }
+
+    /// All entries, tombstones included.
+    pub fn entries(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// Bytes of patches of committed versions.
+    pub fn patch_bytes(&self) -> u64 {
+        self.patch_blocks * u64::from(BLOCK_BYTES)
+    }
+
+    /// Chunks whose committed version has patches.
+    pub fn patched(&self) -> Vec<ChunkId> {
+        self.patched.iter().copied().collect()
+    }
+
+    /// Locations of all blocks referred to, ascending.
+    pub fn locations(&self) -> Vec<Location> {
+        let mut all: Vec<Location> = self
+            .chunks
+            .values()
+            .flat_map(|c| c.committed.iter().chain(c.pending.iter().map(|p| &p.version)))
+            .filter_map(|v| v.block.as_ref().map(|b| b.location))
+            .collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// The next tombstone that was made before `time_ms`, if it still is one.
+    pub fn pop_tombstone(&mut self, time_ms: i64) -> Option<ChunkId> {
+        while self.tombstones.front().is_some_and(|(at, _)| *at < time_ms) {
+            let (at, id) = self.tombstones.pop_front()?;
+            let Some(chunk) = self.chunks.get(&id) else { continue };
+            let same = chunk.committed.as_ref().is_some_and(|v| v.info.removed && v.time_ms == at);
+            if same && chunk.pending.is_none() {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    /// Apply a record of log position `position`. `block` is the handle of the block a whole prepare
+    /// names; replays pass `None` and it is made here. A record that does not fit the state (possible only
+    /// before a later record of the replay that drops the chunk) is ignored.
+    pub fn apply(&mut self, position: u64, record: Record, block: Option<Arc<Block>>) {
+        let Some(id) = record.id() else { return };
+        let mut chunk = self.take_out(id);
+        chunk.position = position;
+        match record {
+            Record::Prepare(prepare) => {
+                if let Some(pending) = pending_of(&chunk, prepare, position, block, &self.blocks) {
+                    chunk.pending = Some(pending);
+                }
+            }
+            Record::Commit { version, time_ms, .. } => commit(&mut chunk, version, time_ms),
+            Record::Abort { version, .. } => {
+                if chunk.pending.as_ref().is_some_and(|p| p.version.info.update_version == version) {
+                    chunk.pending = None;
+                }
+            }
+            Record::Forget { .. } => chunk.committed = None,
+            Record::Chunk(image) => chunk = self.from_image(image),
+            Record::Synced { .. } | Record::End { .. } => {}
+        }
+        self.put_back(id, chunk);
+    }
+
+    /// `blocks` of the committed version were written in place; patches that came since stay.
+    pub fn patches_applied(&mut self, id: ChunkId, written: &BTreeMap<u32, Patch>) {
+        let mut chunk = self.take_out(id);
+        if let Some(committed) = chunk.committed.clone()
+            && let Some(version) = without(&committed, written)
+        {
+            chunk.supersede(version);
+        }
+        if let Some(pending) = &mut chunk.pending
+            && let Some(version) = without(&pending.version, written)
+        {
+            pending.version = version;
+        }
+        self.put_back(id, chunk);
+    }
+
+    /// Whether former versions of the chunk may still be read.
+    pub fn has_old_readers(&mut self, id: ChunkId) -> bool {
+        self.chunks.get_mut(&id).is_some_and(Chunk::has_old_readers)
+    }
+
+    /// Put a chunk back to a former state, or drop it.
+    pub fn restore(&mut self, id: ChunkId, state: Option<Chunk>) {
+        self.take_out(id);
+        self.put_back(id, state.unwrap_or_default());
+    }
+
+    // The chunk is taken out of all sums while it is changed.
+    fn take_out(&mut self, id: ChunkId) -> Chunk {
+        let chunk = self.chunks.remove(&id).unwrap_or_default();
+        if let Some(v) = &chunk.committed {
+            self.live -= u64::from(!v.info.removed);
+            self.patch_blocks -= v.patches.len() as u64;
+            self.patched.remove(&id);
+        }
+        chunk
+    }
+
+    fn put_back(&mut self, id: ChunkId, chunk: Chunk) {
+        if let Some(v) = &chunk.committed {
+            self.live += u64::from(!v.info.removed);
+            self.patch_blocks += v.patches.len() as u64;
+            if !v.patches.is_empty() {
+                self.patched.insert(id);
+            }
+            if v.info.removed && self.tombstones.back() != Some(&(v.time_ms, id)) && chunk.pending.is_none() {
+                self.tombstones.push_back((v.time_ms, id));
+            }
+        }
+        if chunk.committed.is_some() || chunk.pending.is_some() {
+            self.chunks.insert(id, chunk);
+        }
+    }
+
+    fn from_image(&self, image: ChunkImage) -> Chunk {
+        let committed = image.committed.map(|v| {
+            let block = v.at.map(|at| self.blocks.handle(at));
+            Arc::new(version_of(v, block))
+        });
+        let pending = image.pending.map(|(v, writer, writers)| {
+            let shared = committed.as_ref().and_then(|c| c.block.clone()).filter(|b| Some(b.location) == v.at);
+            let block = shared.or_else(|| v.at.map(|at| self.blocks.handle(at)));
+            Pending { version: Arc::new(version_of(v, block)), writer, writers }
+        });
+        Chunk { position: image.position, committed, pending, writers: image.writers, superseded: vec![] }
+    }
+}
+
+/// The chunk's state as a snapshot keeps it.
+impl From<(&ChunkId, &Chunk)> for ChunkImage {
+    fn from((id, chunk): (&ChunkId, &Chunk)) -> Self {
+        Self {
+            id: *id,
+            position: chunk.position,
+            committed: chunk.committed.as_deref().map(image_of),
+            pending: chunk.pending.as_ref().map(|p| (image_of(&p.version), p.writer, p.writers.clone())),
+            writers: chunk.writers.clone(),
+        }
+    }
+}
+
+fn image_of(v: &Version) -> VersionImage {
+    VersionImage {
+        update_version: v.info.update_version,
+        chain_version: v.info.chain_version,
+        length: v.info.length,
+        chunk_bytes: v.info.chunk_bytes,
+        removed: v.info.removed,
+        time_ms: v.time_ms,
+        at: v.block.as_ref().map(|b| b.location),
+        high_water: v.block.as_ref().map_or(0, |b| b.high_water()),
+        crcs: v.crcs.clone(),
+        patches: v.patches.iter().map(|(block, p)| (*block, p.bytes.clone())).collect(),
+    }
+}
+
+fn version_of(image: VersionImage, block: Option<Arc<Block>>) -> Version {
+    if let Some(block) = &block {
+        block.raise_high_water(image.high_water.max(image.length));
+    }
+    Version {
+        info: VersionInfo {
+            update_version: image.update_version,
+            chain_version: image.chain_version,
+            length: image.length,
+            chunk_bytes: image.chunk_bytes,
+            chunk_crc32c: chunk_crc(&image.crcs),
+            removed: image.removed,
+        },
+        block,
+        crcs: image.crcs,
+        // What a snapshot holds is durable, so its patches may be written in place at once.
+        patches: Arc::new(
+            image.patches.into_iter().map(|(block, bytes)| (block, Patch { bytes, position: 0 })).collect(),
+        ),
+        time_ms: image.time_ms,
+    }
+}
+
+fn commit(chunk: &mut Chunk, version: fs3_core::UpdateVersion, time_ms: i64) {
+    if chunk.pending.as_ref().is_none_or(|p| p.version.info.update_version != version) {
+        return;
+    }
+    let Some(pending) = chunk.pending.take() else { return };
+    let mut new = Arc::unwrap_or_clone(pending.version);
+    new.time_ms = time_ms;
+    chunk.supersede(Arc::new(new));
+    if let Some(writers) = pending.writers {
+        chunk.writers = writers;
+    }
+    if let Some(writer) = pending.writer {
+        remember(&mut chunk.writers, writer);
+    }
+}
+
+fn without(version: &Arc<Version>, written: &BTreeMap<u32, Patch>) -> Option<Arc<Version>> {
+    let mut patches = (*version.patches).clone();
+    patches.retain(|block, p| written.get(block).is_none_or(|w| w.position != p.position));
+    (patches.len() != version.patches.len())
+        .then(|| Arc::new(Version { patches: Arc::new(patches), ..(**version).clone() }))
+}
+
+/// The version that `prepare` makes of the committed one.
+fn pending_of(
+    chunk: &Chunk,
+    prepare: Prepare,
+    position: u64,
+    block: Option<Arc<Block>>,
+    blocks: &Arc<Blocks>,
+) -> Option<Pending> {
+    let base = chunk.committed.as_deref().filter(|v| !v.info.removed);
+    let removed = matches!(prepare.body, Body::Tombstone);
+    let (block, crcs, patches) = match prepare.body {
+        Body::Whole { at, crcs } => (block.or_else(|| at.map(|at| blocks.handle(at))), crcs, Arc::default()),
+        Body::Append { first, crcs } => {
+            let base = base?;
+            let mut patches = base.patches.clone();
+            if patches.range(first..).next().is_some() {
+                // The blocks were written in place, so older patches of theirs had been applied before.
+                Arc::make_mut(&mut patches).retain(|block, _| *block < first);
+            }
+            (base.block.clone(), spliced(&base.crcs, first, &crcs)?, patches)
+        }
+        Body::Patch { first, crcs, blocks } => {
+            let base = base?;
+            let mut patches = base.patches.clone();
+            let map = Arc::make_mut(&mut patches);
+            for (i, bytes) in blocks.into_iter().enumerate() {
+                map.insert(first + i as u32, Patch { bytes, position });
+            }
+            (base.block.clone(), spliced(&base.crcs, first, &crcs)?, patches)
+        }
+        Body::Cut { tail_crc } => {
+            let base = base?;
+            let kept = block_count(prepare.length);
+            let mut crcs = base.crcs.get(..kept as usize)?.to_vec();
+            if let (Some(crc), Some(last)) = (tail_crc, crcs.last_mut()) {
+                *last = crc;
+            }
+            let mut patches = base.patches.clone();
+            if patches.range(kept..).next().is_some() {
+                Arc::make_mut(&mut patches).retain(|block, _| *block < kept);
+            }
+            (base.block.clone().filter(|_| kept > 0), crcs, patches)
+        }
+        Body::Tombstone => (None, vec![], Arc::default()),
+    };
+    if crcs.len() != block_count(prepare.length) as usize {
+        return None;
+    }
+    if let Some(block) = &block {
+        block.raise_high_water(prepare.length);
+    }
+    let info = VersionInfo {
+        update_version: prepare.update_version,
+        chain_version: prepare.chain_version,
+        length: prepare.length,
+        chunk_bytes: prepare.chunk_bytes,
+        chunk_crc32c: chunk_crc(&crcs),
+        removed,
+    };
+    let version = Arc::new(Version { info, block, crcs, patches, time_ms: 0 });
+    Some(Pending { version, writer: prepare.writer, writers: prepare.writers })
+}
+
+fn spliced(base: &[u32], first: u32, new: &[u32]) -> Option<Vec<u32>> {
+    let first = first as usize;
+    let mut crcs = base.get(..first)?.to_vec();
+    crcs.extend_from_slice(new);
+    crcs.extend_from_slice(base.get(crcs.len()..).unwrap_or(&[]));
+    Some(crcs)
+}

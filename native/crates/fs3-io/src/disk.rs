@@ -1,0 +1,187 @@
+//! The seam between the store and the operating system, where tests inject faults.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How a file is accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Past the page cache: memory, offsets and lengths are multiples of 4096.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// A directory tree of files. Paths are relative to the target's directory.
+pub trait Disk: Send + Sync {
+    /// Open a file for reading and writing, creating it if it is not there.
+    fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn DiskFile>>;
+    /// Names of the files.
+    fn list(&self) -> io::Result<Vec<String>>;
+    /// Atomically give a file another name, replacing what had it.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Remove a file.
+    fn remove(&self, path: &str) -> io::Result<()>;
+    /// Make creations, renames and removals durable.
+    fn sync_dir(&self) -> io::Result<()>;
+    /// Changes when the machine restarts, that is when unsynced writes may have been lost.
+    fn boot_id(&self) -> String;
+}
+
+/// An open file. Thread-safe.
+pub trait DiskFile: Send + Sync {
+    /// Fill `bufs` from `offset` on; fewer bytes only at the end of the file.
+    fn read_at(&self, bufs: &mut [IoSliceMut], offset: u64) -> io::Result<usize>;
+    /// Write all of `bufs` at `offset`.
+    fn write_at(&self, bufs: &mut [IoSlice], offset: u64) -> io::Result<()>;
+    /// Make all writes that have returned survive a power loss.
+    fn sync(&self) -> io::Result<()>;
+    /// Reserve space and extend the file to at least `len` bytes of zeros.
+    fn allocate(&self, len: u64) -> io::Result<()>;
+    /// Size in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Whether it has no bytes.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+}
+
+/// Files of a local file system.
+pub struct RealDisk {
+    dir: PathBuf,
+}
+
+impl RealDisk {
+    /// Files below `dir`, which is created if it is not there.
+    pub fn new(dir: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+}
+
+impl Disk for RealDisk {
+    fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn DiskFile>> {
+        let path = self.dir.join(path);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        if access == Access::Direct {
+            match options.clone().custom_flags(libc::O_DIRECT).open(&path) {
+                // Some file systems (tmpfs) have no direct I/O.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                done => return Ok(Arc::new(RealFile(done?))),
+            }
+        }
+        Ok(Arc::new(RealFile(options.open(&path)?)))
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let mut names = vec![];
+        for entry in std::fs::read_dir(&self.dir)? {
+            names.extend(entry?.file_name().into_string().ok());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        std::fs::rename(self.dir.join(from), self.dir.join(to))
+    }
+
+    fn remove(&self, path: &str) -> io::Result<()> {
+        std::fs::remove_file(self.dir.join(path))
+    }
+
+    fn sync_dir(&self) -> io::Result<()> {
+        File::open(&self.dir)?.sync_all()
+    }
+
+    fn boot_id(&self) -> String {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    }
+}
+
+struct RealFile(File);
+
+impl DiskFile for RealFile {
+    fn read_at(&self, bufs: &mut [IoSliceMut], offset: u64) -> io::Result<usize> {
+        let mut bufs = bufs;
+        let mut done = 0;
+        while !bufs.is_empty() {
+            let count = bufs.len().min(libc::UIO_MAXIOV as usize) as i32;
+            // SAFETY: IoSliceMut has the layout of iovec; the slices are valid for the call.
+            let n = unsafe {
+                libc::preadv(self.0.as_raw_fd(), bufs.as_mut_ptr().cast(), count, (offset + done as u64) as i64)
+            };
+            match n {
+                -1 => {
+                    let e = io::Error::last_os_error();
+                    if e.kind() != io::ErrorKind::Interrupted {
+                        return Err(e);
+                    }
+                }
+                0 => break,
+                n => {
+                    done += n as usize;
+                    IoSliceMut::advance_slices(&mut bufs, n as usize);
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, bufs: &mut [IoSlice], offset: u64) -> io::Result<()> {
+        let mut bufs = bufs;
+        let mut offset = offset;
+        if let [one] = bufs {
+            return self.0.write_all_at(one, offset);
+        }
+        while !bufs.is_empty() {
+            let count = bufs.len().min(libc::UIO_MAXIOV as usize) as i32;
+            // SAFETY: IoSlice has the layout of iovec; the slices are valid for the call.
+            let n = unsafe { libc::pwritev(self.0.as_raw_fd(), bufs.as_ptr().cast(), count, offset as i64) };
+            match n {
+                -1 => {
+                    let e = io::Error::last_os_error();
+                    if e.kind() != io::ErrorKind::Interrupted {
+                        return Err(e);
+                    }
+                }
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => {
+                    offset += n as u64;
+                    IoSlice::advance_slices(&mut bufs, n as usize);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn allocate(&self, len: u64) -> io::Result<()> {
+        let old = self.0.metadata()?.len();
+        if len <= old {
+            return Ok(());
+        }
+        // SAFETY: plain system call on an open descriptor.
+        let rc = unsafe { libc::fallocate(self.0.as_raw_fd(), 0, old as i64, (len - old) as i64) };
+        if rc == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.raw_os_error() == Some(libc::EOPNOTSUPP) {
+            return self.0.set_len(len);
+        }
+        Err(e)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+}

@@ -1,0 +1,273 @@
+//! The metadata log: framed records in numbered segments, written by group commit.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::Arc;
+
+use fs3_chunk::{Record, frame, unframe};
+use fs3_core::{Code, Error, Result};
+use parking_lot::Mutex;
+
+use crate::disk::{Access, Disk, DiskFile};
+
+const MAGIC: &[u8; 8] = b"FS3CLOG1";
+const HEADER_BYTES: u64 = 128;
+/// A segment grows by this much at a time.
+const GROW_BYTES: u64 = 4 << 20;
+/// Kept free for commits and aborts, so that they never meet a full disk.
+const RESERVE_BYTES: u64 = 1 << 20;
+
+pub(crate) fn segment_name(number: u64) -> String {
+    format!("meta.{number:016x}.log")
+}
+
+pub(crate) fn segment_number(name: &str) -> Option<u64> {
+    u64::from_str_radix(name.strip_prefix("meta.")?.strip_suffix(".log")?, 16).ok()
+}
+
+/// Positions count the bytes of all records ever written, across segments.
+pub(crate) struct Log {
+    disk: Arc<dyn Disk>,
+    // Lock order: file, then buffer.
+    buffer: Mutex<Buffer>,
+    file: Mutex<Segment>,
+}
+
+struct Buffer {
+    bytes: Vec<u8>,
+    spare: Vec<u8>,
+    end: u64,
+    // Up to which position the current segment has space.
+    space_end: u64,
+}
+
+struct Segment {
+    file: Arc<dyn DiskFile>,
+    number: u64,
+    start: u64,
+    written: u64,
+    // After a failed write the records after it must never be taken for written.
+    failed: Option<Error>,
+}
+
+/// A segment read back.
+pub(crate) struct Scan {
+    pub number: u64,
+    pub start: u64,
+    pub boot_id: String,
+    /// End position and record, in order.
+    pub records: Vec<(u64, Record)>,
+    pub end: u64,
+}
+
+pub(crate) fn disk_error(what: &str, e: std::io::Error) -> Error {
+    if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) {
+        return Error::new(Code::NoSpace, "the disk is full; free space or add disks");
+    }
+    Error::new(Code::DiskError, format!("{what}: {e}; check or replace the disk"))
+}
+
+impl Log {
+    /// Start a new segment `number` at position `start`.
+    pub fn create(disk: Arc<dyn Disk>, number: u64, start: u64) -> Result<Self> {
+        let file = new_segment(&*disk, number, start)?;
+        Ok(Self {
+            disk,
+            buffer: Mutex::new(Buffer {
+                bytes: vec![],
+                spare: vec![],
+                end: start,
+                space_end: start + GROW_BYTES - HEADER_BYTES,
+            }),
+            file: Mutex::new(Segment { file, number, start, written: start, failed: None }),
+        })
+    }
+
+    /// Position after the last record appended.
+    pub fn end(&self) -> u64 {
+        self.buffer.lock().end
+    }
+
+    /// Bytes in the current segment.
+    pub fn segment_bytes(&self) -> u64 {
+        let file = self.file.lock();
+        file.written - file.start
+    }
+
+    /// Queue a record for writing; returns the position after it. A prepare is refused with NoSpace when
+    /// the disk is full; commits and aborts have space kept for them.
+    pub fn append(&self, record: &Record) -> Result<u64> {
+        let may_refuse = matches!(record, Record::Prepare(_));
+        loop {
+            let mut buffer = self.buffer.lock();
+            let keep = if may_refuse { RESERVE_BYTES } else { 0 };
+            if buffer.end + record_bytes_max(record) + keep <= buffer.space_end {
+                return Ok(buffer.push(record));
+            }
+            drop(buffer);
+            self.grow(record_bytes_max(record))?;
+        }
+    }
+
+    fn grow(&self, bytes: u64) -> Result<()> {
+        let file = self.file.lock();
+        let space_end = self.buffer.lock().space_end + GROW_BYTES.max(bytes.next_multiple_of(GROW_BYTES));
+        let len = HEADER_BYTES + (space_end - file.start);
+        file.file.allocate(len).map_err(|e| disk_error("cannot extend the metadata log", e))?;
+        self.buffer.lock().space_end = space_end;
+        Ok(())
+    }
+
+    /// Write everything appended up to `position` to the operating system. Whoever comes first writes for
+    /// all that wait.
+    pub fn flush(&self, position: u64) -> Result<()> {
+        let mut file = self.file.lock();
+        if file.written >= position {
+            return Ok(());
+        }
+        self.flush_locked(&mut file)
+    }
+
+    fn flush_locked(&self, file: &mut Segment) -> Result<()> {
+        if let Some(e) = &file.failed {
+            return Err(e.clone());
+        }
+        let mut bytes = {
+            let mut buffer = self.buffer.lock();
+            let spare = std::mem::take(&mut buffer.spare);
+            std::mem::replace(&mut buffer.bytes, spare)
+        };
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        file.write(&bytes)?;
+        bytes.clear();
+        if bytes.capacity() <= 1 << 20 {
+            self.buffer.lock().spare = bytes;
+        }
+        Ok(())
+    }
+
+    /// Make everything appended before the call durable.
+    pub fn sync(&self) -> Result<()> {
+        let file = {
+            let mut file = self.file.lock();
+            self.flush_locked(&mut file)?;
+            file.file.clone()
+        };
+        file.sync().map_err(|e| disk_error("cannot sync the metadata log", e))
+    }
+
+    /// Continue in a new segment; returns its number and start.
+    pub fn switch(&self) -> Result<(u64, u64)> {
+        let mut file = self.file.lock();
+        self.flush_locked(&mut file)?;
+        let mut buffer = self.buffer.lock();
+        let rest = std::mem::take(&mut buffer.bytes);
+        if !rest.is_empty() {
+            file.write(&rest)?;
+        }
+        // The old segment is whole on disk before a later one can be: recovery never sees a gap.
+        file.file.sync().map_err(|e| disk_error("cannot sync the metadata log", e))?;
+        let (number, start) = (file.number + 1, buffer.end);
+        let new = new_segment(&*self.disk, number, start)?;
+        buffer.space_end = start + GROW_BYTES - HEADER_BYTES;
+        *file = Segment { file: new, number, start, written: start, failed: None };
+        Ok((number, start))
+    }
+}
+
+impl Segment {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let at = HEADER_BYTES + (self.written - self.start);
+        if let Err(e) = self.file.write_at(&mut [IoSlice::new(bytes)], at) {
+            let e =
+                Error::new(Code::DiskError, format!("cannot write the metadata log: {e}; check or replace the disk"));
+            self.failed = Some(e.clone());
+            return Err(e);
+        }
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+impl Buffer {
+    fn push(&mut self, record: &Record) -> u64 {
+        let before = self.bytes.len();
+        frame(self.end, &mut self.bytes, |out| record.encode(out));
+        self.end += (self.bytes.len() - before) as u64;
+        self.end
+    }
+}
+
+/// An upper bound of a framed record's size.
+fn record_bytes_max(record: &Record) -> u64 {
+    use fs3_chunk::Body;
+    let body = match record {
+        Record::Prepare(p) => match &p.body {
+            Body::Whole { crcs, .. } | Body::Append { crcs, .. } => crcs.len() * 4,
+            Body::Patch { crcs, .. } => crcs.len() * 4100,
+            Body::Cut { .. } | Body::Tombstone => 0,
+        },
+        _ => 0,
+    };
+    // 64 writer records of 44 bytes, and the fixed fields.
+    body as u64 + 4096
+}
+
+fn new_segment(disk: &dyn Disk, number: u64, start: u64) -> Result<Arc<dyn DiskFile>> {
+    let cannot = |e| disk_error("cannot start a metadata log segment", e);
+    let name = segment_name(number);
+    let file = disk.open(&name, Access::Buffered).map_err(cannot)?;
+    file.allocate(GROW_BYTES).map_err(cannot)?;
+    let mut header = Vec::with_capacity(HEADER_BYTES as usize);
+    header.extend_from_slice(MAGIC);
+    header.extend_from_slice(&number.to_le_bytes());
+    header.extend_from_slice(&start.to_le_bytes());
+    let boot_id = disk.boot_id();
+    let boot_id = &boot_id.as_bytes()[..boot_id.len().min(64)];
+    header.push(boot_id.len() as u8);
+    header.extend_from_slice(boot_id);
+    header.resize(HEADER_BYTES as usize - 4, 0);
+    let crc = fs3_core::crc32c(&header);
+    header.extend_from_slice(&crc.to_le_bytes());
+    file.write_at(&mut [IoSlice::new(&header)], 0).map_err(cannot)?;
+    // Durable with its name before any record in it can be: recovery never misses a segment.
+    file.sync().map_err(cannot)?;
+    disk.sync_dir().map_err(cannot)?;
+    Ok(file)
+}
+
+/// Read a whole file.
+pub(crate) fn read_all(file: &dyn DiskFile) -> Result<Vec<u8>> {
+    let cannot = |e| disk_error("cannot read the metadata", e);
+    let mut bytes = vec![0; file.len().map_err(cannot)? as usize];
+    let read = file.read_at(&mut [IoSliceMut::new(&mut bytes)], 0).map_err(cannot)?;
+    bytes.truncate(read);
+    Ok(bytes)
+}
+
+/// Read a segment back up to where it was written or is torn. `None` when its header never became whole,
+/// which happens only when its creation was cut off, before it had any record.
+pub(crate) fn scan(file: &dyn DiskFile) -> Result<Option<Scan>> {
+    let bytes = read_all(file)?;
+    let Some((header, body)) = bytes.split_at_checked(HEADER_BYTES as usize) else { return Ok(None) };
+    let (fields, crc) = header.split_at(HEADER_BYTES as usize - 4);
+    if fs3_core::crc32c(fields).to_le_bytes() != crc || &fields[..8] != MAGIC {
+        return Ok(None);
+    }
+    let word = |at: usize| u64::from_le_bytes(fields[at..at + 8].try_into().expect("8 bytes"));
+    let (number, start) = (word(8), word(16));
+    let boot_id = String::from_utf8_lossy(&fields[25..25 + usize::from(fields[24]).min(64)]).into_owned();
+    let (mut records, mut at) = (vec![], 0);
+    while let Some(payload) = unframe(start + at as u64, &body[at..]) {
+        let Some(record) = Record::decode(payload) else {
+            return Err(Error::new(
+                Code::DiskError,
+                "the metadata log has a record of an unknown format; was it written by a newer release?",
+            ));
+        };
+        at += payload.len() + fs3_chunk::FRAME_HEADER_BYTES;
+        records.push((start + at as u64, record));
+    }
+    Ok(Some(Scan { number, start, boot_id, records, end: start + at as u64 }))
+}

@@ -1,0 +1,189 @@
+//! Opening a target: snapshot, log replay, and after a power loss the verification of what was not synced.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use fs3_chunk::{Allocator, Blocks, Chunk, Record, Table, Version};
+use fs3_core::{ChunkId, Code, Error, Result};
+use parking_lot::{Mutex, RwLock};
+
+use crate::checkpoint::{SNAPSHOT_NEW, SnapshotHead, load, remove_segments_before};
+use crate::disk::{Access, Disk};
+use crate::log::{Log, Scan, disk_error, scan, segment_name, segment_number};
+use crate::maintain::DataFiles;
+use crate::store::{StoreOptions, TargetStore};
+
+/// Segments and bytes of log at open beyond which a snapshot is made at once.
+const SEGMENTS_MAX: usize = 4;
+const LOG_BYTES_MAX: u64 = 4 << 20;
+
+/// Chunks as they were at the last mark in the log, for those that changed since.
+type Marked = BTreeMap<ChunkId, Option<Chunk>>;
+
+pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<TargetStore>> {
+    let cannot = |e| disk_error("cannot open the target", e);
+    let blocks = Arc::new(Blocks::default());
+    let mut table = Table::new(blocks.clone());
+    if disk.list().map_err(cannot)?.iter().any(|n| n == SNAPSHOT_NEW) {
+        disk.remove(SNAPSHOT_NEW).map_err(cannot)?;
+    }
+    let snapshot = load(&*disk, &mut table)?;
+    let head = snapshot.unwrap_or_default();
+    let scans = scan_segments(&*disk, head, snapshot.is_some())?;
+    let (end, number) = scans.last().map_or((head.position, head.first_segment), |s| (s.end, s.number + 1));
+    let log_bytes: u64 = scans.iter().map(|s| s.end - s.start).sum();
+    let segments = scans.len();
+    // Any segment: an open that was cut off after a power loss has verified nothing yet.
+    let boot_id = disk.boot_id();
+    let lost_power = scans.iter().any(|s| s.boot_id != boot_id);
+    let marked = replay(&mut table, scans);
+    let mut alloc = Allocator::default();
+    let files = DataFiles::new(disk.clone());
+    rebuild_allocator(&table, &files, &disk.list().map_err(cannot)?, &mut alloc)?;
+    let log = Log::create(disk.clone(), number.max(1), end)?;
+    let store = Arc::new(TargetStore {
+        options,
+        files,
+        log,
+        table: Mutex::new(table),
+        alloc: Mutex::new(alloc),
+        blocks,
+        applying: RwLock::new(()),
+        syncing: Mutex::new(()),
+        synced: AtomicU64::new(0),
+        maintaining: Mutex::new(()),
+        maintenance_queued: AtomicBool::new(false),
+        snapshot_bytes: AtomicU64::new(head.bytes),
+        failure: Mutex::new(None),
+        closed: AtomicBool::new(false),
+        disk,
+    });
+    let rolled_back = lost_power && store.roll_back_lost(marked)?;
+    store.settle(rolled_back || segments >= SEGMENTS_MAX || log_bytes > LOG_BYTES_MAX)?;
+    Ok(store)
+}
+
+/// Read all segments that follow the snapshot. Every one must begin where the one before ends.
+fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Result<Vec<Scan>> {
+    let cannot = |e| disk_error("cannot open the target", e);
+    remove_segments_before(disk, head.first_segment)?;
+    let mut numbers: Vec<u64> = disk.list().map_err(cannot)?.iter().filter_map(|name| segment_number(name)).collect();
+    numbers.sort();
+    let mut scans: Vec<Scan> = vec![];
+    let mut end = head.position;
+    for (i, &number) in numbers.iter().enumerate() {
+        let file = disk.open(&segment_name(number), Access::Buffered).map_err(cannot)?;
+        let last = i + 1 == numbers.len();
+        let Some(found) = scan(&*file)? else {
+            if last {
+                disk.remove(&segment_name(number)).map_err(cannot)?;
+                continue;
+            }
+            return Err(damaged());
+        };
+        if found.number != number || found.start != end {
+            return Err(damaged());
+        }
+        if last {
+            // A former process may not have synced it; the segment that follows must not be durable before.
+            file.sync().map_err(cannot)?;
+        }
+        end = found.end;
+        scans.push(found);
+    }
+    if has_snapshot && scans.first().is_none_or(|s| s.number != head.first_segment) {
+        return Err(damaged());
+    }
+    Ok(scans)
+}
+
+fn damaged() -> Error {
+    Error::new(Code::DiskError, "the metadata log is damaged; rebuild this target from its chain")
+}
+
+/// Apply the log. Returns the chunks that changed after the last mark as they were at the mark.
+fn replay(table: &mut Table, scans: Vec<Scan>) -> Marked {
+    let mark = scans
+        .iter()
+        .flat_map(|s| &s.records)
+        .filter_map(|(_, r)| if let Record::Synced { position } = r { Some(*position) } else { None })
+        .max()
+        .unwrap_or(0);
+    let mut marked = Marked::new();
+    for (position, record) in scans.into_iter().flat_map(|s| s.records) {
+        let Some(id) = record.id() else { continue };
+        if table.get(id).is_some_and(|c| c.position >= position) {
+            continue;
+        }
+        if position > mark {
+            marked.entry(id).or_insert_with(|| table.get(id).cloned());
+        }
+        table.apply(position, record, None);
+    }
+    marked
+}
+
+fn rebuild_allocator(table: &Table, files: &DataFiles, names: &[String], alloc: &mut Allocator) -> Result<()> {
+    let locations = table.locations();
+    for class in Allocator::classes() {
+        let used: Vec<u32> = locations.iter().filter(|l| l.class == class).map(|l| l.index).collect();
+        let exists = names.contains(&DataFiles::name(class));
+        if !exists && used.is_empty() {
+            continue;
+        }
+        let blocks = files.blocks(class)?;
+        if used.last().is_some_and(|&last| last >= blocks) {
+            return Err(Error::new(
+                Code::DiskError,
+                "a data file is shorter than the metadata says; was it truncated?",
+            ));
+        }
+        alloc.rebuild(class, blocks, &used);
+    }
+    Ok(())
+}
+
+impl TargetStore {
+    /// After a power loss the log may have kept records whose data were lost. Those chunks go back to the
+    /// state that was synced, whose blocks were not reused since. Returns whether there were any.
+    fn roll_back_lost(&self, marked: Marked) -> Result<bool> {
+        let mut rolled_back = false;
+        for (id, state) in marked {
+            let versions: Vec<Arc<Version>> = {
+                let table = self.table.lock();
+                let chunk = table.get(id);
+                let pending = chunk.and_then(|c| c.pending.as_ref()).map(|p| p.version.clone());
+                chunk.and_then(|c| c.committed.clone()).into_iter().chain(pending).collect()
+            };
+            for version in versions {
+                match self.read_version(&version, 0, version.info.length) {
+                    Ok(_) => {}
+                    Err(e) if e.code == Code::ChecksumMismatch => {
+                        tracing::warn!(chunk = %id, version = %version.info.update_version, "unsynced update lost");
+                        self.table.lock().restore(id, state);
+                        rolled_back = true;
+                        break;
+                    }
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        Ok(rolled_back)
+    }
+
+    /// Make the opened state durable, so that from here on it counts as synced.
+    fn settle(&self, snapshot: bool) -> Result<()> {
+        let used = self.table.lock().locations();
+        // Handles dropped by the replay and by rolling back say nothing about what is in use now.
+        self.blocks.take_returned();
+        let mut alloc = self.alloc.lock();
+        for class in Allocator::classes() {
+            let blocks = alloc.blocks(class);
+            let of_class: Vec<u32> = used.iter().filter(|l| l.class == class).map(|l| l.index).collect();
+            alloc.rebuild(class, blocks, &of_class);
+        }
+        drop(alloc);
+        if snapshot { self.checkpoint() } else { self.sync_blocking() }
+    }
+}

@@ -1,0 +1,112 @@
+use std::collections::VecDeque;
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use fs3_core::{Code, Error, Result};
+use parking_lot::{Condvar, Mutex};
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A fixed set of threads that may block on disks, shared by all targets of a process. Idle threads sleep.
+///
+/// The queue is bounded by its callers: every job is one outstanding request, and those are limited by
+/// the network layer's credits.
+pub struct IoThreads {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    idle: usize,
+    closed: bool,
+}
+
+impl IoThreads {
+    /// Start `threads` threads.
+    pub fn new(threads: usize) -> Arc<Self> {
+        let shared = Arc::new(Shared { queue: Mutex::default(), wake: Condvar::new() });
+        let threads = (0..threads.max(1))
+            .map(|i| {
+                let shared = shared.clone();
+                std::thread::Builder::new()
+                    .name(format!("fs3-io-{i}"))
+                    .spawn(move || shared.work())
+                    .expect("the system lets a process start a few threads")
+            })
+            .collect();
+        Arc::new(Self { shared, threads: Mutex::new(threads) })
+    }
+
+    /// The threads that targets of this process use unless told otherwise.
+    pub fn shared() -> Arc<Self> {
+        static THREADS: OnceLock<Arc<IoThreads>> = OnceLock::new();
+        THREADS.get_or_init(|| Self::new(8)).clone()
+    }
+
+    /// Run `job` some time soon.
+    pub fn spawn(&self, job: impl FnOnce() + Send + 'static) {
+        let mut queue = self.shared.queue.lock();
+        queue.jobs.push_back(Box::new(job));
+        if queue.idle > 0 {
+            drop(queue);
+            self.shared.wake.notify_one();
+        }
+    }
+
+    /// Run `job` and wait for its result without blocking the caller's thread. The job runs to its end
+    /// even when the caller stops waiting.
+    pub async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        let (done, result) = tokio::sync::oneshot::channel();
+        self.spawn(move || {
+            let _ = done.send(job());
+        });
+        result
+            .await
+            .unwrap_or_else(|_| Err(Error::new(Code::Internal, "a disk job failed; see the log").maybe_applied()))
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        loop {
+            let job = {
+                let mut queue = self.queue.lock();
+                loop {
+                    if let Some(job) = queue.jobs.pop_front() {
+                        break job;
+                    }
+                    if queue.closed {
+                        return;
+                    }
+                    queue.idle += 1;
+                    self.wake.wait(&mut queue);
+                    queue.idle -= 1;
+                }
+            };
+            // A panic is a bug in one job; its caller sees the dropped channel, the thread goes on.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
+                tracing::error!("a disk job panicked");
+            }
+        }
+    }
+}
+
+impl Drop for IoThreads {
+    fn drop(&mut self) {
+        self.shared.queue.lock().closed = true;
+        self.shared.wake.notify_all();
+        for thread in self.threads.lock().drain(..) {
+            // The last handle may be dropped by one of the threads itself.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
