@@ -1,28 +1,10 @@
-"""Time, as an argument: tests move it by hand."""
+"""Seconds of a clock's monotonic time; the clock itself is :mod:`fs3.core.clock`."""
 
 from __future__ import annotations
 
-import time
-from typing import Protocol
+from fs3.core.clock import Clock
 
 
-class Clock(Protocol):
-    """Wall time for what users see, monotonic time for every decision."""
-
-    def wall_ns(self) -> int:
-        """Nanoseconds since the epoch."""
-
-    def monotonic_s(self) -> float:
-        """Seconds on the clock that asyncio's loop uses."""
-
-
-class SystemClock:
-    """The machine's clocks."""
-
-    def wall_ns(self) -> int:
-        """See :class:`Clock`."""
-        return time.time_ns()
-
-    def monotonic_s(self) -> float:
-        """See :class:`Clock`."""
-        return time.monotonic()
+def monotonic_s(clock: Clock) -> float:
+    """Every deadline and age in this package is on this scale; with the real clock it is that of asyncio's loop."""
+    return clock.monotonic_ns() * 1e-9

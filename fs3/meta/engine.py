@@ -9,12 +9,13 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
+from fs3.core.clock import Clock, RealClock
 from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, LimitExceeded, StoreFull, Transaction
 from fs3.meta import chunks, keys, model, tree
 from fs3.meta.chunks import ChunkStore
-from fs3.meta.clock import Clock, SystemClock
+from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, Placement, TruncationPending
 from fs3.meta.gc import Collector
 from fs3.meta.ids import IdAllocator
@@ -51,7 +52,7 @@ class Engine:
         idempotency_ms: int = 3_600_000,
     ) -> None:
         self.store = store
-        self.clock = clock = clock or SystemClock()
+        self.clock = clock = clock or RealClock()
         self.session_ms = session_ms
         self._chunks = chunk_store
         self._placement = placement
@@ -119,7 +120,7 @@ class Engine:
             raise _translated(exc) from exc
 
     def _limit(self, ends_s: float | None) -> float:
-        latest_s = self.clock.monotonic_s() + REQUEST_S_MAX
+        latest_s = monotonic_s(self.clock) + REQUEST_S_MAX
         return latest_s if ends_s is None else min(ends_s, latest_s)
 
     async def _read(self, operation: Operation, request: Any, ends_s: float | None) -> Any:
@@ -135,7 +136,7 @@ class Engine:
                 raise
         finally:
             transaction.cancel()
-        left_ms = (self._limit(ends_s) - self.clock.monotonic_s()) * 1000
+        left_ms = (self._limit(ends_s) - monotonic_s(self.clock)) * 1000
         return await retry.run(
             self.store, lambda tr: operation.run(tr, request, ctx), idempotent=True, deadline_ms=left_ms
         )
@@ -144,7 +145,7 @@ class Engine:
         key = self._op_key(request.op)
         client_id = request.op.client_id
         ctx = self.context()
-        started_s = self.clock.monotonic_s()
+        started_s = monotonic_s(self.clock)
         ctx.renew = started_s - self._alive.get(client_id, -1e9) > self.session_ms / 4000
         replayed = False
 
@@ -168,7 +169,7 @@ class Engine:
         if operation.prepare is not None and not await self._answered(key):
             await operation.prepare(self.store, request)
         for _ in range(ROUNDS_MAX):
-            started_s = self.clock.monotonic_s()
+            started_s = monotonic_s(self.clock)
             try:
                 left_ms = (ends_s - started_s) * 1000
                 response = await retry.run(self.store, attempt, idempotent=True, deadline_ms=left_ms)

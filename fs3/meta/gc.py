@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, Transaction
 from fs3.meta import chunks, keys, model, scan, tree
 from fs3.meta.chunks import ChunkStore
-from fs3.meta.clock import Clock
+from fs3.meta.clock import monotonic_s
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import GcRecord, InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -94,7 +95,7 @@ class Collector:
             return False
         if not self.owns(inode) and 0 <= age_ns < self._delay_ns + FOREIGN_S * 1e9:
             return False
-        return self._backoff.get(inode, (0.0, 0.0))[0] <= self._clock.monotonic_s()
+        return self._backoff.get(inode, (0.0, 0.0))[0] <= monotonic_s(self._clock)
 
     async def _attempt(self, inode: int, entry: GcRecord) -> bool:
         try:
@@ -113,7 +114,7 @@ class Collector:
         pause_s = min(max(self._backoff.get(inode, (0.0, 0.0))[1] * 2, BACKOFF_S_MIN), BACKOFF_S_MAX)
         if len(self._backoff) >= BACKOFF_ENTRIES_MAX:
             self._backoff.clear()
-        self._backoff[inode] = (self._clock.monotonic_s() + pause_s, pause_s)
+        self._backoff[inode] = (monotonic_s(self._clock) + pause_s, pause_s)
 
     async def _collect(self, inode: int) -> None:
         """Remove the chunks of a file, then its records."""
@@ -125,7 +126,7 @@ class Collector:
         if record is not None and record.attr.type == model.FILE:
             layout = record.attr.layout
             extent = None if record.loose or record.truncating else record.extent_bytes
-            ends_s = self._clock.monotonic_s() + REMOVE_S
+            ends_s = monotonic_s(self._clock) + REMOVE_S
             await chunks.cut(self._chunks, inode, layout, 0, extent, ends_s=ends_s)
 
         async def finish(tr: Transaction) -> None:

@@ -4,7 +4,7 @@ Every key begins with ``F`` and a letter for its table. Numbers are big-endian, 
 order. An inode's own keys lie next to each other: one range read over a run of inode ids brings the records
 and, of directories, the times and subdirectory counts.
 
-Inode ids: 52 bits of block number, reversed bit by bit so that blocks spread over the key space, then 12 bits
+Inode ids: 51 bits of block number, reversed bit by bit so that blocks spread over the key space, then 12 bits
 within the block. Blocks with even numbers are handed out whole; those with odd numbers in 64 pieces of 64 ids.
 """
 
@@ -17,7 +17,8 @@ ROOT_INODE: Final = 1
 BLOCK_IDS: Final = 4096
 PIECE_IDS: Final = 64
 PIECES_PER_BLOCK: Final = BLOCK_IDS // PIECE_IDS
-_BLOCK_BITS: Final = 52
+# One less than there is room for, so that ids stay positive where software takes them for signed numbers.
+_BLOCK_BITS: Final = 51
 
 # Shards of the counter of inodes in use.
 COUNTER_SHARDS: Final = 16

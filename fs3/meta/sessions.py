@@ -10,12 +10,13 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, Transaction, TransactionFn
 from fs3.meta import chunks, keys, model, scan, tree
 from fs3.meta.chunks import ChunkStore
-from fs3.meta.clock import Clock
+from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, TruncationPending
 from fs3.meta.gc import Collector
 from fs3.meta.truncation import Truncator
@@ -58,7 +59,7 @@ class Reaper:
         """Look at every session once; returns how many were reaped."""
         alive = await self._clients()
         silent: set[bytes] = set()
-        now_s = self._clock.monotonic_s()
+        now_s = monotonic_s(self._clock)
         with_sessions: set[bytes] = set()
         reaped = 0
         async for rows in scan.pages(self._store, keys.table(keys.SESSION), limit=SCAN_ROWS):
@@ -124,7 +125,7 @@ class Reaper:
                 await _settle(tr, ctx, record, held=model.decode_session(value).held)
             return True
 
-        ends_s = self._clock.monotonic_s() + REAP_S
+        ends_s = monotonic_s(self._clock) + REAP_S
         for _ in range(ROUNDS_MAX):
             try:
                 done = await retry.run(self._store, reap, idempotent=True)

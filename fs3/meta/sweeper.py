@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from fs3.core.clock import Clock
 from fs3.kv import retry
 from fs3.kv.api import KvStore, Transaction, strinc
 from fs3.meta import keys, model
-from fs3.meta.clock import Clock
 
 SCAN_ROWS: Final = 128
 KEEP_MS_MIN: Final = 30 * 60 * 1000

@@ -11,12 +11,13 @@ import asyncio
 import logging
 from typing import Final
 
+from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, Transaction
 from fs3.meta import chunks, keys, model, scan, tree
 from fs3.meta.chunks import ChunkStore
-from fs3.meta.clock import Clock
+from fs3.meta.clock import monotonic_s
 from fs3.meta.context import Cut
 from fs3.v1.frame_pb2 import Code
 
@@ -48,7 +49,7 @@ class Truncator:
 
     async def _complete(self, inode: int, ends_s: float) -> None:
         while True:
-            started_s = self._clock.monotonic_s()
+            started_s = monotonic_s(self._clock)
             cut = await retry.run(self._store, lambda tr: self._claim(tr, inode), idempotent=True)
             if cut is None:
                 self._seen.pop(inode, None)
@@ -56,13 +57,13 @@ class Truncator:
             if isinstance(cut, Cut):
                 if await self._execute(cut, started_s, ends_s):
                     return
-            elif self._clock.monotonic_s() + POLL_S > ends_s:
+            elif monotonic_s(self._clock) + POLL_S > ends_s:
                 raise error(
                     Code.CODE_UNAVAILABLE,
                     f"inode {inode:#x} is being truncated through another metadata server; try again",
                 )
             else:
-                await asyncio.sleep(POLL_S)
+                await self._clock.sleep(POLL_S)
 
     async def execute(self, cut: Cut, *, started_s: float, ends_s: float) -> None:
         """Cut what an operation of this process, begun at `started_s`, has just committed."""
@@ -78,9 +79,9 @@ class Truncator:
         try:
             await chunks.cut(self._chunks, cut.inode, cut.layout, pending.length, extent, ends_s=until_s)
         except Fs3Error as exc:
-            if not exc.retryable or self._clock.monotonic_s() + POLL_S > ends_s:
+            if not exc.retryable or monotonic_s(self._clock) + POLL_S > ends_s:
                 raise
-            await asyncio.sleep(POLL_S)
+            await self._clock.sleep(POLL_S)
             return False
         await retry.run(self._store, lambda tr: self._finish(tr, cut), idempotent=True)
         self._seen.pop(cut.inode, None)
@@ -97,7 +98,7 @@ class Truncator:
             return None
         pending = model.decode_truncation(value)
         if pending.owner != self._instance_id:
-            now_s = self._clock.monotonic_s()
+            now_s = monotonic_s(self._clock)
             seen_value, since_s = self._seen.get(inode, (b"", now_s))
             if seen_value != value:
                 self._seen[inode] = (value, now_s)
@@ -137,7 +138,7 @@ class Truncator:
                     continue
                 try:
                     # Not long: what another server works on is looked at again in the next step.
-                    await self.complete(inode, ends_s=self._clock.monotonic_s() + STEP_S)
+                    await self.complete(inode, ends_s=monotonic_s(self._clock) + STEP_S)
                 except (Fs3Error, KvError) as exc:
                     left += 1
                     log.info("the truncation of inode %#x waits: %s", inode, exc)

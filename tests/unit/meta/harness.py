@@ -1,0 +1,276 @@
+"""A metadata engine over a store in memory, with fake chunks, and an audit of everything that is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fs3.core.clock import RealClock, VirtualClock
+from fs3.core.errors import Fs3Error, error
+from fs3.core.layout import chains_of
+from fs3.kv.api import KvStore
+from fs3.kv.faults import KvFaults
+from fs3.kv.memory import MemoryKv
+from fs3.meta import keys, model
+from fs3.meta.engine import Engine
+from fs3.meta.placement import RoutingPlacement
+from fs3.meta.registry import OPERATIONS
+from fs3.meta.routing import RoutingHolder
+from fs3.v1 import meta_pb2 as pb
+from fs3.v1.frame_pb2 import Code
+from fs3.v1.routing_pb2 import ChainTable, Disk, Routing
+
+BY_NAME = {operation.name: operation for operation in OPERATIONS}
+CHUNK = 64 << 10
+CHAINS = [101, 102, 103, 104]
+ROOT = pb.Caller(uid=0, gid=0)
+T = TypeVar("T")
+
+
+def run(coro: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(coro)
+
+
+def user(uid: int, gid: int | None = None, *groups: int) -> pb.Caller:
+    return pb.Caller(uid=uid, gid=uid if gid is None else gid, groups=groups)
+
+
+class FakeChunks:
+    """ChunkStore in memory. `down`: chains that do not answer. `calls`: what was asked, in order."""
+
+    def __init__(self, table: list[int] = CHAINS) -> None:
+        self.table = table
+        # (chain, inode, index) -> length
+        self.chunks: dict[tuple[int, int, int], int] = {}
+        self.down: set[int] = set()
+        self.calls: list[tuple[Any, ...]] = []
+        self.before_call: Any = None
+
+    def stripe(self, layout: pb.Layout) -> list[int]:
+        return chains_of(layout, self.table)
+
+    async def _answer(self, chain: int, *call: Any) -> None:
+        self.calls.append((call[0], chain, *call[1:]))
+        if self.before_call is not None:
+            await self.before_call(*call)
+        await asyncio.sleep(0)
+        if chain in self.down:
+            raise error(Code.CODE_UNAVAILABLE, f"chain {chain} is down")
+
+    async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float) -> int:
+        await self._answer(chain_id, "remove", inode, first_index)
+        gone = [k for k in self.chunks if k[0] == chain_id and k[1] == inode and k[2] >= first_index]
+        for key in gone:
+            del self.chunks[key]
+        return len(gone)
+
+    async def truncate_chunk(
+        self, chain_id: int, inode: int, index: int, *, chunk_bytes: int, length: int, ends_s: float
+    ) -> None:
+        await self._answer(chain_id, "truncate", inode, index, length)
+        key = (chain_id, inode, index)
+        if key in self.chunks:
+            self.chunks[key] = min(self.chunks[key], length)
+
+    async def query_last(self, chain_id: int, inode: int, *, ends_s: float) -> tuple[int, int] | None:
+        await self._answer(chain_id, "query", inode)
+        return max(((k[2], v) for k, v in self.chunks.items() if k[:2] == (chain_id, inode)), default=None)
+
+    def write(self, attr: pb.Attr, end: int, start: int = 0) -> None:
+        """Put the chunks of bytes [start, end) of a file where its layout says."""
+        size = attr.layout.chunk_bytes
+        stripe = self.stripe(attr.layout)
+        for index in range(start // size, -(-end // size)):
+            key = (stripe[index % len(stripe)], attr.inode, index)
+            self.chunks[key] = max(self.chunks.get(key, 0), min(size, end - index * size))
+
+    def of(self, inode: int) -> dict[int, int]:
+        """Chunk lengths by index."""
+        return {k[2]: v for k, v in self.chunks.items() if k[1] == inode}
+
+
+def routing(version: int = 1, chains: list[int] = CHAINS) -> Routing:
+    return Routing(
+        version=version,
+        cluster_id="test",
+        tables=[ChainTable(table_id=1, table_version=1, chain_ids=chains, replicas=3)] if chains else [],
+        disks=[Disk(uuid=bytes([i]) * 16, node_id=i, capacity_bytes=3 << 30, free_bytes=3 << 29) for i in range(3)],
+    )
+
+
+class Meta:
+    """One metadata server and one client of it. Several may share a store and chunks."""
+
+    def __init__(
+        self,
+        *,
+        store: KvStore | None = None,
+        chunks: FakeChunks | None = None,
+        clock: Any = None,
+        seed: int = 1,
+        chains: list[int] = CHAINS,
+        **engine: Any,
+    ) -> None:
+        self.clock = clock or RealClock()
+        now_ms = (lambda: self.clock.monotonic_ns() // 1_000_000)
+        self.store = store if store is not None else MemoryKv(now_ms=now_ms)
+        self.chunks = chunks or FakeChunks()
+        self.holder = RoutingHolder()
+        self.holder.update(routing(chains=chains))
+        placement = RoutingPlacement(self.holder, chunk_bytes=CHUNK)
+        self.rng = random.Random(seed)
+        self.engine = Engine(self.store, self.chunks, placement, clock=self.clock, rng=self.rng, **engine)
+        self.client_id = self.rng.randbytes(16)
+        self._sequences = itertools.count(1)
+
+    @classmethod
+    async def start(cls, **options: Any) -> Meta:
+        meta = cls(**options)
+        await meta.engine.bootstrap()
+        return meta
+
+    async def peer(self, seed: int = 2, **engine: Any) -> Meta:
+        """Another server over the same store and chunks."""
+        return await Meta.start(store=self.store, chunks=self.chunks, clock=self.clock, seed=seed, **engine)
+
+    def op(self) -> pb.OpId:
+        return pb.OpId(client_id=self.client_id, sequence=next(self._sequences))
+
+    async def call(self, name: str, request: Any) -> Any:
+        return await self.engine.call(BY_NAME[name], request)
+
+    def request(self, name: str, path: str | bytes | None = None, *, inode: int | None = None, follow: bool = False,
+                caller: pb.Caller = ROOT, **fields: Any) -> Any:
+        operation = BY_NAME[name]
+        if path is not None:
+            raw = path.encode() if isinstance(path, str) else path
+            fields["at"] = pb.PathAt(inode=1 if inode is None else inode, path=raw, follow=follow)
+        elif inode is not None:
+            fields["inode"] = inode
+        if operation.mutates and "op" not in fields:
+            fields["op"] = self.op()
+        if name == "Keepalive":
+            return operation.request(**fields)
+        return operation.request(caller=caller, **fields)
+
+    async def do(self, name: str, path: str | bytes | None = None, **fields: Any) -> Any:
+        return await self.call(name, self.request(name, path, **fields))
+
+    async def stat(self, path: str | bytes = "", *, follow: bool = True, **fields: Any) -> pb.Attr:
+        attr: pb.Attr = (await self.do("Stat", path, follow=follow, **fields)).attr
+        return attr
+
+    async def mkdir(self, path: str, mode: int = 0o755, **fields: Any) -> pb.Attr:
+        attr: pb.Attr = (await self.do("Mkdir", path, mode=mode, **fields)).attr
+        return attr
+
+    async def create(self, path: str | bytes, mode: int = 0o644, **fields: Any) -> pb.OpenResponse:
+        response: pb.OpenResponse = await self.do("Create", path, mode=mode, **fields)
+        return response
+
+    async def rename(self, source: str, dest: str, caller: pb.Caller = ROOT, **fields: Any) -> pb.RenameResponse:
+        paths = {"from": pb.PathAt(inode=1, path=source.encode()), "to": pb.PathAt(inode=1, path=dest.encode())}
+        response: pb.RenameResponse = await self.do("Rename", caller=caller, **paths, **fields)
+        return response
+
+    async def link(self, source: str, dest: str, caller: pb.Caller = ROOT, **fields: Any) -> pb.Attr:
+        paths = {"from": pb.PathAt(inode=1, path=source.encode()), "to": pb.PathAt(inode=1, path=dest.encode())}
+        attr: pb.Attr = (await self.do("Link", caller=caller, **paths, **fields)).attr
+        return attr
+
+    async def names(self, path: str = "", **fields: Any) -> list[bytes]:
+        return [entry.name for entry in (await self.do("List", path, **fields)).entries]
+
+    async def code(self, name: str, path: str | bytes | None = None, **fields: Any) -> int:
+        """The error code of an operation, 0 if it succeeds."""
+        return await code(self.do(name, path, **fields))
+
+    async def collect(self) -> None:
+        """Run the garbage collector until it finds nothing to do."""
+        for _ in range(100):
+            if not await self.engine.collector.step() and not self.engine.collector.queued:
+                return
+        raise AssertionError("the gc queue does not become empty")
+
+    async def rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        tr = self.store.transaction()
+        try:
+            return await tr.get_range(*keys.table(prefix))
+        finally:
+            tr.cancel()
+
+    async def has_session(self, inode: int) -> bool:
+        return any(keys.inode_of(key) == inode for key, _ in await self.rows(keys.SESSION))
+
+
+async def code(coro: Coroutine[Any, Any, Any]) -> int:
+    try:
+        await coro
+    except Fs3Error as exc:
+        return exc.code
+    return 0
+
+
+def faults(seed: int, rate: float = 0.08) -> KvFaults:
+    """Everything a store may do to a transaction."""
+    return KvFaults(
+        random.Random(seed),
+        commit_conflict=rate,
+        commit_too_old=rate / 4,
+        unknown_applied=rate,
+        unknown_not_applied=rate,
+        read_too_old=rate / 20,
+        read_unavailable=rate / 20,
+    )
+
+
+async def audit(meta: Meta) -> None:
+    """The namespace holds together: entries and inodes match, no cycle, counters are right, nothing dangles."""
+    inodes: dict[int, Any] = {}
+    subdirs: dict[int, int] = {}
+    for key, value in await meta.rows(keys.INODE):
+        ino = keys.inode_of(key)
+        if len(key) == keys.INODE_KEY_BYTES:
+            inodes[ino] = model.decode_inode(value)
+        elif key.endswith(keys.SUBDIRS_SUFFIX):
+            subdirs[ino] = model.decode_count(value)
+    queued = {keys.inode_of(key) for key, _ in await meta.rows(keys.GC)}
+    held = {keys.inode_of(key) for key, _ in await meta.rows(keys.SESSION)}
+    links: dict[int, int] = {}
+    counted: dict[int, int] = {}
+    for key, value in await meta.rows(keys.DIRENT):
+        parent = keys.inode_of(key)
+        ino, kind = model.decode_dirent(value)
+        assert parent in inodes, f"entry {key!r} of directory {parent:#x}, which is gone"
+        assert inodes[parent].attr.type == model.DIRECTORY
+        assert ino in inodes, f"entry {key!r} names inode {ino:#x}, which is gone"
+        assert inodes[ino].attr.type == kind
+        links[ino] = links.get(ino, 0) + 1
+        if kind == model.DIRECTORY:
+            counted[parent] = counted.get(parent, 0) + 1
+            assert inodes[ino].attr.parent == parent
+    for ino, record in inodes.items():
+        attr = record.attr
+        if attr.type == model.DIRECTORY:
+            expected = 0 if ino == keys.ROOT_INODE or record.detached else 1
+            assert links.get(ino, 0) == expected, f"directory {ino:#x} has {links.get(ino, 0)} entries"
+            assert subdirs.get(ino, 0) == counted.get(ino, 0)
+            assert not record.detached or ino in queued
+            seen = set()
+            while ino != keys.ROOT_INODE and not inodes[ino].detached:
+                assert ino not in seen, f"directory {ino:#x} is its own ancestor"
+                seen.add(ino)
+                ino = inodes[ino].attr.parent
+        else:
+            assert links.get(ino, 0) == attr.nlink, f"inode {ino:#x}: {attr.nlink} links, {links.get(ino, 0)} entries"
+            assert attr.nlink or ino in queued or ino in held, f"inode {ino:#x} is an orphan"
+    assert queued <= inodes.keys()
+    total = sum(model.decode_count(value) for _, value in await meta.rows(keys.COUNTER))
+    assert total == len(inodes)
+
+
+__all__ = ["BY_NAME", "CHAINS", "CHUNK", "ROOT", "FakeChunks", "Meta", "VirtualClock", "audit", "code", "faults", "run",
+           "user"]
