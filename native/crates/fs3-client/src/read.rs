@@ -142,12 +142,13 @@ fn choose(inner: &Inner, view: &RoutingView, unit: &Unit) -> Option<Source> {
     let chain = view.chain(view.chain_of(&unit.layout, u64::from(unit.piece.chunk.index))?)?;
     let count = chain.serving.len();
     let first = (spread(&unit.piece.chunk) % count.max(1) as u64) as usize;
+    let now = Instant::now();
     let untried = || {
         (0..count)
             .map(|i| chain.serving[(first + i) % count])
             .filter(|replica| !unit.tried.contains(&(replica.target_id, chain.version)))
     };
-    let healthy = untried().find(|replica| !inner.health.suspect(replica.target_id, chain.version));
+    let healthy = untried().find(|replica| !inner.health.suspect(replica.target_id, chain.version, now));
     let replica = healthy.or_else(|| untried().next())?;
     Some(Source {
         address: view.address(replica.node_id)?.clone(),
@@ -242,7 +243,7 @@ impl Unit {
                 inner.counters.checksum_failures.fetch_add(1, Ordering::Relaxed);
             }
             Code::Unavailable | Code::Timeout | Code::NotServing | Code::DiskError => {
-                inner.health.failed(source.target_id, source.chain_version);
+                inner.health.failed(source.target_id, source.chain_version, Instant::now());
             }
             _ => {}
         }

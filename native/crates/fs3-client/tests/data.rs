@@ -1,0 +1,287 @@
+//! Reads and writes against fakes: what comes back is what was written, whatever fails.
+mod common;
+
+use std::sync::Arc;
+
+use common::{CHUNK, FakeCluster, NODES, pattern};
+use fs3_client::{Caller, Client, CreateOptions, OpenFile, ReadOp, Region, RegionMut, Result, at_path};
+use fs3_core::Code;
+use fs3_proto::v1::Method;
+
+const K: usize = CHUNK as usize;
+
+async fn create(client: &Client, name: &str) -> Arc<OpenFile> {
+    let options = CreateOptions { mode: 0o644, write: true, read: true, exclusive: true, ..Default::default() };
+    client.create(&Caller::default(), at_path(name.as_bytes(), false), options).await.unwrap()
+}
+
+async fn write(file: &OpenFile, offset: u64, data: &[u8]) -> Result<usize> {
+    file.write(offset, Region::from_vec(data.to_vec())).await
+}
+
+/// Read into a dirty buffer.
+async fn read(file: &OpenFile, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let mut buf = RegionMut::zeroed(len);
+    buf.fill(0xee);
+    let (count, buf) = file.read(offset, buf).await;
+    Ok(buf[..count?].to_vec())
+}
+
+#[tokio::test]
+async fn what_was_written_is_read_back_at_any_alignment() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(1, 5 * K + 1234);
+    assert_eq!(write(&file, 0, &data).await.unwrap(), data.len());
+    for (offset, len) in [
+        (0, data.len()),
+        (0, 4096),
+        (1, 1),
+        (4095, 2),
+        (K - 1, 2),
+        (100, 3 * K),
+        (K, K),
+        (5 * K, 1234),
+        (5 * K + 5, 99),
+    ] {
+        assert_eq!(read(&file, offset as u64, len).await.unwrap(), &data[offset..offset + len], "{offset}+{len}");
+    }
+    // Every serving replica has every byte.
+    let stores: Vec<_> = NODES.iter().map(|node| cluster.stored(*node)).collect();
+    assert!(stores[0].len() == 6 && stores.iter().all(|store| *store == stores[0]));
+}
+
+#[tokio::test]
+async fn reads_are_short_only_at_the_end_of_the_file() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(2, K + 10)).await.unwrap();
+    assert_eq!(read(&file, 0, 3 * K).await.unwrap(), pattern(2, K + 10));
+    assert_eq!(read(&file, (K + 4) as u64, 100).await.unwrap().len(), 6);
+    assert!(read(&file, (K + 10) as u64, 100).await.unwrap().is_empty());
+    assert!(read(&file, u64::MAX, 100).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn holes_are_zeros() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, (3 * K + 5000) as u64, b"end").await.unwrap();
+    write(&file, 10, b"begin").await.unwrap();
+    let mut expected = vec![0; 3 * K + 5003];
+    expected[10..15].copy_from_slice(b"begin");
+    expected[3 * K + 5000..].copy_from_slice(b"end");
+    assert_eq!(read(&file, 0, 4 * K).await.unwrap(), expected);
+    assert_eq!(read(&file, 3, 70_001).await.unwrap(), &expected[3..70_004]);
+}
+
+#[tokio::test]
+async fn random_writes_and_reads_match_a_flat_buffer() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let mut model: Vec<u8> = Vec::new();
+    for round in 0..150u64 {
+        let seed = pattern(round + 100, 16);
+        let offset = u64::from_le_bytes(seed[..8].try_into().unwrap()) as usize % (4 * K);
+        let len = u64::from_le_bytes(seed[8..].try_into().unwrap()) as usize % (2 * K) + 1;
+        if round % 2 == 0 {
+            let data = pattern(round, len);
+            write(&file, offset as u64, &data).await.unwrap();
+            model.resize(model.len().max(offset + len), 0);
+            model[offset..offset + len].copy_from_slice(&data);
+        } else {
+            let expected = &model[offset.min(model.len())..(offset + len).min(model.len())];
+            assert!(read(&file, offset as u64, len).await.unwrap() == expected, "round {round}: {offset}+{len}");
+        }
+    }
+    assert_eq!(file.length(), model.len() as u64);
+}
+
+#[tokio::test]
+async fn many_reads_come_back_in_order_with_few_requests() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(3, 8 * K);
+    write(&file, 0, &data).await.unwrap();
+    let places: Vec<usize> = (0..200).map(|i| (i * 7919) % (8 * K - 4096)).collect();
+    let ops = places
+        .iter()
+        .map(|at| ReadOp { file: file.clone(), offset: *at as u64, buf: RegionMut::zeroed(300) })
+        .collect();
+    let results = client.read_many(ops).await;
+    for (at, (count, buf)) in places.iter().zip(results) {
+        assert_eq!(count.unwrap(), 300);
+        assert!(buf[..] == data[*at..*at + 300], "at {at}");
+    }
+    let reads = cluster.state.log.lock().reads.clone();
+    assert!(reads.len() <= 6, "200 small reads took {} requests", reads.len());
+    // A chunk is always read from the same replica, and all nodes take part.
+    assert_eq!(reads.iter().map(|(node, _)| node).collect::<std::collections::HashSet<_>>().len(), 3);
+}
+
+#[tokio::test]
+async fn rotten_bytes_on_one_replica_are_read_from_another() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(4, 6 * K);
+    write(&file, 0, &data).await.unwrap();
+    cluster.faults(|faults| {
+        faults.rotten.insert(11);
+        faults.flips.insert(12);
+    });
+    assert!(read(&file, 0, 6 * K).await.unwrap() == data);
+    let stats = client.stats();
+    assert!(stats.checksum_failures > 0 && stats.read_failovers >= stats.checksum_failures, "{stats:?}");
+    cluster.faults(|faults| {
+        faults.flips.insert(13);
+    });
+    assert_eq!(read(&file, 0, 100).await.unwrap_err().code, Code::ChecksumMismatch);
+}
+
+#[tokio::test]
+async fn a_dead_node_is_read_and_written_around() {
+    let mut cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(5, 6 * K);
+    write(&file, 0, &data).await.unwrap();
+    cluster.kill(12);
+    // Reads need no new routing.
+    assert!(read(&file, 0, 6 * K).await.unwrap() == data);
+    // Writes wait for it.
+    let again = pattern(6, 6 * K);
+    let write = tokio::spawn({
+        let (file, again) = (file.clone(), again.clone());
+        async move { write(&file, 0, &again).await }
+    });
+    common::eventually("the write is tried", || client.stats().write_retries > 0).await;
+    assert!(!write.is_finished());
+    cluster.drop_from_chains(12);
+    assert_eq!(write.await.unwrap().unwrap(), again.len());
+    assert!(read(&file, 0, 6 * K).await.unwrap() == again);
+    assert_eq!(client.routing_version(), 2);
+}
+
+#[tokio::test]
+async fn a_hung_node_is_left_when_its_chain_changes() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(7, 4 * K);
+    write(&file, 0, &data).await.unwrap();
+    cluster.faults(|faults| {
+        faults.hung.insert(13);
+    });
+    assert!(read(&file, 0, 4 * K).await.unwrap() == data);
+    let again = pattern(8, 4 * K);
+    let writing = tokio::spawn({
+        let (file, again) = (file.clone(), again.clone());
+        async move { write(&file, 0, &again).await }
+    });
+    common::eventually("the other chains are written", || cluster.state.log.lock().applied_writes > 4).await;
+    cluster.drop_from_chains(13);
+    writing.await.unwrap().unwrap();
+    assert!(read(&file, 0, 4 * K).await.unwrap() == again);
+    cluster.faults(|faults| faults.hung.clear());
+}
+
+#[tokio::test]
+async fn a_stale_chain_version_is_refreshed_without_an_error() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(9, K)).await.unwrap();
+    for node in [11, 12] {
+        cluster.drop_from_chains(node);
+        write(&file, 5, b"new").await.unwrap();
+        assert_eq!(read(&file, 5, 3).await.unwrap(), b"new");
+    }
+}
+
+#[tokio::test]
+async fn a_write_whose_answer_was_lost_is_applied_once() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    cluster.faults(|faults| {
+        faults.lose_answers.insert(Method::StorageWrite as i32, 2);
+    });
+    write(&file, 0, b"once").await.unwrap();
+    let log = cluster.state.log.lock();
+    assert_eq!((log.writes.len(), log.applied_writes), (3, 1));
+    assert!(log.writes.iter().all(|write| write.writer == log.writes[0].writer));
+}
+
+#[tokio::test]
+async fn a_write_damaged_on_the_way_is_sent_again() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    cluster.faults(|faults| faults.damage = 2);
+    write(&file, 0, b"whole").await.unwrap();
+    assert_eq!(client.stats().payload_resends, 2);
+    cluster.faults(|faults| faults.damage = 100);
+    assert_eq!(write(&file, 0, b"never").await.unwrap_err().code, Code::PayloadChecksum);
+}
+
+#[tokio::test]
+async fn a_full_disk_is_an_error_at_once_and_reported_as_attempted() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, b"fits").await.unwrap();
+    cluster.faults(|faults| faults.write_error = Some(Code::NoSpace));
+    assert_eq!(write(&file, 100, b"too much").await.unwrap_err().code, Code::NoSpace);
+    assert_eq!(file.length(), 4);
+    file.close().await.unwrap();
+    let report = cluster.state.log.lock().reports[0];
+    assert_eq!((report.length, report.attempted_length), (4, 108));
+}
+
+#[tokio::test]
+async fn sync_reaches_every_chain_written_since_the_last_one() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(1, 2 * K)).await.unwrap();
+    file.sync().await.unwrap();
+    let mut synced = std::mem::take(&mut cluster.state.log.lock().syncs);
+    synced.sort_unstable();
+    // `first` is 1: chunks 0 and 1 are on the second and third chain of the table.
+    assert_eq!(synced, [101, 102]);
+    file.sync().await.unwrap();
+    assert!(cluster.state.log.lock().syncs.is_empty());
+}
+
+#[tokio::test]
+async fn a_dropped_read_leaves_the_client_usable() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(4, 3 * K);
+    write(&file, 0, &data).await.unwrap();
+    cluster.faults(|faults| faults.hung.extend(NODES));
+    for _ in 0..20 {
+        let pending = file.read(0, RegionMut::zeroed(3 * K));
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(3), pending).await.is_err());
+    }
+    cluster.faults(|faults| faults.hung.clear());
+    assert!(read(&file, 0, 3 * K).await.unwrap() == data);
+}
+
+#[tokio::test]
+async fn replicas_are_listed_page_by_page() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(4, 5 * K)).await.unwrap();
+    let listings = client.list_replicas().await.unwrap();
+    assert_eq!(listings.len(), 12);
+    assert!(listings.iter().all(|listing| listing.chunks.len() == 5));
+}
