@@ -1,7 +1,7 @@
 """Measurements of fs3 and of the limits it is compared with: what `fs3 bench`, `make bench` and the demo print.
 
-Every figure comes with the CPU seconds it cost, of this process, the services and the mount daemon together. Memory and files
-are warmed first, for fs3 and for the limits alike.
+Every figure comes with the CPU seconds it cost, of this process, the services and the mount daemon together. Memory
+and files are warmed first, for fs3 and for the limits alike.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def mount_small_files(directory: Path, *, jobs: int, operations: int, pids: Sequ
     found = {}
     with ProcessPoolExecutor(jobs) as pool:
         list(pool.map(_small_files, [(str(directory), 1000 + n, 1) for n in range(jobs)]))
-        children = [p for p in (pool._processes or {})]
+        children = list(pool._processes or {})
         for label, call in (("create_write_close", _small_files), ("stat", _stats), ("unlink", _unlinks)):
             meter = Meter([*pids, *children])
             with meter:

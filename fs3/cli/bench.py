@@ -1,0 +1,136 @@
+"""`fs3 bench limits|read|write|meta`: what this machine can do, and what fs3 does on it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+import fs3
+from fs3.cli.output import json_option, print_json, print_table
+from fs3.cli.target import DEFAULT_DIRECTORY, cluster_options, default_target
+from fs3.client import FileSystem
+from fs3.core.errors import error
+from fs3.core.units import parse_bytes
+from fs3.testing import measure
+from fs3.testing.cluster import LocalCluster
+from fs3.testing.measure import Measured
+from fs3.v1.frame_pb2 import Code
+
+
+@click.group("bench")
+def bench_command() -> None:
+    """Measure the limits of this machine, and fs3 against them.
+
+    CPU seconds are those of this process and, for a local cluster, of its services.
+    """
+
+
+def _show(found: dict[str, Measured], as_json: bool) -> None:
+    if as_json:
+        print_json({name: m.record() for name, m in found.items()})
+        return
+    rows = []
+    for name, m in found.items():
+        rate = f"{m.mb_per_s:,.0f} MB/s" if m.bytes else f"{m.per_s:,.0f}/s"
+        cost = (
+            f"{m.cpu_s_per_gib:.2f} CPU-s/GiB" if m.bytes else f"{1e6 * m.cpu_seconds / m.operations:.0f} CPU-µs each"
+        )
+        rows.append([name, rate, cost, f"{m.p50_us:.0f} µs" if m.p50_us else ""])
+    print_table(["MEASUREMENT", "RATE", "COST", "P50"], rows)
+
+
+@contextmanager
+def _scratch(where: dict[str, Any]) -> Iterator[tuple[FileSystem, str, list[int]]]:
+    """A connection, a directory on the cluster that is removed afterwards, and the services' pids if they are local."""
+    target = default_target(where["url"], where["cluster"], where["token_file"])
+    pids: list[int] = []
+    local = where["cluster"] or os.environ.get("FS3_CLUSTER") or DEFAULT_DIRECTORY
+    if (Path(local) / "cluster.toml").exists():
+        cluster = LocalCluster(Path(local))
+        pids = cluster.pids() if cluster.url == target.url else []
+    with fs3.connect(target.url, token=target.token) as fs:
+        directory = f"/.fs3-bench-{uuid.uuid4().hex[:12]}"
+        fs.mkdir(directory)
+        try:
+            yield fs, directory, pids
+        finally:
+            fs.rmtree(directory)
+
+
+def _size(text: str) -> int:
+    size = parse_bytes(text)
+    if size < measure.MIB:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"--size {text} is less than 1MiB")
+    return size
+
+
+size_option = click.option("--size", default="1GiB", show_default=True, help="How much to move.")
+
+
+@bench_command.command("limits")
+@click.option("--dir", "directory", default=None, help="Where files are made.  [default: the temporary directory]")
+@click.option("--scale", default=1.0, show_default=True, help="Below 1: shorter and less exact.")
+@json_option
+def limits_command(directory: str | None, scale: float, as_json: bool) -> None:
+    """Memory, loopback TCP, disk, and a bare replication chain of three nodes."""
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        found = measure.limits(
+            Path(scratch), scale=scale, report=lambda name: click.echo(f"measuring {name} ...", err=True)
+        )
+    _show(found, as_json)
+
+
+@bench_command.command("write")
+@size_option
+@cluster_options
+@json_option
+def write_command(size: str, as_json: bool, **where: Any) -> None:
+    """Write one large file with the native client; the second of two runs counts."""
+    total = _size(size)
+    with _scratch(where) as (fs, directory, pids):
+        measure.native_write(fs, f"{directory}/warm", total, pids=pids)
+        fs.remove(f"{directory}/warm")
+        found = measure.native_write(fs, f"{directory}/file", total, pids=pids)
+    _show({"write": found}, as_json)
+
+
+@bench_command.command("read")
+@size_option
+@cluster_options
+@json_option
+def read_command(size: str, as_json: bool, **where: Any) -> None:
+    """Read one large file, and random 4 KiB blocks of it, with the native client; servers are warm."""
+    total = _size(size)
+    with _scratch(where) as (fs, directory, pids):
+        path = f"{directory}/file"
+        measure.native_write(fs, path, total, pids=pids)
+        found = {"first read": measure.native_read(fs, path, total, pids=pids)}
+        measure.native_read(fs, path, total, pids=pids)
+        found["read"] = measure.native_read(fs, path, total, pids=pids)
+        for batch, operations in ((1, 5_000), (256, 100_000)):
+            name = f"random 4 KiB, {batch} at a time"
+            found[name] = measure.native_random_read(
+                fs, path, file_bytes=total, batch=batch, operations=operations, pids=pids
+            )
+    _show(found, as_json)
+
+
+@bench_command.command("meta")
+@click.option("--files", default=5_000, show_default=True, help="How many files to make.")
+@click.option("--in-flight", default=32, show_default=True, help="Calls at a time.")
+@cluster_options
+@json_option
+def meta_command(files: int, in_flight: int, as_json: bool, **where: Any) -> None:
+    """Creations, stats and removals of empty files with the native client."""
+    if files < 1 or in_flight < 1:
+        raise error(Code.CODE_INVALID_ARGUMENT, "--files and --in-flight must be at least 1")
+    with _scratch(where) as (fs, directory, pids):
+        found = measure.native_metadata(fs, f"{directory}/d", operations=files, in_flight=in_flight, pids=pids)
+    _show(found, as_json)
