@@ -136,7 +136,7 @@ class _Step:
             for target, state in self.new.items():
                 if state == LASTSRV:
                     self.new[target] = OFFLINE
-        ordered = sorted(self.new.items(), key=lambda item: _ORDER.index(item[1]))  # type: ignore[arg-type]
+        ordered = sorted(self.new.items(), key=lambda item: _ORDER.index(item[1]))
         targets = [ChainTarget(target_id=t, state=s) for t, s in ordered]  # type: ignore[arg-type]
         if targets == list(self.chain.targets):
             return self.chain

@@ -44,8 +44,8 @@ def plan_chains(
     free = {node: sum(s.values()) for node, s in slots.items()}
     shared: Counter[tuple[int, int]] = Counter()
     held: Counter[tuple[int, int]] = Counter()
-    for chain in existing:
-        _count(chain, shared, held)
+    for nodes_before in existing:
+        _count(nodes_before, shared, held)
     chains: list[tuple[Place, ...]] = []
     while True:
         nodes = _pick_nodes(free, shared, replicas)
@@ -53,7 +53,7 @@ def plan_chains(
             return chains
         order = _order(nodes, held)
         _count(order, shared, held)
-        chain = []
+        chain: list[Place] = []
         for node in order:
             disk_uuid = max(sorted(slots[node]), key=lambda uuid: slots[node][uuid])
             slots[node][disk_uuid] -= 1

@@ -1,0 +1,1 @@
+"""The storage service: the shell around the native engine."""

@@ -1,0 +1,1 @@
+"""One file per RPC of the cluster manager."""
