@@ -610,6 +610,7 @@ class KvConformance:
                 await old.get_read_version()
                 clock.ms += 700
                 await write(store, {b"k": b"new"})
+                clock.ms += 700
                 await write(store, {b"k": b"newer"})
                 assert await old.get(b"k") == i64(i)
                 old.cancel()
