@@ -21,7 +21,8 @@ from fs3.kv import lmdb_records as records
 from fs3.kv.api import CommitUnknown, Conflict, KvError, StoreFull, TooOld, Unavailable
 from fs3.kv.lmdb import LmdbKv
 
-from .suite import Clock, KvConformance, contents, i64, write
+from .suite import KvConformance
+from .support import Clock, contents, i64, write
 
 CHILD = Path(__file__).with_name("lmdb_child.py")
 ROOT = Path(__file__).parents[3]

@@ -13,7 +13,8 @@ from fs3.kv.faults import KvFaults
 from fs3.kv.memory import MemoryKv
 from fs3.kv.retry import run
 
-from .suite import KvConformance, contents, i64, write
+from .suite import KvConformance
+from .support import contents, i64, write
 
 
 class TestMemory(KvConformance):
