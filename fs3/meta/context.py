@@ -66,6 +66,7 @@ class OpContext:
         "cut",
         "ids",
         "instance_id",
+        "keepalive_ms",
         "measured",
         "new_session",
         "now_ns",
@@ -83,6 +84,7 @@ class OpContext:
         instance_id: bytes,
         counter_key: bytes,
         new_session: SessionSource,
+        keepalive_ms: int,
     ) -> None:
         self.now_ns = now_ns
         self.ids = ids
@@ -90,6 +92,7 @@ class OpContext:
         self.instance_id = instance_id
         self.counter_key = counter_key
         self.new_session = new_session
+        self.keepalive_ms = keepalive_ms
         self.measured: dict[tuple[int, int], int] = {}
         self.cut: Cut | None = None
         self.collect = False

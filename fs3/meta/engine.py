@@ -79,6 +79,7 @@ class Engine:
             instance_id=self.instance_id,
             counter_key=self._counter_key,
             new_session=self._new_session,
+            keepalive_ms=self.session_ms // 4,
         )
 
     def _new_session(self) -> bytes:

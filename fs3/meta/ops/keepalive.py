@@ -16,8 +16,8 @@ DESCRIPTION_CHARACTERS_MAX: Final = 256
 
 
 async def run(tr: Transaction, request: KeepaliveRequest, ctx: OpContext) -> KeepaliveResponse:
-    """Renew the client's record. The response's interval is filled in by the service."""
+    """Renew the client's record; the response says how often to."""
     if len(request.client_id) != CLIENT_ID_BYTES:
         raise error(Code.CODE_INVALID_ARGUMENT, f"a client id has {CLIENT_ID_BYTES} bytes")
     tree.keep_alive(tr, ctx, request.client_id, request.description[:DESCRIPTION_CHARACTERS_MAX])
-    return KeepaliveResponse()
+    return KeepaliveResponse(interval_ms=ctx.keepalive_ms)

@@ -115,16 +115,18 @@ class Meta:
         **engine: Any,
     ) -> None:
         self.clock = clock or RealClock()
-        now_ms = (lambda: self.clock.monotonic_ns() // 1_000_000)
-        self.store = store if store is not None else MemoryKv(now_ms=now_ms)
+        self.store = store if store is not None else MemoryKv(now_ms=self._now_ms)
         self.chunks = chunks or FakeChunks()
         self.holder = RoutingHolder()
-        self.holder.update(routing(chains=chains))
+        self.holder.take(routing(chains=chains))
         placement = RoutingPlacement(self.holder, chunk_bytes=CHUNK)
         self.rng = random.Random(seed)
         self.engine = Engine(self.store, self.chunks, placement, clock=self.clock, rng=self.rng, **engine)
         self.client_id = self.rng.randbytes(16)
         self._sequences = itertools.count(1)
+
+    def _now_ms(self) -> int:
+        return int(self.clock.monotonic_ns() // 1_000_000)
 
     @classmethod
     async def start(cls, **options: Any) -> Meta:
@@ -142,8 +144,16 @@ class Meta:
     async def call(self, name: str, request: Any) -> Any:
         return await self.engine.call(BY_NAME[name], request)
 
-    def request(self, name: str, path: str | bytes | None = None, *, inode: int | None = None, follow: bool = False,
-                caller: pb.Caller = ROOT, **fields: Any) -> Any:
+    def request(
+        self,
+        name: str,
+        path: str | bytes | None = None,
+        *,
+        inode: int | None = None,
+        follow: bool = False,
+        caller: pb.Caller = ROOT,
+        **fields: Any,
+    ) -> Any:
         operation = BY_NAME[name]
         if path is not None:
             raw = path.encode() if isinstance(path, str) else path
@@ -272,5 +282,17 @@ async def audit(meta: Meta) -> None:
     assert total == len(inodes)
 
 
-__all__ = ["BY_NAME", "CHAINS", "CHUNK", "ROOT", "FakeChunks", "Meta", "VirtualClock", "audit", "code", "faults", "run",
-           "user"]
+__all__ = [
+    "BY_NAME",
+    "CHAINS",
+    "CHUNK",
+    "ROOT",
+    "FakeChunks",
+    "Meta",
+    "VirtualClock",
+    "audit",
+    "code",
+    "faults",
+    "run",
+    "user",
+]

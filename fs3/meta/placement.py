@@ -1,0 +1,85 @@
+"""Layouts of new files and directories, and the space of the cluster, from the routing."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fs3.core.errors import error
+from fs3.core.layout import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, check_layout
+from fs3.meta.routing import RoutingHolder
+from fs3.v1.frame_pb2 import Code
+from fs3.v1.meta_pb2 import Layout, StatfsResponse
+
+STRIPE_MAX: Final = 16
+
+
+class RoutingPlacement:
+    """:class:`fs3.meta.context.Placement` over a RoutingHolder. Belongs to one event loop.
+
+    `chunk_bytes` and `stripe` (0: as many chains as the table has, at most STRIPE_MAX) are the cluster's defaults.
+    `seed` is where the first file's stripe begins; the next file's begins one chain further.
+    """
+
+    def __init__(self, holder: RoutingHolder, *, chunk_bytes: int, stripe: int = 0, seed: int = 0) -> None:
+        self._holder = holder
+        self._chunk_bytes = chunk_bytes
+        self._stripe = stripe
+        self._next = seed
+
+    def file_layout(self, requested: Layout | None, inherited: Layout) -> Layout:
+        """See Placement. What `requested` leaves 0 comes from the directory, then from the cluster."""
+        wish = requested or inherited
+        view = self._holder.view
+        if wish.table_version:
+            table = view.tables.get((wish.table_id, wish.table_version))
+        else:
+            table = view.newest_table(wish.table_id)
+        if table is None or not table.chain_ids:
+            if requested is not None and (wish.table_id or wish.table_version):
+                raise error(
+                    Code.CODE_INVALID_ARGUMENT, f"there is no chain table {wish.table_id} version {wish.table_version}"
+                )
+            raise error(
+                Code.CODE_UNAVAILABLE,
+                "the cluster has no chains yet: start storage services and wait until `fs3 status` shows chains",
+            )
+        chains = len(table.chain_ids)
+        stripe = wish.stripe or inherited.stripe
+        if not stripe:
+            stripe = min(chains, self._stripe or STRIPE_MAX)
+        elif wish is inherited:
+            stripe = min(stripe, chains)
+        first = wish.first
+        if requested is None or not requested.table_version:
+            first = self._next % chains
+            self._next += 1
+        layout = Layout(
+            table_id=table.table_id,
+            table_version=table.table_version,
+            chunk_bytes=wish.chunk_bytes or inherited.chunk_bytes or self._chunk_bytes,
+            stripe=stripe,
+            first=first,
+        )
+        check_layout(layout, chains)
+        return layout
+
+    def directory_layout(self, requested: Layout | None, inherited: Layout) -> Layout:
+        """See Placement."""
+        if requested is None:
+            return inherited
+        size = requested.chunk_bytes
+        if size and (size & (size - 1) or not CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX):
+            raise error(Code.CODE_INVALID_ARGUMENT, f"chunk size {size} is not a power of two from 64 KiB to 64 MiB")
+        return requested
+
+    def space(self) -> StatfsResponse:
+        """See Placement. 0 of everything before storage is there."""
+        view = self._holder.view
+        table = view.newest_table()
+        replicas = max(1, table.replicas if table is not None else 1)
+        disks = view.routing.disks
+        return StatfsResponse(
+            capacity_bytes=sum(disk.capacity_bytes for disk in disks) // replicas,
+            free_bytes=sum(disk.free_bytes for disk in disks) // replicas,
+            chunk_bytes=self._chunk_bytes,
+        )
