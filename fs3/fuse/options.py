@@ -1,0 +1,136 @@
+"""How to mount: options and the cluster's URL."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fs3.core.errors import Fs3Error, error
+from fs3.core.units import parse_bytes
+from fs3.v1.frame_pb2 import Code
+
+SCHEME = "fs3://"
+MEMORY_BYTES_MIN = 16 << 20
+
+# What `mount -o` calls some of them, and options of mount(8) that mean nothing here.
+_ALIASES = {"ro": ("read_only", True), "rw": ("read_only", False), "nosuid": ("suid", False), "nodev": ("dev", False)}
+_IGNORED = frozenset({"defaults", "noauto", "auto", "nofail", "_netdev", "user", "nouser", "async"})
+
+
+def _invalid(message: str) -> Fs3Error:
+    return error(Code.CODE_INVALID_ARGUMENT, message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountOptions:
+    """Options of a mount. The defaults are right for one user's mount."""
+
+    allow_other: bool = False
+    """Let other users than the one that mounts use the mount."""
+    default_permissions: bool = True
+    """Let the kernel check permission bits, as on a local file system."""
+    read_only: bool = False
+    suid: bool = False
+    """Honour set-id bits of programs; only root may ask for it."""
+    dev: bool = False
+    """Honour device nodes; only root may ask for it."""
+    threads: int = 0
+    """Threads that take requests from the kernel; 0: by the number of cores."""
+    max_memory_bytes: int = 256 << 20
+    """Memory for data on its way, both directions together."""
+    attr_timeout_s: float = 1.0
+    """How long the kernel may use attributes without asking."""
+    entry_timeout_s: float = 1.0
+    """How long the kernel may use the inode behind a name without asking."""
+    readahead_bytes: int = 4 << 20
+    """What the kernel reads ahead of a sequential reader (only root can raise it)."""
+    op_timeout_s: float = 30.0
+    """How long one operation may take, retries included, before it fails."""
+    cluster_id: str = ""
+    """Refuse any other cluster; empty: take the one that answers."""
+    log_file: str = ""
+    """Where the daemon writes its log; empty: beside the pid file."""
+    pid_file: str = ""
+    """Empty: chosen by the mountpoint, so that `umount` finds it."""
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if self.threads < 0 or self.threads > 256:
+            raise _invalid(f"threads must be in 0..256, not {self.threads}")
+        if self.max_memory_bytes < MEMORY_BYTES_MIN:
+            raise _invalid(f"max_memory_bytes must be at least 16MiB, not {self.max_memory_bytes}")
+        if self.readahead_bytes < 0:
+            raise _invalid(f"readahead_bytes must not be negative, not {self.readahead_bytes}")
+        for name in ("attr_timeout_s", "entry_timeout_s", "op_timeout_s"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (name == "op_timeout_s" and value == 0):
+                raise _invalid(f"{name} must be a number of seconds, not {value}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> MountOptions:
+        """Options by name. Raises INVALID_ARGUMENT for an unknown name, with the nearest valid one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                close = difflib.get_close_matches(key, [*names, *_ALIASES], n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+                raise _invalid(f"unknown mount option {key!r}{hint}")
+        return cls(**values)
+
+
+def _value(name: str, text: str | None, kind: str) -> Any:
+    if kind == "bool":
+        if text is None or text in ("1", "true", "yes", "on"):
+            return True
+        if text in ("0", "false", "no", "off"):
+            return False
+        raise _invalid(f"mount option {name} is a switch: write {name} or {name}=0, not {name}={text}")
+    if text is None or text == "":
+        raise _invalid(f"mount option {name} needs a value: {name}=...")
+    if name.endswith("_bytes"):
+        return parse_bytes(text)
+    try:
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except ValueError:
+        raise _invalid(f"mount option {name} is a number, not {text!r}") from None
+
+
+def parse_options(text: str, **given: Any) -> MountOptions:
+    """Parse what follows `-o`, such as "ro,allow_other,threads=4"; `given` options win over it.
+
+    Raises INVALID_ARGUMENT naming the option.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(MountOptions)}
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = item.partition("=")
+        name = name.replace("-", "_")
+        if name in _IGNORED:
+            continue
+        if name in _ALIASES and not equals:
+            key, switch = _ALIASES[name]
+            values[key] = switch
+        elif name in kinds:
+            values[name] = _value(name, value if equals else None, kinds[name])
+        else:
+            values[name] = value
+    return MountOptions.from_mapping({**values, **given})
+
+
+def parse_url(url: str) -> list[str]:
+    """The meta services that a URL ``fs3://host:port[,host:port...]/`` names. Raises INVALID_ARGUMENT."""
+    hosts, _, path = url.removeprefix(SCHEME).partition("/")
+    metas = [host.strip() for host in hosts.split(",") if host.strip()]
+    if not url.startswith(SCHEME) or not metas:
+        raise _invalid(f"{url!r} is not a cluster; write fs3://host:port[,host:port]/")
+    for meta in metas:
+        host, colon, port = meta.rpartition(":")
+        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise _invalid(f"{meta!r} in {url!r} is not host:port")
+    if path.strip("/"):
+        raise _invalid(f"{url!r} names a directory; only the whole file system can be mounted: fs3://{hosts}/")
+    return metas

@@ -1,0 +1,143 @@
+//! The mount daemon for Python: one class, blocking calls with the GIL released.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fs3_client::{Client, ClientConfig, Error, Result};
+use fs3_fuse::{MountHandle, MountOptions};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use tokio::runtime::Runtime;
+
+/// Threads that run the operations of a mount at least and at most; between them, one per core.
+const WORKERS: (usize, usize) = (2, 8);
+/// How long the end of a mount waits for the connections to close.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(5);
+
+fn raise(py: Python<'_>, error: &Error) -> PyErr {
+    let kwargs = PyDict::new(py);
+    let made = kwargs.set_item("maybe_applied", error.maybe_applied).and_then(|()| {
+        let arguments = (error.code as u16, error.message.as_ref());
+        py.import("fs3.core.errors")?.getattr("error")?.call(arguments, Some(&kwargs))
+    });
+    made.map_or_else(|e| e, PyErr::from_value)
+}
+
+/// A mount that is being served by this process. All methods block, release the GIL and may be called from any
+/// thread. It stays mounted until `unmount`, or until somebody else unmounts it.
+#[pyclass(frozen, module = "fs3._native")]
+pub struct Mount {
+    runtime: Runtime,
+    client: Client,
+    handle: MountHandle,
+}
+
+fn start(config: ClientConfig, mountpoint: PathBuf, options: MountOptions) -> Result<Mount> {
+    let cores = std::thread::available_parallelism().map_or(WORKERS.0, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.clamp(WORKERS.0, WORKERS.1))
+        .thread_name("fs3-mount")
+        .enable_all()
+        .build()
+        .map_err(|e| Error::new(fs3_client::Code::Unavailable, format!("cannot start threads: {e}")))?;
+    let client = runtime.block_on(Client::connect(config))?;
+    match fs3_fuse::mount(client.clone(), runtime.handle().clone(), &mountpoint, options) {
+        Ok(handle) => Ok(Mount { runtime, client, handle }),
+        Err(error) => {
+            runtime.block_on(client.close());
+            Err(error)
+        }
+    }
+}
+
+impl Mount {
+    /// After the mount has ended: leave the cluster in good order.
+    fn leave(&self) {
+        self.runtime.block_on(async {
+            let _ = tokio::time::timeout(CLOSE_WAIT_MAX, self.client.close()).await;
+        });
+    }
+}
+
+#[pymethods]
+impl Mount {
+    /// Connect to the cluster and mount it. Times in seconds, sizes in bytes.
+    #[new]
+    #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
+        default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
+        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, op_timeout_s=30.0))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        metas: Vec<String>,
+        mountpoint: PathBuf,
+        token: String,
+        cluster_id: Option<String>,
+        allow_other: bool,
+        default_permissions: bool,
+        read_only: bool,
+        suid: bool,
+        dev: bool,
+        threads: usize,
+        max_memory_bytes: usize,
+        attr_timeout_s: f64,
+        entry_timeout_s: f64,
+        readahead_bytes: usize,
+        op_timeout_s: f64,
+    ) -> PyResult<Self> {
+        let seconds = |s: f64| Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO);
+        let config = ClientConfig {
+            metas,
+            token,
+            cluster_id,
+            op_timeout: seconds(op_timeout_s),
+            description: format!("mount {}", mountpoint.display()),
+            ..ClientConfig::default()
+        };
+        let options = MountOptions {
+            allow_other,
+            default_permissions,
+            read_only,
+            suid,
+            dev,
+            threads,
+            max_memory_bytes,
+            readahead_bytes,
+            attr_timeout: seconds(attr_timeout_s),
+            entry_timeout: seconds(entry_timeout_s),
+            ..MountOptions::default()
+        };
+        py.detach(|| start(config, mountpoint, options)).map_err(|e| raise(py, &e))
+    }
+
+    /// Wait until the mount has ended; with `timeout_s`, that many seconds at most. Returns whether it has.
+    #[pyo3(signature = (timeout_s=None))]
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
+        let result = py.detach(|| {
+            let ended = match timeout_s {
+                None => Some(self.handle.wait()),
+                Some(s) => self.handle.wait_for(Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO)),
+            };
+            if ended.is_some() {
+                self.leave();
+            }
+            ended
+        });
+        result.transpose().map(|ended| ended.is_some()).map_err(|e| raise(py, &e))
+    }
+
+    /// Write everything, unmount and wait for the end. Raises BUSY when files are still open half a minute later.
+    fn unmount(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            let result = self.handle.unmount();
+            self.leave();
+            result
+        })
+        .map_err(|e| raise(py, &e))
+    }
+}
+
+/// Add the class to the extension module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Mount>()
+}
