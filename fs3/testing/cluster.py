@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 from fs3.core.errors import Fs3Error, error
 from fs3.rpc.grpc_client import fetch_routing
@@ -367,6 +368,13 @@ class LocalCluster:
         process.signal(number)
         if number in (signal.SIGKILL, signal.SIGTERM):
             process.wait(timeout_s=STOP_TIMEOUT_S)
+
+    def print_logs(self, out: TextIO, *, lines: int = 30) -> None:
+        """The end of every service's log."""
+        for service in self.services():
+            if service.log.exists():
+                tail = service.log.read_text(errors="replace").splitlines()[-lines:]
+                print(f"--- {service.name}", *tail, sep="\n", file=out)
 
     def pids(self) -> list[int]:
         """Of the running services."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def make_cluster(tmp_path: Path) -> Iterator[MakeCluster]:
     yield make
     for cluster in made:
         cluster.down()
-        print_logs(cluster)
+        cluster.print_logs(sys.stdout)
         shutil.rmtree(cluster.directory, ignore_errors=True)
 
 
@@ -48,12 +49,5 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCl
     cluster.up()
     yield cluster
     cluster.down()
-    print_logs(cluster)
+    cluster.print_logs(sys.stdout)
     shutil.rmtree(cluster.directory, ignore_errors=True)
-
-
-def print_logs(cluster: LocalCluster) -> None:
-    """The end of every log; pytest shows it when the test failed."""
-    for service in cluster.services():
-        if service.log.exists():
-            print(f"--- {service.name}\n" + "\n".join(service.log.read_text(errors="replace").splitlines()[-30:]))
