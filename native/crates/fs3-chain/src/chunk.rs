@@ -24,6 +24,8 @@ pub(crate) struct Op {
     pub legs: Vec<Leg>,
     pub phase: Phase,
     pub rewrites: u32,
+    /// Begun under an earlier chain version or life: a replica that has left since may have shown it.
+    pub carried_over: bool,
 }
 
 /// The local half of an update.

@@ -115,15 +115,24 @@ impl Replica {
         }
     }
 
+    /// Whether no update of an earlier chain version is left. A resync is done only then: such an update may have been
+    /// shown by a replica that has left the chain since, and a syncing one must not serve without it.
+    pub fn is_settled(&self) -> bool {
+        let carried_over = |c: &Chunk| c.active.as_ref().is_some_and(|op| op.carried_over);
+        !self.chunks.values().any(|c| c.orphan || carried_over(c))
+    }
+
     /// Number of chunks with something going on.
     pub fn busy_chunks(&self) -> usize {
         self.chunks.len()
     }
 
-    /// While an update is unresolved, a serving successor may already show it (invariant 2).
+    /// While an update is unresolved, a serving successor may already show it, or have shown it before it left the
+    /// chain (invariant 2).
     fn is_dirty(&self, chunk: ChunkId) -> bool {
-        self.routing.successors.iter().any(|s| !s.syncing)
-            && self.chunks.get(&chunk).is_some_and(|c| c.active.is_some() || c.orphan)
+        let Some(chunk) = self.chunks.get(&chunk) else { return false };
+        let serving_successor = self.routing.successors.iter().any(|s| !s.syncing);
+        chunk.orphan || chunk.active.as_ref().is_some_and(|op| serving_successor || op.carried_over)
     }
 
     fn check_place(&self, now_ns: u64, chain_version: u64) -> Result<(), Code> {
@@ -242,6 +251,7 @@ impl Replica {
             legs: Vec::new(),
             phase: Phase::Working,
             rewrites: 0,
+            carried_over: false,
         };
         if local {
             out.push(Effect::Prepare { op: op.id, chunk: request.chunk, version, content: op.content() });

@@ -38,6 +38,7 @@ impl Replica {
         // A client of this head may go on waiting: its update goes on.
         let waiter = if op.client && head { None } else { op.waiter.take() };
         out.extend(waiter.map(|id| Effect::Reply { id, result: Err(Refusal::maybe(Code::StaleChain)) }));
+        op.carried_over |= op.resync_to.is_none();
         match op.phase {
             Phase::Working if head && op.resync_to.is_none() => {
                 self.open_legs(id, true, out);
@@ -89,6 +90,7 @@ impl Replica {
                 legs: Vec::new(),
                 phase: Phase::Recovering,
                 rewrites: 0,
+                carried_over: true,
             };
             self.next_op += 1;
             out.push(Effect::Commit { op: op.id, chunk: id, version });
