@@ -370,7 +370,7 @@ impl<'a> Reader<'a> {
         body[..at].copy_from_slice(&self.buf[self.start..self.end]);
         (self.start, self.end) = (0, 0);
         while at < bytes {
-            at += self.read(true, |mut stream, _| stream.read(&mut body[at..])).await?;
+            at += self.read(true, |stream, _| read_once(stream, &mut body[at..])).await?;
         }
         Ok(body.into())
     }
@@ -404,11 +404,15 @@ impl<'a> Reader<'a> {
         (self.start, self.end) = (0, 0);
         let ahead = self.read_ahead;
         let n = self
-            .read(true, |stream, buf| {
-                let io = &mut |windows: &mut [IoSliceMut<'_>]| (&mut &*stream).read_vectored(windows);
+            .read(true, |mut stream, buf| {
+                let mut room = 0;
+                let io = &mut |windows: &mut [IoSliceMut<'_>]| {
+                    room = windows.iter().map(|window| window.len()).sum();
+                    stream.read_vectored(windows)
+                };
                 match landing.fill(&mut buf[..ahead], io) {
-                    Some(result) => result,
-                    None => (&mut &*stream).read(&mut buf[..remaining.min(READ_BUFFER_BYTES)]),
+                    Some(result) => Ok(Taken { bytes: result?, room }),
+                    None => read_once(stream, &mut buf[..remaining.min(READ_BUFFER_BYTES)]),
                 }
             })
             .await?;
@@ -426,7 +430,7 @@ impl<'a> Reader<'a> {
         while self.end - self.start < bytes {
             let (end, limit) = (self.end, (self.start + bytes.max(self.read_ahead)).min(self.buf.len()));
             let within_frame = self.end > self.start || bytes != HEADER_BYTES;
-            self.end += self.read(within_frame, |mut stream, buf| stream.read(&mut buf[end..limit])).await?;
+            self.end += self.read(within_frame, |stream, buf| read_once(stream, &mut buf[end..limit])).await?;
         }
         Ok(())
     }
@@ -436,15 +440,21 @@ impl<'a> Reader<'a> {
     async fn read(
         &mut self,
         within_frame: bool,
-        mut io: impl FnMut(&TcpStream, &mut [u8]) -> io::Result<usize>,
+        mut io: impl FnMut(&TcpStream, &mut [u8]) -> io::Result<Taken>,
     ) -> Result<usize> {
         loop {
             let mut guard = self.readable(within_frame).await?;
             match io(self.link.socket.fd.get_ref(), &mut self.buf) {
-                Ok(0) => return Err(Error::new(Code::Unavailable, "the peer closed the connection")),
-                Ok(n) => {
+                Ok(Taken { bytes: 0, .. }) => {
+                    return Err(Error::new(Code::Unavailable, "the peer closed the connection"));
+                }
+                Ok(taken) => {
+                    // A short read has emptied the socket: waiting for the next event saves a fruitless read.
+                    if taken.bytes < taken.room {
+                        guard.clear_ready();
+                    }
                     self.last_progress = Instant::now();
-                    return Ok(n);
+                    return Ok(taken.bytes);
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -477,6 +487,16 @@ impl<'a> Reader<'a> {
         })
         .await
     }
+}
+
+/// Result of one read: how much came, and how much could have come.
+struct Taken {
+    bytes: usize,
+    room: usize,
+}
+
+fn read_once(mut stream: &TcpStream, buf: &mut [u8]) -> io::Result<Taken> {
+    Ok(Taken { bytes: stream.read(buf)?, room: buf.len() })
 }
 
 /// Copy `source` into the windows in order; returns how much fitted.

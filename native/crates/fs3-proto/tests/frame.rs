@@ -120,6 +120,9 @@ fn response(id: u64, method: u16, status: u16, body: &[u8], payload: &[u8]) -> H
     Header { kind: Kind::Response, status, deadline_ms: 0, ..request(id, method, 0, body, payload) }
 }
 
+/// Name, message type of the body, header, body, payload.
+type ValidCase<'a> = (&'a str, &'a str, Header, &'a [u8], &'a [u8]);
+
 fn valid_frames() -> Vec<Value> {
     let hello = v1::HelloRequest {
         protocol_min: 1,
@@ -146,7 +149,7 @@ fn valid_frames() -> Vec<Value> {
     let (hello, welcome, poll) = (hello.encode_to_vec(), welcome.encode_to_vec(), poll.encode_to_vec());
     let (stale, unsure) = (error_to_detail(&stale).encode_to_vec(), error_to_detail(&unsure).encode_to_vec());
     let payload: Vec<u8> = (0..=255).collect();
-    let cases: Vec<(&str, &str, Header, &[u8], &[u8])> = vec![
+    let cases: Vec<ValidCase<'_>> = vec![
         ("hello_request", "HelloRequest", request(1, 0, 5000, &hello, &[]), &hello, &[]),
         ("hello_response", "HelloResponse", response(1, 0, 0, &welcome, &[]), &welcome, &[]),
         ("ping_request", "", request(2, 1, 1000, &[], &[]), &[], &[]),
@@ -159,7 +162,7 @@ fn valid_frames() -> Vec<Value> {
         ("unknown_method_request", "", request(u64::MAX, 65_535, u32::MAX, &[], &[]), &[], &[]),
         ("unknown_status_response", "", response(8, 1, 65_535, &[], &[]), &[], &[]),
     ];
-    let to_json = |(name, message, header, body, payload): (&str, &str, Header, &[u8], &[u8])| {
+    let to_json = |(name, message, header, body, payload): ValidCase<'_>| {
         json!({
             "name": name, "hex": hex(&whole(&header, body, payload)), "header": header_json(&header),
             "body_hex": hex(body), "payload_hex": hex(payload), "limits": "authenticated",
