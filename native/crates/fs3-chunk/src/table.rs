@@ -14,8 +14,15 @@ use crate::{
 pub struct Patch {
     /// 4 KiB; the last block of a chunk is padded.
     pub bytes: Region,
-    /// Position of its record; it may be written in place once the log is durable up to here.
+    /// Position of the record that committed it (of its prepare before that). It may be written in place once
+    /// the log is durable up to here; earlier, a power loss could bring back the version without it.
     pub position: u64,
+}
+
+impl Patch {
+    fn same(&self, other: &Patch) -> bool {
+        std::ptr::eq(self.bytes.as_ptr(), other.bytes.as_ptr())
+    }
 }
 
 /// One immutable version of a chunk. A reader that holds it can read all its bytes for as long as it likes.
@@ -185,7 +192,7 @@ impl Table {
                     chunk.pending = Some(pending);
                 }
             }
-            Record::Commit { version, time_ms, .. } => commit(&mut chunk, version, time_ms),
+            Record::Commit { version, time_ms, .. } => commit(&mut chunk, position, version, time_ms),
             Record::Abort { version, .. } => {
                 if chunk.pending.as_ref().is_some_and(|p| p.version.info.update_version == version) {
                     chunk.pending = None;
@@ -317,13 +324,21 @@ fn version_of(image: VersionImage, block: Option<Arc<Block>>) -> Version {
     }
 }
 
-fn commit(chunk: &mut Chunk, version: fs3_core::UpdateVersion, time_ms: i64) {
+fn commit(chunk: &mut Chunk, position: u64, version: fs3_core::UpdateVersion, time_ms: i64) {
     if chunk.pending.as_ref().is_none_or(|p| p.version.info.update_version != version) {
         return;
     }
     let Some(pending) = chunk.pending.take() else { return };
     let mut new = Arc::unwrap_or_clone(pending.version);
     new.time_ms = time_ms;
+    if !new.patches.is_empty() {
+        let old = chunk.committed.as_ref().map(|v| v.patches.clone()).unwrap_or_default();
+        for (block, patch) in Arc::make_mut(&mut new.patches) {
+            if old.get(block).is_none_or(|o| !o.same(patch)) {
+                patch.position = position;
+            }
+        }
+    }
     chunk.supersede(Arc::new(new));
     if let Some(writers) = pending.writers {
         chunk.writers = writers;
@@ -335,7 +350,7 @@ fn commit(chunk: &mut Chunk, version: fs3_core::UpdateVersion, time_ms: i64) {
 
 fn without(version: &Arc<Version>, written: &BTreeMap<u32, Patch>) -> Option<Arc<Version>> {
     let mut patches = (*version.patches).clone();
-    patches.retain(|block, p| written.get(block).is_none_or(|w| w.position != p.position));
+    patches.retain(|block, p| written.get(block).is_none_or(|w| !w.same(p)));
     (patches.len() != version.patches.len())
         .then(|| Arc::new(Version { patches: Arc::new(patches), ..(**version).clone() }))
 }

@@ -43,7 +43,12 @@ impl DataFiles {
         if let Some(file) = files.get(&class) {
             return Ok(file.clone());
         }
-        let file = self.disk.open(&Self::name(class), Access::Direct).map_err(|e| disk_error("cannot open data", e))?;
+        let cannot = |e| disk_error("cannot open a data file", e);
+        let file = self.disk.open(&Self::name(class), Access::Direct).map_err(cannot)?;
+        if file.is_empty().map_err(cannot)? {
+            // Its name must be durable before any record that names its blocks.
+            self.disk.sync_dir().map_err(cannot)?;
+        }
         let file = Arc::new(DataFile { file, dirty: AtomicBool::new(true) });
         files.insert(class, file.clone());
         Ok(file)
@@ -55,7 +60,7 @@ impl DataFiles {
         Ok((len >> class) as u32)
     }
 
-    fn grow(&self, class: u8, blocks: u32) -> Result<()> {
+    pub fn grow(&self, class: u8, blocks: u32) -> Result<()> {
         let file = self.get(class)?;
         file.file.allocate(u64::from(blocks) << class).map_err(|e| disk_error("cannot extend a data file", e))?;
         file.dirty.store(true, Ordering::Release);
@@ -210,6 +215,12 @@ impl TargetStore {
             self.fail_on_disk_error(self.checkpoint())?;
         }
         Ok(())
+    }
+
+    /// Do at once what happens in the background when enough has gathered. Blocking.
+    #[doc(hidden)]
+    pub fn maintain_for_tests(&self) -> Result<()> {
+        self.maintain()
     }
 
     fn forget_tombstones(&self) -> Result<()> {

@@ -132,13 +132,12 @@ fn rebuild_allocator(table: &Table, files: &DataFiles, names: &[String], alloc: 
         if !exists && used.is_empty() {
             continue;
         }
-        let blocks = files.blocks(class)?;
-        if used.last().is_some_and(|&last| last >= blocks) {
-            return Err(Error::new(
-                Code::DiskError,
-                "a data file is shorter than the metadata says; was it truncated?",
-            ));
+        // A power loss may undo the growth of a file; what was lost with it fails its checksums.
+        let needed = used.last().map_or(0, |last| last + 1);
+        if files.blocks(class)? < needed {
+            files.grow(class, needed)?;
         }
+        let blocks = files.blocks(class)?;
         alloc.rebuild(class, blocks, &used);
     }
     Ok(())
