@@ -61,7 +61,7 @@ def status_of(exc: Fs3Error) -> grpc.StatusCode:
 
 def from_rpc_error(exc: grpc.RpcError, address: str) -> Fs3Error:
     """Make the Fs3Error behind a failed call: the server's own, or one that fits the status."""
-    trailing = exc.trailing_metadata() if hasattr(exc, "trailing_metadata") else None
+    trailing: Any = exc.trailing_metadata() if hasattr(exc, "trailing_metadata") else None
     for key, value in trailing or ():
         if key == ERROR_KEY and isinstance(value, bytes):
             try:

@@ -17,7 +17,7 @@ from fs3.v1.frame_pb2 import Code
 log = logging.getLogger("fs3.rpc.grpc")
 
 
-class Guard(grpc.aio.ServerInterceptor):
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Stands before every method. An empty token lets everybody in."""
 
     def __init__(self, *, token: str, cluster_id: str) -> None:

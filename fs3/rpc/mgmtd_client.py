@@ -146,7 +146,7 @@ class MgmtdClient:
         channels, self._channels = list(self._channels.values()), {}
         self._stubs.clear()
         for channel in channels:
-            await channel.close()
+            await channel.close(None)
 
 
 @dataclass

@@ -1,0 +1,39 @@
+"""Heartbeat: a node lives, and what its targets say of themselves."""
+
+from __future__ import annotations
+
+from fs3.core.errors import error
+from fs3.mgmtd.manager import Manager
+from fs3.v1.frame_pb2 import Code
+from fs3.v1.mgmtd_pb2 import HeartbeatRequest, HeartbeatResponse
+from fs3.v1.routing_pb2 import NodeStatus
+
+
+async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatResponse:
+    """Renew the node's lease and take its reports. Nothing is written; decisions follow soon after.
+
+    Raises STALE_HANDLE when the node is unknown or another incarnation of it has registered (register again),
+    SUPERSEDED for a heartbeat that was overtaken by a later one.
+    """
+    record = manager.records.nodes.get(request.node_id)
+    live = manager.live.get(request.node_id)
+    if record is None or live is None or record.node.incarnation != request.incarnation:
+        raise error(Code.CODE_STALE_HANDLE, f"node {request.node_id} is not registered under this incarnation")
+    if request.sequence < live.sequence:
+        raise error(Code.CODE_SUPERSEDED, "a later heartbeat has already arrived")
+    live.sequence = request.sequence
+    live.heard_ns = manager.clock.monotonic_ns()
+    if record.node.status != NodeStatus.NODE_STATUS_CONNECTED:
+        manager.kick()
+    own = set(manager.targets_of(request.node_id))
+    for report in request.targets:
+        if report.target_id in own:
+            manager.report(report.target_id, report.local_state, report.chain_version, report.used_bytes)
+    for disk in request.disks:
+        known = manager.records.disks.get(disk.uuid)
+        if known is not None and known.disk.node_id == request.node_id:
+            manager.free_bytes[disk.uuid] = disk.free_bytes
+    response = HeartbeatResponse(routing_version=manager.routing.version)
+    if manager.routing.version > request.routing_version:
+        response.routing.CopyFrom(manager.routing)
+    return response

@@ -1,0 +1,31 @@
+"""WatchRouting: the routing now and at every change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+from fs3.mgmtd.manager import Manager
+from fs3.v1.mgmtd_pb2 import WatchRoutingRequest
+from fs3.v1.routing_pb2 import GetRoutingResponse
+
+# The first change of a burst goes out at once; the others wait until so long after it.
+COALESCE_S: Final = 0.05
+
+
+async def watch_routing(manager: Manager, request: WatchRoutingRequest) -> AsyncIterator[GetRoutingResponse]:
+    """Yield the routing whenever it is newer than what was sent; ends when the manager loses its lease."""
+    loop = asyncio.get_running_loop()
+    known = request.known_version
+    sent_s = 0.0
+    while True:
+        await manager.wait_newer(known)
+        if manager.lost.is_set():
+            return
+        early_s = sent_s + COALESCE_S - loop.time()
+        if early_s > 0:
+            await asyncio.sleep(early_s)
+        routing = manager.routing
+        known, sent_s = routing.version, loop.time()
+        yield GetRoutingResponse(version=routing.version, routing=routing)
