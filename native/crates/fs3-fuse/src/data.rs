@@ -164,7 +164,8 @@ impl Core {
                     done += bytes;
                     place = Place::At(offset + bytes as u64);
                 }
-                Accepted::NoWriter => {}
+                // It is being closed early at this moment; then it is opened again.
+                Accepted::NoWriter => tokio::task::yield_now().await,
             }
             if done < data.len() {
                 if Instant::now() >= deadline {

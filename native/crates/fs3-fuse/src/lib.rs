@@ -17,6 +17,8 @@ mod event;
 mod filesystem;
 mod gather;
 mod inode;
+#[cfg(test)]
+mod inode_tests;
 mod io;
 mod mount;
 mod names;

@@ -1,0 +1,254 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use fs3_client::{Attr, Code, Error, Region, RegionMut, Result};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use crate::attrs::Version;
+use crate::inode::{Accepted, Inode, Place};
+use crate::io::{FileIo, Io};
+
+/// A file in memory whose writes wait for permits, fail on demand and are counted.
+struct Fake {
+    bytes: Mutex<Vec<u8>>,
+    permits: Semaphore,
+    failing: AtomicBool,
+    writes: AtomicUsize,
+    published: AtomicUsize,
+    closed: AtomicBool,
+}
+
+impl Fake {
+    fn new(permits: usize) -> Arc<Self> {
+        Arc::new(Self {
+            bytes: Mutex::default(),
+            permits: Semaphore::new(permits),
+            failing: AtomicBool::new(false),
+            writes: AtomicUsize::new(0),
+            published: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+        })
+    }
+}
+
+impl FileIo for Fake {
+    async fn read(&self, offset: u64, mut buf: RegionMut) -> (Result<usize>, RegionMut) {
+        let bytes = self.bytes.lock();
+        let rest = bytes.get(offset as usize..).unwrap_or_default();
+        let n = rest.len().min(buf.len());
+        buf[..n].copy_from_slice(&rest[..n]);
+        (Ok(n), buf)
+    }
+
+    async fn write(&self, offset: u64, data: Region) -> Result<usize> {
+        self.permits.acquire().await.expect("never closed").forget();
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        if self.failing.load(Ordering::Relaxed) {
+            return Err(Error::new(Code::NoSpace, "full"));
+        }
+        let mut bytes = self.bytes.lock();
+        let end = offset as usize + data.len();
+        let len = bytes.len().max(end);
+        bytes.resize(len, 0);
+        bytes[offset as usize..end].copy_from_slice(&data);
+        Ok(data.len())
+    }
+
+    async fn publish(&self) -> Result<Attr> {
+        self.published.fetch_add(1, Ordering::Relaxed);
+        Ok(Attr { length: self.length(), ..Attr::default() })
+    }
+
+    async fn close(&self) -> Result<Attr> {
+        self.closed.store(true, Ordering::Relaxed);
+        self.publish().await
+    }
+
+    fn length(&self) -> u64 {
+        self.bytes.lock().len() as u64
+    }
+}
+
+fn setup(permits: usize) -> (Arc<Io<Fake>>, Arc<Inode<Fake>>, Arc<Fake>) {
+    let io = Arc::new(Io::new(tokio::runtime::Handle::current(), 64 << 20));
+    let (inode, file) = (Arc::new(Inode::new(7)), Fake::new(permits));
+    inode.add_writer(file.clone());
+    (io, inode, file)
+}
+
+fn put(inode: &Arc<Inode<Fake>>, io: &Arc<Io<Fake>>, place: Place, data: &[u8]) -> u64 {
+    match inode.write(io, place, data) {
+        Accepted::Taken { offset, bytes } if bytes == data.len() => offset,
+        _ => panic!("the write was not taken"),
+    }
+}
+
+#[tokio::test]
+async fn small_writes_stay_here_until_a_flush_and_then_go_as_one() {
+    let (io, inode, file) = setup(100);
+    for i in 0..100u64 {
+        put(&inode, &io, Place::At(i * 10), &[i as u8; 10]);
+    }
+    assert_eq!((file.writes.load(Ordering::Relaxed), inode.length(&file)), (0, 1000));
+    let mut attr = Attr { length: 5, mtime_ns: 1, ..Attr::default() };
+    inode.merge(&mut attr);
+    assert!(attr.length == 1000 && attr.mtime_ns > 1, "stat sees what was written");
+    inode.flush(&io).await;
+    inode.publish(None, false).await.unwrap();
+    assert_eq!((file.writes.load(Ordering::Relaxed), file.published.load(Ordering::Relaxed)), (1, 1));
+    assert_eq!(file.bytes.lock()[990..], [99; 10]);
+    assert!(!inode.is_dirty() && io.aged(Duration::ZERO).is_empty());
+    assert_eq!(inode.publish(None, false).await.unwrap().map(|a| a.length), None, "nothing is published twice");
+}
+
+#[tokio::test]
+async fn overlapping_writes_land_in_the_order_they_were_accepted() {
+    let (io, inode, file) = setup(0);
+    for round in 1..=20u8 {
+        put(&inode, &io, Place::At(u64::from(round)), &[round; 50]);
+        inode.send_all(&io);
+    }
+    file.permits.add_permits(100);
+    inode.flush(&io).await;
+    let mut expected = vec![0u8; 70];
+    for round in 1..=20usize {
+        expected[round..round + 50].fill(round as u8);
+    }
+    assert_eq!(*file.bytes.lock(), expected);
+}
+
+#[tokio::test]
+async fn a_read_waits_for_the_writes_it_overlaps_and_no_others() {
+    let (io, inode, file) = setup(1);
+    file.bytes.lock().resize(4 << 20, 0);
+    put(&inode, &io, Place::At(0), &[1; 10]);
+    inode.settle(&io, 2 << 20, 3 << 20).await;
+    assert_eq!(file.writes.load(Ordering::Relaxed), 0, "a read elsewhere leaves the data where it is");
+    inode.settle(&io, 5, 6).await;
+    assert_eq!((file.writes.load(Ordering::Relaxed), file.bytes.lock()[5]), (1, 1));
+    put(&inode, &io, Place::At(0), &[2; 10]);
+    let stuck = tokio::time::timeout(Duration::from_millis(10), inode.settle(&io, 5, 6)).await;
+    assert!(stuck.is_err(), "without a permit the write has not landed");
+    file.permits.add_permits(1);
+    inode.settle(&io, 5, 6).await;
+    assert_eq!(file.bytes.lock()[5], 2);
+}
+
+#[tokio::test]
+async fn a_read_before_data_beyond_the_stored_end_sees_the_hole() {
+    let (io, inode, file) = setup(10);
+    put(&inode, &io, Place::At(1000), &[1; 10]);
+    inode.settle(&io, 100, 200).await;
+    assert_eq!(file.length(), 1010);
+}
+
+#[tokio::test]
+async fn kept_bytes_are_read_without_storage() {
+    let (io, inode, file) = setup(0);
+    put(&inode, &io, Place::At(100), b"hello");
+    let mut seen = Vec::new();
+    assert!(inode.read_kept(101, 3, |b| seen = b.to_vec()));
+    assert_eq!(seen, b"ell");
+    assert!(!inode.read_kept(99, 3, |_| ()) && !inode.read_kept(103, 3, |_| ()));
+    assert_eq!(file.writes.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn appends_go_behind_what_is_still_pending() {
+    let (io, inode, file) = setup(10);
+    file.bytes.lock().resize(100, 0);
+    assert_eq!(put(&inode, &io, Place::End, b"abc"), 100);
+    assert_eq!(put(&inode, &io, Place::End, b"def"), 103);
+    inode.flush(&io).await;
+    assert_eq!(file.bytes.lock()[100..], *b"abcdef");
+}
+
+#[tokio::test]
+async fn a_failed_write_is_told_once_to_every_handle_that_was_open() {
+    let (io, inode, file) = setup(10);
+    let (first, second) = (AtomicU64::new(inode.errors()), AtomicU64::new(inode.errors()));
+    file.failing.store(true, Ordering::Relaxed);
+    put(&inode, &io, Place::At(0), b"lost");
+    inode.flush(&io).await;
+    assert_eq!(inode.new_error(&first).map(|e| e.code), Some(Code::NoSpace));
+    assert!(inode.new_error(&first).is_none());
+    assert_eq!(inode.new_error(&second).map(|e| e.code), Some(Code::NoSpace));
+    assert!(inode.new_error(&AtomicU64::new(inode.errors())).is_none(), "a later handle has nothing to do with it");
+}
+
+#[tokio::test]
+async fn only_a_lone_writer_with_everything_written_is_parked() {
+    let (io, inode, file) = setup(10);
+    put(&inode, &io, Place::At(0), b"x");
+    assert!(!inode.park(&file), "data is pending");
+    inode.flush(&io).await;
+    let other = Fake::new(1);
+    inode.add_writer(other.clone());
+    assert!(!inode.park(&file), "another one writes");
+    inode.remove_writer(&other);
+    assert!(inode.park(&file));
+    assert!(matches!(inode.write(&io, Place::At(0), b"y"), Accepted::NoWriter));
+    inode.publish(Some(&file), true).await.unwrap();
+    assert!(file.closed.load(Ordering::Relaxed) && !inode.is_dirty());
+    inode.add_writer(file.clone());
+    inode.set_unlinked();
+    assert!(!inode.park(&file), "closing it would end a file without a name");
+}
+
+#[tokio::test]
+async fn caches_are_kept_only_for_a_version_that_nobody_changed() {
+    let (io, inode, _file) = setup(10);
+    let version = |length| Version::of(&Attr { length, ..Attr::default() });
+    assert!(!inode.keep_cache(version(1)), "nothing is known yet");
+    assert!(inode.keep_cache(version(1)));
+    assert!(!inode.keep_cache(version(2)), "somebody else wrote");
+    put(&inode, &io, Place::At(0), b"x");
+    assert!(!inode.keep_cache(version(2)), "what we hold cannot be told apart");
+    inode.flush(&io).await;
+    inode.publish(None, false).await.unwrap();
+    assert!(!inode.keep_cache(version(3)) && inode.keep_cache(version(3)));
+    inode.truncated();
+    assert!(!inode.keep_cache(version(3)));
+}
+
+#[tokio::test]
+async fn memory_held_by_an_idle_file_is_reclaimed_for_another() {
+    let io = Arc::new(Io::new(tokio::runtime::Handle::current(), 8 << 20));
+    let idle: Vec<_> = (0..4u64)
+        .map(|id| {
+            let (inode, file) = (Arc::new(Inode::new(id)), Fake::new(10));
+            inode.add_writer(file);
+            put(&inode, &io, Place::At(500_000), b"waiting");
+            inode
+        })
+        .collect();
+    assert!(io.write_pool.try_take(1 << 20, 0).is_none());
+    let buffer = io.write_pool.take(1 << 20, || io.reclaim()).await.unwrap();
+    drop(buffer);
+    assert!(!idle[0].keeps_data() && idle[3].keeps_data(), "the one that was dirty first gives way");
+}
+
+#[tokio::test]
+async fn blocks_read_ahead_are_dropped_by_a_write_and_by_being_read() {
+    let (io, inode, file) = setup(10);
+    file.bytes.lock().resize(3 << 20, 9);
+    let fetch = |number| {
+        let buffer = io.read_pool.try_take(1 << 20, 0).unwrap();
+        inode.blocks.fetch(&io.runtime, &file, number, buffer)
+    };
+    let block = fetch(1);
+    assert_eq!(block.read((1 << 20) + 5, 10).await.unwrap()[..], [9; 10]);
+    assert!(inode.blocks.get(1).is_some());
+    inode.blocks.consumed(&block, 1 << 20);
+    assert!(inode.blocks.get(1).is_none());
+    fetch(2);
+    put(&inode, &io, Place::At(0), &[1]);
+    assert!(inode.blocks.get(2).is_some());
+    put(&inode, &io, Place::At((3 << 20) - 1), &[1]);
+    assert!(inode.blocks.get(2).is_none());
+    assert_eq!(inode.settled(0, 1), None);
+    assert_eq!(inode.settled(10, 20), Some(2));
+    assert!(fetch(7).read(7 << 20, 1).await.is_none(), "there is nothing behind the end");
+}
