@@ -234,13 +234,15 @@ impl Replica {
             }
             Ok(Plan::Begin { version, base, replace, local }) => (version, base, replace, local),
         };
+        let committed_already =
+            !local && matches!(request.origin, Origin::Forward { .. }) && state.committed == version;
         let resync_to = match request.origin {
             Origin::Resync { to } => Some(to),
             _ => None,
         };
         let op = Op {
             id: request.id,
-            kind: request.kind,
+            kind: if committed_already { Kind::Mirror } else { request.kind },
             waiter: Some(request.id),
             client: request.origin == Origin::Client,
             resync_to,
@@ -297,7 +299,12 @@ impl Replica {
         let guarded =
             self.routing.role == Role::Serving || (known > 0 && state.chain_version == self.routing.chain_version);
         if guarded && version <= known {
-            return Ok(Plan::Answer(outcome_of(state)));
+            let leaf = self.routing.successors.is_empty();
+            if version < known || leaf || state.chain_version == self.routing.chain_version {
+                return Ok(Plan::Answer(outcome_of(state)));
+            }
+            // Committed under an older chain version, when the successors of now may have been others.
+            return Ok(Plan::Begin { version, base, replace: true, local: false });
         }
         if request.kind == Kind::Remove {
             // A removal of what is not here still travels on: a successor that has it is healed.

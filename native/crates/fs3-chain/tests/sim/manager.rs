@@ -95,13 +95,18 @@ impl World {
         let restarted: Vec<bool> = (0..NODES).map(|n| m.heard[n].0 != m.known_life[n]).collect();
         let old = m.chain.targets.clone();
         let survivor = old.iter().any(|t| t.1 == State::Serving && alive[t.0]);
+        // One at a time: two that synced side by side may differ in an update that is in flight.
+        let mut promoted = false;
         let mut targets: Vec<(usize, State)> = Vec::new();
         for &(n, state) in &old {
             let next = match state {
                 State::Serving if alive[n] => State::Serving,
                 State::Serving if survivor => State::Offline,
                 State::Serving => State::LastServing,
-                State::Syncing if alive[n] && m.synced[n] => State::Serving,
+                State::Syncing if alive[n] && m.synced[n] && !promoted => {
+                    promoted = true;
+                    State::Serving
+                }
                 State::Syncing if alive[n] && survivor => State::Syncing,
                 State::Syncing => State::Offline,
                 State::Offline if alive[n] && m.ready[n] && survivor => State::Syncing,
