@@ -1,14 +1,18 @@
 use crate::{AlignedBuf, RegionMut};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const CLASS_BITS_MIN: u32 = 12;
 const CLASS_BITS_MAX: u32 = 26;
+/// Smaller buffers are cut from slabs of this size, which is that of a huge page.
+const SLAB_BYTES: usize = 2 << 20;
 const CLASSES: usize = (CLASS_BITS_MAX - CLASS_BITS_MIN + 1) as usize;
 
 /// Recycled page-aligned memory in power-of-two size classes from 4 KiB to 64 MiB.
 ///
 /// Touching fresh memory costs several times more than moving the bytes, so buffers are handed out last in,
-/// first out and kept. The bytes held, in use or idle, never exceed the limit; idle buffers of other classes
+/// first out and kept. Buffers below 2 MiB are cut from slabs of that size, because huge pages make the first touch
+/// several times cheaper. The bytes held, in use or idle, never exceed the limit; idle slabs of other classes
 /// are given back to the system when a class needs the room. Contents of a buffer are whatever was there
 /// before. Cheap to clone; clones share the pool. Thread-safe.
 #[derive(Clone)]
@@ -20,15 +24,21 @@ struct Shared {
 }
 
 struct State {
-    /// In use and idle together.
+    /// In use and idle together, slabs counted whole.
     bytes_held: usize,
     bytes_idle: usize,
-    idle: [Vec<AlignedBuf>; CLASSES],
+    idle: [Vec<Piece>; CLASSES],
+}
+
+/// One buffer: all or a part of a slab.
+struct Piece {
+    slab: Arc<AlignedBuf>,
+    offset: usize,
 }
 
 /// Owner of a buffer that returns it when the last region over it is dropped.
 struct Pooled {
-    buf: Option<AlignedBuf>,
+    piece: Option<Piece>,
     class: usize,
     pool: Arc<Shared>,
 }
@@ -48,21 +58,15 @@ impl BufferPool {
     /// The whole buffer returns to the pool when the last region over it is dropped.
     pub fn get(&self, len: usize) -> Option<RegionMut> {
         let class = class_of(len)?;
-        let bytes = class_bytes(class);
-        let mut state = self.0.lock();
-        let recycled = state.idle[class].pop();
-        if recycled.is_some() {
-            state.bytes_idle -= bytes;
-        } else {
-            let surplus = state.make_room(bytes, self.0.bytes_max)?;
-            state.bytes_held += bytes;
-            drop(state);
-            drop(surplus);
-        }
-        let buf = recycled.unwrap_or_else(|| AlignedBuf::new(bytes));
-        let ptr = buf.as_mut_ptr();
-        let owner = Arc::new(Pooled { buf: Some(buf), class, pool: self.0.clone() });
-        // SAFETY: the owner keeps the buffer alive and out of the pool; this is the only window over it.
+        let recycled = self.0.lock().take_idle(class);
+        let piece = match recycled {
+            Some(piece) => piece,
+            None => self.0.new_slab(class)?,
+        };
+        // SAFETY: the offset is within the slab.
+        let ptr = unsafe { piece.slab.as_mut_ptr().add(piece.offset) };
+        let owner = Arc::new(Pooled { piece: Some(piece), class, pool: self.0.clone() });
+        // SAFETY: the owner keeps the slab alive and the piece out of the pool; this is the only window over it.
         Some(unsafe { RegionMut::from_raw(ptr, len, owner) })
     }
 
@@ -77,33 +81,76 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Make a slab for `class`, as large as useful and possible, and take its first piece.
+    fn new_slab(&self, class: usize) -> Option<Piece> {
+        let piece_bytes = class_bytes(class);
+        let mut slab_bytes = piece_bytes.max(SLAB_BYTES);
+        let surplus = {
+            let mut state = self.lock();
+            if state.bytes_held - state.bytes_idle + piece_bytes > self.bytes_max {
+                return None;
+            }
+            let surplus = state.make_room(slab_bytes, self.bytes_max);
+            while state.bytes_held + slab_bytes > self.bytes_max && slab_bytes > piece_bytes {
+                slab_bytes /= 2;
+            }
+            let fits = state.bytes_held + slab_bytes <= self.bytes_max;
+            state.bytes_held += if fits { slab_bytes } else { 0 };
+            fits.then_some(surplus)
+        }?;
+        drop(surplus);
+        let slab = Arc::new(AlignedBuf::new(slab_bytes));
+        let mut state = self.lock();
+        for offset in (piece_bytes..slab_bytes).step_by(piece_bytes).rev() {
+            state.idle[class].push(Piece { slab: slab.clone(), offset });
+            state.bytes_idle += piece_bytes;
+        }
+        Some(Piece { slab, offset: 0 })
+    }
 }
 
 impl State {
-    /// Take idle buffers out of the pool until `bytes` more fit under `bytes_max`; `None` when they cannot.
-    fn make_room(&mut self, bytes: usize, bytes_max: usize) -> Option<Vec<AlignedBuf>> {
-        if self.bytes_held - self.bytes_idle + bytes > bytes_max {
-            return None;
-        }
+    fn take_idle(&mut self, class: usize) -> Option<Piece> {
+        let piece = self.idle[class].pop()?;
+        self.bytes_idle -= class_bytes(class);
+        Some(piece)
+    }
+
+    /// Take idle slabs out of the pool until `bytes` more fit under `bytes_max`. What was taken is to be dropped
+    /// after the lock.
+    fn make_room(&mut self, bytes: usize, bytes_max: usize) -> Vec<Piece> {
         let mut surplus = Vec::new();
         for class in (0..CLASSES).rev() {
-            while self.bytes_held + bytes > bytes_max {
-                let Some(buf) = self.idle[class].pop() else { break };
-                self.bytes_held -= class_bytes(class);
-                self.bytes_idle -= class_bytes(class);
-                surplus.push(buf);
+            if self.bytes_held + bytes <= bytes_max {
+                break;
             }
+            let mut busy_bytes: HashMap<*const AlignedBuf, usize> = HashMap::new();
+            for piece in &self.idle[class] {
+                *busy_bytes.entry(Arc::as_ptr(&piece.slab)).or_insert(piece.slab.len()) -= class_bytes(class);
+            }
+            let mut chosen: HashSet<*const AlignedBuf> = HashSet::new();
+            for piece in &self.idle[class] {
+                let slab = Arc::as_ptr(&piece.slab);
+                let needed = self.bytes_held + bytes > bytes_max;
+                if needed && busy_bytes[&slab] == 0 && chosen.insert(slab) {
+                    self.bytes_held -= piece.slab.len();
+                    self.bytes_idle -= piece.slab.len();
+                }
+            }
+            let taken = self.idle[class].extract_if(.., |piece| chosen.contains(&Arc::as_ptr(&piece.slab)));
+            surplus.extend(taken);
         }
-        Some(surplus)
+        surplus
     }
 }
 
 impl Drop for Pooled {
     fn drop(&mut self) {
-        if let Some(buf) = self.buf.take() {
+        if let Some(piece) = self.piece.take() {
             let mut state = self.pool.lock();
             state.bytes_idle += class_bytes(self.class);
-            state.idle[self.class].push(buf);
+            state.idle[self.class].push(piece);
         }
     }
 }
@@ -126,29 +173,48 @@ mod tests {
         let pool = BufferPool::new(1 << 20);
         let region = pool.get(5000).unwrap();
         let start = region.as_ptr();
-        assert_eq!((region.len(), pool.usage()), (5000, (8192, 0)));
+        assert_eq!((region.len(), pool.usage().0), (5000, 8192));
         let (left, right) = region.split_at(100);
         drop(left);
         let frozen = right.freeze();
         let part = frozen.slice(10, 20);
         drop(frozen);
-        assert_eq!(pool.usage(), (8192, 0));
+        assert_eq!(pool.usage().0, 8192);
         drop(part);
-        assert_eq!(pool.usage(), (0, 8192));
+        assert_eq!(pool.usage(), (0, 1 << 20));
         assert_eq!(pool.get(8192).unwrap().as_ptr(), start);
     }
 
     #[test]
-    fn the_limit_holds_and_idle_buffers_of_other_classes_make_room() {
-        let pool = BufferPool::new(64 << 10);
-        let small: Vec<_> = (0..16).map(|_| pool.get(4096).unwrap()).collect();
+    fn buffers_of_one_slab_do_not_overlap() {
+        let pool = BufferPool::new(5 << 20);
+        let mut regions: Vec<_> = (0..5).map(|_| pool.get(1 << 20).unwrap()).collect();
+        assert!(pool.get(1).is_none());
+        for (i, region) in regions.iter_mut().enumerate() {
+            region.fill(i as u8);
+        }
+        for (i, region) in regions.iter().enumerate() {
+            assert!(region.iter().all(|&b| b == i as u8));
+            assert!(region.as_ptr().addr().is_multiple_of(AlignedBuf::ALIGN));
+        }
+    }
+
+    #[test]
+    fn the_limit_holds_and_idle_slabs_of_other_classes_make_room() {
+        let pool = BufferPool::new(4 << 20);
+        let small: Vec<_> = (0..1024).map(|_| pool.get(4096).unwrap()).collect();
         assert!(pool.get(1).is_none());
         drop(small);
-        assert_eq!(pool.usage(), (0, 64 << 10));
-        let large = pool.get(40 << 10).unwrap();
-        assert_eq!(pool.usage(), (64 << 10, 0));
+        assert_eq!(pool.usage(), (0, 4 << 20));
+        let large = pool.get(3 << 20).unwrap();
+        assert_eq!(pool.usage(), (4 << 20, 0));
         drop(large);
-        assert!(pool.get(65 << 10).is_none());
+        assert!(pool.get((4 << 20) + 1).is_none());
+        let small = pool.get(4096).unwrap();
+        assert_eq!(pool.usage(), (4096, (2 << 20) - 4096));
+        assert!(pool.get(3 << 20).is_none(), "a slab in use cannot be given back");
+        drop(small);
+        assert!(pool.get(3 << 20).is_some());
     }
 
     #[test]

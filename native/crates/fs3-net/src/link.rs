@@ -20,7 +20,7 @@ pub(crate) enum Flush {
     Now,
     /// With others that are queued about now.
     Soon,
-    /// When the receiving task next waits; only for messages sent from within [`Endpoint::deliver`].
+    /// Before the receiving task next reads; only for messages sent from within [`Endpoint::deliver`].
     Batch,
 }
 

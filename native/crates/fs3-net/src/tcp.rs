@@ -435,13 +435,14 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// One read that returns at least a byte. Before it waits, everything queued is sent. Within a frame the wait is
-    /// bounded.
+    /// One read that returns at least a byte. Before it everything queued is sent, so that answers leave together
+    /// but never wait behind more input. Within a frame the wait is bounded.
     async fn read(
         &mut self,
         within_frame: bool,
         mut io: impl FnMut(&TcpStream, &mut [u8]) -> io::Result<Taken>,
     ) -> Result<usize> {
+        self.link.flush();
         loop {
             let mut guard = self.readable(within_frame).await?;
             match io(self.link.socket.fd.get_ref(), &mut self.buf) {
@@ -464,14 +465,10 @@ impl<'a> Reader<'a> {
     }
 
     async fn readable(&mut self, within_frame: bool) -> Result<tokio::io::unix::AsyncFdReadyGuard<'a, TcpStream>> {
-        let mut flushed = false;
         let link = self.link;
         poll_fn(|cx| {
             if let Poll::Ready(guard) = link.socket.fd.poll_read_ready(cx) {
                 return Poll::Ready(guard.map_err(|e| broken(&e)));
-            }
-            if !std::mem::replace(&mut flushed, true) {
-                link.flush();
             }
             while within_frame && self.stall.as_mut().poll(cx).is_ready() {
                 let due = self.last_progress + Duration::from_millis(STALL_TIMEOUT_MS);
