@@ -58,15 +58,15 @@ class _Servicer(MgmtdServicer):
     def __init__(self, service: MgmtdService) -> None:
         self._service = service
 
-    async def Register(self, request: RegisterRequest, context: Any) -> RegisterResponse:  # type: ignore[override]
+    async def Register(self, request: RegisterRequest, context: Any) -> RegisterResponse:
         """See ops/register.py."""
         return await register(self._service.primary(), request)
 
-    async def Heartbeat(self, request: HeartbeatRequest, context: Any) -> HeartbeatResponse:  # type: ignore[override]
+    async def Heartbeat(self, request: HeartbeatRequest, context: Any) -> HeartbeatResponse:
         """See ops/heartbeat.py."""
         return await heartbeat(self._service.primary(), request)
 
-    async def WatchRouting(  # type: ignore[override]
+    async def WatchRouting(
         self, request: WatchRoutingRequest, context: Any
     ) -> AsyncIterator[GetRoutingResponse]:
         """See ops/watch_routing.py."""
@@ -74,11 +74,11 @@ class _Servicer(MgmtdServicer):
             yield response
         self._service.primary()
 
-    async def GetPrimary(self, request: GetPrimaryRequest, context: Any) -> GetPrimaryResponse:  # type: ignore[override]
+    async def GetPrimary(self, request: GetPrimaryRequest, context: Any) -> GetPrimaryResponse:
         """See ops/get_primary.py."""
         return get_primary(self._service.seen_lease(), self._service.config.cluster_id)
 
-    async def Unregister(self, request: UnregisterRequest, context: Any) -> UnregisterResponse:  # type: ignore[override]
+    async def Unregister(self, request: UnregisterRequest, context: Any) -> UnregisterResponse:
         """See ops/unregister.py."""
         return await unregister(self._service.primary(), request)
 

@@ -1,0 +1,74 @@
+"""What the shell needs of the native storage engine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fs3.core.errors import error
+from fs3.storage.disks import DiskIdentity
+from fs3.v1.frame_pb2 import Code
+
+
+class StorageEngine(Protocol):
+    """The native engine of one process. Its methods may be called from any thread; none blocks for long but stop."""
+
+    def start(self) -> int:
+        """Open the disks, listen for frames; returns the port. Raises OSError."""
+
+    def apply_routing(self, routing: bytes) -> None:
+        """Take a serialized fs3.v1.Routing; targets of this node that are missing on disk are made."""
+
+    def renew_lease(self, serve_until_monotonic_ns: int) -> None:
+        """Serve until that time of CLOCK_MONOTONIC; never shortens."""
+
+    def status(self) -> bytes:
+        """Return a serialized fs3.v1.EngineStatus."""
+
+    def stop(self) -> None:
+        """Stop serving, finish what is being written, close the disks. Harmless twice."""
+
+
+EngineFactory = Callable[[str], StorageEngine]
+
+
+def engine_config(
+    *,
+    node_id: int,
+    node_uuid: bytes,
+    cluster_id: str,
+    token: str,
+    host: str,
+    frame_port: int,
+    disks: Sequence[DiskIdentity],
+    read_cache_bytes: int,
+    durable_writes: bool,
+) -> str:
+    """Make the JSON that an engine is configured with."""
+    return json.dumps(
+        {
+            "node_id": node_id,
+            "node_uuid_hex": node_uuid.hex(),
+            "cluster_id": cluster_id,
+            "token": token,
+            "host": host,
+            "frame_port": frame_port,
+            "disks": [{"path": d.path, "uuid_hex": d.uuid.hex()} for d in disks],
+            "read_cache_bytes": read_cache_bytes,
+            "durable_writes": durable_writes,
+        }
+    )
+
+
+def native_engine(config_json: str) -> StorageEngine:
+    """Make the engine of the native module. Raises NOT_SUPPORTED when the module is not built."""
+    try:
+        native = importlib.import_module("fs3.native")
+    except ImportError as exc:
+        raise error(
+            Code.CODE_NOT_SUPPORTED, f"the native module is not there ({exc}); build it with `make build`"
+        ) from exc
+    engine: StorageEngine = native.StorageEngine(config_json)
+    return engine
