@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import fs3
 from fs3.client import FileSystem
-from fs3.fuse import mount, umount
+from fs3.fuse import MountOptions, mount, umount
 from fs3.testing import measure
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 from fs3.testing.measure import GIB, MIB, Measured, Meter
@@ -110,6 +111,7 @@ class Demo:
         self.size = size
         self.progress = progress
         self.mountpoint = directory / "mnt"
+        self.pid_file = directory / "mount.pid"
         self.cluster = LocalCluster.create(directory / "cluster", ClusterSpec(lease_ms=3000, heartbeat_ms=300))
         self.scratch = directory
         self.stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -129,14 +131,14 @@ class Demo:
     def mount(self) -> None:
         """Mount the cluster."""
         self.mountpoint.mkdir(exist_ok=True)
-        self.daemon_pid = mount(
-            self.cluster.url, self.mountpoint, token=self.cluster.token, log_file=self.scratch / "mount.log"
-        )
+        options = MountOptions(log_file=str(self.scratch / "mount.log"), pid_file=str(self.pid_file))
+        mount(self.cluster.url, str(self.mountpoint), token=self.cluster.token, options=options)
+        self.daemon_pid = json.loads(self.pid_file.read_text())["pid"]
 
     def unmount(self) -> None:
         """Take the mount away if it is there."""
         if self.daemon_pid:
-            umount(self.mountpoint)
+            umount(str(self.mountpoint), pid_file=str(self.pid_file))
             self.daemon_pid = 0
 
     def close(self) -> None:
