@@ -3,43 +3,27 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fs3_client::{Client, ClientConfig, Error, Result};
+use fs3_client::{Client, ClientConfig, Result};
 use fs3_fuse::{MountHandle, MountOptions};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
 use tokio::runtime::Runtime;
 
-/// Threads that run the operations of a mount at least and at most; between them, one per core.
-const WORKERS: (usize, usize) = (2, 8);
+use crate::errors::to_python;
+use crate::runtime::runtime;
+
 /// How long the end of a mount waits for the connections to close.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(5);
-
-fn raise(py: Python<'_>, error: &Error) -> PyErr {
-    let kwargs = PyDict::new(py);
-    let made = kwargs.set_item("maybe_applied", error.maybe_applied).and_then(|()| {
-        let arguments = (error.code as u16, error.message.as_ref());
-        py.import("fs3.core.errors")?.getattr("error")?.call(arguments, Some(&kwargs))
-    });
-    made.map_or_else(|e| e, PyErr::from_value)
-}
 
 /// A mount that is being served by this process. All methods block, release the GIL and may be called from any
 /// thread. It stays mounted until `unmount`, or until somebody else unmounts it.
 #[pyclass(frozen, module = "fs3._native")]
 pub struct Mount {
-    runtime: Runtime,
+    runtime: &'static Runtime,
     client: Client,
     handle: MountHandle,
 }
 
-fn start(config: ClientConfig, mountpoint: PathBuf, options: MountOptions) -> Result<Mount> {
-    let cores = std::thread::available_parallelism().map_or(WORKERS.0, usize::from);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.clamp(WORKERS.0, WORKERS.1))
-        .thread_name("fs3-mount")
-        .enable_all()
-        .build()
-        .map_err(|e| Error::new(fs3_client::Code::Unavailable, format!("cannot start threads: {e}")))?;
+fn start(runtime: &'static Runtime, config: ClientConfig, mountpoint: PathBuf, options: MountOptions) -> Result<Mount> {
     let client = runtime.block_on(Client::connect(config))?;
     match fs3_fuse::mount(client.clone(), runtime.handle().clone(), &mountpoint, options) {
         Ok(handle) => Ok(Mount { runtime, client, handle }),
@@ -107,7 +91,8 @@ impl Mount {
             entry_timeout: seconds(entry_timeout_s),
             ..MountOptions::default()
         };
-        py.detach(|| start(config, mountpoint, options)).map_err(|e| raise(py, &e))
+        let runtime = runtime()?;
+        py.detach(|| start(runtime, config, mountpoint, options)).map_err(|e| to_python(py, &e))
     }
 
     /// Wait until the mount has ended; with `timeout_s`, that many seconds at most. Returns whether it has.
@@ -123,7 +108,7 @@ impl Mount {
             }
             ended
         });
-        result.transpose().map(|ended| ended.is_some()).map_err(|e| raise(py, &e))
+        result.transpose().map(|ended| ended.is_some()).map_err(|e| to_python(py, &e))
     }
 
     /// Write everything, unmount and wait for the end. Raises BUSY when files are still open half a minute later.
@@ -133,7 +118,7 @@ impl Mount {
             self.leave();
             result
         })
-        .map_err(|e| raise(py, &e))
+        .map_err(|e| to_python(py, &e))
     }
 }
 

@@ -1,0 +1,40 @@
+//! Memory of Python objects as regions: pinned by the buffer protocol until the last part of an operation that
+//! uses it has ended, whatever became of the caller.
+
+use std::sync::Arc;
+
+use fs3_core::{Region, RegionMut};
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::prelude::*;
+
+struct Pinned(#[allow(dead_code)] PyUntypedBuffer);
+
+fn pin(object: &Bound<'_, PyAny>) -> PyResult<(*mut u8, usize, bool, Arc<Pinned>)> {
+    let buffer = PyUntypedBuffer::get(object)?;
+    if !buffer.is_c_contiguous() {
+        return Err(PyBufferError::new_err("the buffer must be contiguous (C order)"));
+    }
+    let (ptr, len, readonly) = (buffer.buf_ptr().cast::<u8>(), buffer.len_bytes(), buffer.readonly());
+    // An empty export may have no memory at all.
+    let ptr = if len == 0 { std::ptr::NonNull::dangling().as_ptr() } else { ptr };
+    Ok((ptr, len, readonly, Arc::new(Pinned(buffer))))
+}
+
+/// The bytes of any contiguous bytes-like object. They must not change while the operation runs.
+pub fn readable(object: &Bound<'_, PyAny>) -> PyResult<Region> {
+    let (ptr, len, _, owner) = pin(object)?;
+    // SAFETY: the export keeps the memory in place while `owner` lives; that it is not written to meanwhile is the
+    // caller's promise (a change on the way is caught by the checksums).
+    Ok(unsafe { Region::from_raw(ptr, len, owner) })
+}
+
+/// The memory of any contiguous, writable bytes-like object, to be filled.
+pub fn writable(object: &Bound<'_, PyAny>) -> PyResult<RegionMut> {
+    let (ptr, len, readonly, owner) = pin(object)?;
+    if readonly {
+        return Err(PyValueError::new_err("the buffer is read-only; reads need writable memory such as a bytearray"));
+    }
+    // SAFETY: as above; that nobody else uses the memory during the read is the caller's promise.
+    Ok(unsafe { RegionMut::from_raw(ptr, len, owner) })
+}

@@ -1,0 +1,357 @@
+//! The client: metadata calls and batches of reads.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fs3_client::{
+    Caller, ClientConfig, CreateOptions, FileType, OpenOptions, PathAt, ReadOp, RegionMut, Result, Setattr,
+};
+use prost::Message;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList};
+
+use crate::buffer::writable;
+use crate::errors::to_object;
+use crate::file::File;
+use crate::operation::Operation;
+use crate::records::{Attr, DirEntry, Replica, Statfs};
+use crate::runtime::Owned;
+
+/// A connection to a cluster, made by `Client.connect`. Thread-safe. Paths are bytes, relative to the directory
+/// inode given with them (1: the root); an empty path is that inode itself.
+#[pyclass(frozen, module = "fs3._native")]
+pub struct Client {
+    client: Owned<fs3_client::Client>,
+    caller: Arc<Caller>,
+}
+
+impl Client {
+    /// The Rust client, for other parts of the module. Errors in a forked child.
+    pub fn native(&self) -> PyResult<fs3_client::Client> {
+        Ok(self.client.get()?.clone())
+    }
+
+    fn attr<F>(&self, work: impl FnOnce(fs3_client::Client, Arc<Caller>) -> F) -> PyResult<Operation>
+    where
+        F: Future<Output = Result<fs3_client::Attr>> + Send + 'static,
+    {
+        let work = work(self.native()?, self.caller.clone());
+        Ok(Operation::new(work, |py, attr| Py::new(py, Attr::from(attr))))
+    }
+}
+
+fn at(inode: u64, path: &[u8], follow: bool) -> PathAt {
+    PathAt { follow, ..fs3_client::at_child(inode, path) }
+}
+
+fn duration(seconds: f64, name: &str) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|_| PyValueError::new_err(format!("{name} must be a number of seconds")))
+}
+
+#[pymethods]
+impl Client {
+    /// Reach a cluster. `metas` are "host:port"; `uid`, `gid` and `groups` are who calls.
+    #[staticmethod]
+    #[pyo3(signature = (metas, token, *, cluster_id=None, uid=0, gid=0, groups=Vec::new(), op_timeout_s=30.0,
+        read_attempt_timeout_s=5.0, meta_attempt_timeout_s=10.0, read_bytes_in_flight=16 << 20,
+        write_bytes_in_flight=16 << 20, write_channels=64, connections_per_peer=2, description=String::new()))]
+    #[allow(clippy::too_many_arguments)]
+    fn connect(
+        metas: Vec<String>,
+        token: String,
+        cluster_id: Option<String>,
+        uid: u32,
+        gid: u32,
+        groups: Vec<u32>,
+        op_timeout_s: f64,
+        read_attempt_timeout_s: f64,
+        meta_attempt_timeout_s: f64,
+        read_bytes_in_flight: usize,
+        write_bytes_in_flight: usize,
+        write_channels: usize,
+        connections_per_peer: usize,
+        description: String,
+    ) -> PyResult<Operation> {
+        let config = ClientConfig {
+            metas,
+            token,
+            cluster_id,
+            op_timeout: duration(op_timeout_s, "op_timeout_s")?,
+            read_attempt_timeout: duration(read_attempt_timeout_s, "read_attempt_timeout_s")?,
+            meta_attempt_timeout: duration(meta_attempt_timeout_s, "meta_attempt_timeout_s")?,
+            read_bytes_in_flight,
+            write_bytes_in_flight,
+            write_channels,
+            connections_per_peer,
+            description,
+        };
+        let caller = Arc::new(Caller { uid, gid, groups });
+        Ok(Operation::new(fs3_client::Client::connect(config), move |py, client| {
+            Py::new(py, Client { client: Owned::new(client), caller })
+        }))
+    }
+
+    /// Random identity of this client, 16 bytes.
+    #[getter]
+    fn client_id<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.client.get()?.client_id().0))
+    }
+
+    /// The cluster's id.
+    #[getter]
+    fn cluster_id(&self) -> PyResult<String> {
+        Ok(self.client.get()?.cluster_id())
+    }
+
+    /// Version of the routing in use.
+    #[getter]
+    fn routing_version(&self) -> PyResult<u64> {
+        Ok(self.client.get()?.routing_version())
+    }
+
+    /// The routing in use, an encoded `fs3.v1.Routing`.
+    fn routing<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.client.get()?.routing().encode_to_vec()))
+    }
+
+    /// Ask for newer routing; the version in use afterwards.
+    fn refresh_routing(&self) -> PyResult<Operation> {
+        let client = self.native()?;
+        Ok(Operation::new(async move { client.refresh_routing().await }, |_, version| Ok(version)))
+    }
+
+    /// Counters since `connect`.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.client.get()?.stats();
+        let dict = PyDict::new(py);
+        dict.set_item("checksum_failures", stats.checksum_failures)?;
+        dict.set_item("read_failovers", stats.read_failovers)?;
+        dict.set_item("write_retries", stats.write_retries)?;
+        dict.set_item("payload_resends", stats.payload_resends)?;
+        Ok(dict)
+    }
+
+    /// End the connections; later calls and open files fail.
+    fn close(&self) -> PyResult<Operation> {
+        let client = self.native()?;
+        Ok(Operation::with(
+            async move {
+                client.close().await;
+            },
+            |_, ()| Ok(()),
+        ))
+    }
+
+    /// Attributes of an inode.
+    #[pyo3(signature = (path, *, inode=1, follow=true))]
+    fn stat(&self, path: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move { client.stat(&caller, at(inode, &path, follow)).await })
+    }
+
+    /// Attributes of many paths; each result is an Attr or the error.
+    #[pyo3(signature = (paths, *, inode=1, follow=true))]
+    fn batch_stat(&self, paths: Vec<Vec<u8>>, inode: u64, follow: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let list = paths.iter().map(|path| at(inode, path, follow)).collect();
+        Ok(Operation::new(async move { client.batch_stat(&caller, list).await }, |py, results| {
+            let objects = results.into_iter().map(|result| match result {
+                Ok(attr) => Ok(Py::new(py, Attr::from(attr))?.into_any()),
+                Err(error) => Ok(to_object(py, &error)),
+            });
+            Ok(PyList::new(py, objects.collect::<PyResult<Vec<_>>>()?)?.unbind())
+        }))
+    }
+
+    /// All entries of a directory in name order.
+    #[pyo3(signature = (path, *, inode=1, with_attr=false))]
+    fn list(&self, path: Vec<u8>, inode: u64, with_attr: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.list_all(&caller, at(inode, &path, true), with_attr).await };
+        Ok(Operation::new(work, |py, entries| {
+            entries.into_iter().map(|entry| Py::new(py, DirEntry::from(entry))).collect::<PyResult<Vec<_>>>()
+        }))
+    }
+
+    /// Create and open a file; without `exclusive` an existing one is opened.
+    #[pyo3(signature = (path, *, inode=1, mode=0o644, exclusive=false, truncate=false, read=true, write=true,
+        chunk_bytes=0, follow=true))]
+    #[allow(clippy::too_many_arguments)]
+    fn create(
+        &self,
+        path: Vec<u8>,
+        inode: u64,
+        mode: u32,
+        exclusive: bool,
+        truncate: bool,
+        read: bool,
+        write: bool,
+        chunk_bytes: u32,
+        follow: bool,
+    ) -> PyResult<Operation> {
+        let layout = layout(chunk_bytes);
+        let options = CreateOptions { mode, exclusive, truncate, read, write, layout };
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.create(&caller, at(inode, &path, follow), options).await };
+        Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
+    }
+
+    /// Open an existing file.
+    #[pyo3(signature = (path, *, inode=1, read=true, write=false, truncate=false, follow=true))]
+    fn open(
+        &self,
+        path: Vec<u8>,
+        inode: u64,
+        read: bool,
+        write: bool,
+        truncate: bool,
+        follow: bool,
+    ) -> PyResult<Operation> {
+        let options = OpenOptions { read, write, truncate };
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.open(&caller, at(inode, &path, follow), options).await };
+        Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
+    }
+
+    /// Make a file, fifo, socket or device without opening it; `kind` is a number of `fs3.v1.FileType`.
+    #[pyo3(signature = (path, *, inode=1, mode=0o644, kind=1, rdev=0))]
+    fn mknod(&self, path: Vec<u8>, inode: u64, mode: u32, kind: i32, rdev: u64) -> PyResult<Operation> {
+        let kind = FileType::try_from(kind).map_err(|_| PyValueError::new_err("kind is no FileType"))?;
+        self.attr(move |client, caller| async move {
+            client.mknod(&caller, at(inode, &path, false), mode, kind, rdev).await
+        })
+    }
+
+    /// Make a directory; with `parents` also those above, an existing one being fine. `chunk_bytes`: what new files
+    /// in it inherit, 0: from its parent.
+    #[pyo3(signature = (path, *, inode=1, mode=0o755, parents=false, chunk_bytes=0))]
+    fn mkdir(&self, path: Vec<u8>, inode: u64, mode: u32, parents: bool, chunk_bytes: u32) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move {
+            client.mkdir(&caller, at(inode, &path, false), mode, parents, layout(chunk_bytes)).await
+        })
+    }
+
+    /// Make a symlink.
+    #[pyo3(signature = (path, target, *, inode=1))]
+    fn symlink(&self, path: Vec<u8>, target: Vec<u8>, inode: u64) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move { client.symlink(&caller, at(inode, &path, false), &target).await })
+    }
+
+    /// Make `destination` a hard link to `source`.
+    #[pyo3(signature = (source, destination, *, inode=1, follow=false))]
+    fn link(&self, source: Vec<u8>, destination: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move {
+            client.link(&caller, at(inode, &source, follow), at(inode, &destination, false)).await
+        })
+    }
+
+    /// Remove a name that is not a directory.
+    #[pyo3(signature = (path, *, inode=1))]
+    fn unlink(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move { client.unlink(&caller, at(inode, &path, false), None).await })
+    }
+
+    /// Remove an empty directory.
+    #[pyo3(signature = (path, *, inode=1))]
+    fn rmdir(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.rmdir(&caller, at(inode, &path, false)).await };
+        Ok(Operation::new(work, |_, ()| Ok(())))
+    }
+
+    /// Remove a whole tree in one atomic step.
+    #[pyo3(signature = (path, *, inode=1))]
+    fn remove_all(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.remove_all(&caller, at(inode, &path, false)).await };
+        Ok(Operation::new(work, |_, ()| Ok(())))
+    }
+
+    /// Rename; an existing destination is replaced atomically unless `no_replace`.
+    #[pyo3(signature = (source, destination, *, inode=1, no_replace=false, exchange=false))]
+    fn rename(
+        &self,
+        source: Vec<u8>,
+        destination: Vec<u8>,
+        inode: u64,
+        no_replace: bool,
+        exchange: bool,
+    ) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move {
+            let (from, to) = (at(inode, &source, false), at(inode, &destination, false));
+            client.rename(&caller, from, to, no_replace, exchange, None).await
+        };
+        Ok(Operation::new(work, |_, _| Ok(())))
+    }
+
+    /// Change mode, owner or times; None leaves a field as it is. Times are nanoseconds since 1970.
+    #[pyo3(signature = (path, *, inode=1, follow=true, mode=None, uid=None, gid=None, atime_ns=None, mtime_ns=None,
+        atime_now=false, mtime_now=false))]
+    #[allow(clippy::too_many_arguments)]
+    fn setattr(
+        &self,
+        path: Vec<u8>,
+        inode: u64,
+        follow: bool,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        atime_ns: Option<i64>,
+        mtime_ns: Option<i64>,
+        atime_now: bool,
+        mtime_now: bool,
+    ) -> PyResult<Operation> {
+        let change = Setattr { mode, uid, gid, atime_ns, mtime_ns, atime_now, mtime_now };
+        self.attr(move |client, caller| async move { client.setattr(&caller, at(inode, &path, follow), change).await })
+    }
+
+    /// Cut or extend a file.
+    #[pyo3(signature = (path, length, *, inode=1))]
+    fn truncate(&self, path: Vec<u8>, length: u64, inode: u64) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move { client.truncate(&caller, at(inode, &path, true), length).await })
+    }
+
+    /// Capacity and use.
+    #[pyo3(signature = (path=Vec::new(), *, inode=1))]
+    fn statfs(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.statfs(&caller, at(inode, &path, true)).await };
+        Ok(Operation::new(work, |py, statfs| Py::new(py, Statfs::from(statfs))))
+    }
+
+    /// Many reads at once: (file, offset, writable buffer) each. Each result is the count or the error.
+    fn read_many(&self, ops: Vec<(Bound<'_, File>, u64, Bound<'_, PyAny>)>) -> PyResult<Operation> {
+        let client = self.native()?;
+        let read = |(file, offset, buffer): &(Bound<'_, File>, u64, Bound<'_, PyAny>)| {
+            Ok(ReadOp { file: file.get().open_file()?, offset: *offset, buf: writable(buffer)? })
+        };
+        let ops = ops.iter().map(read).collect::<PyResult<Vec<_>>>()?;
+        let work = async move { client.read_many(ops).await };
+        Ok(Operation::with(work, |py, results: Vec<(Result<usize>, RegionMut)>| {
+            let objects = results.into_iter().map(|(result, region)| {
+                drop(region);
+                match result {
+                    Ok(count) => Ok(count.into_pyobject(py)?.into_any().unbind()),
+                    Err(error) => Ok(to_object(py, &error)),
+                }
+            });
+            Ok(PyList::new(py, objects.collect::<PyResult<Vec<_>>>()?)?.unbind())
+        }))
+    }
+
+    /// What every target of every chain holds.
+    fn list_replicas(&self) -> PyResult<Operation> {
+        let client = self.native()?;
+        Ok(Operation::new(async move { client.list_replicas().await }, |py, listings| {
+            let replica = |listing| Py::new(py, Replica::new(py, listing)?);
+            listings.into_iter().map(replica).collect::<PyResult<Vec<_>>>()
+        }))
+    }
+}
+
+/// A layout that only chooses the chunk size; the service fills in the rest.
+fn layout(chunk_bytes: u32) -> Option<fs3_client::Layout> {
+    (chunk_bytes > 0).then(|| fs3_client::Layout { chunk_bytes, ..Default::default() })
+}
