@@ -4,7 +4,9 @@
 //! `Link` trait (`link.rs`), which moves whole messages and places incoming payload directly in its final
 //! memory; TCP is the transport there is.
 //!
-//! Everything runs on the tokio runtime in which it was created, and can be called from any thread.
+//! Everything runs on the tokio runtime in which it was created, and can be called from any thread; calls made by
+//! tasks of that runtime are fastest. Measured (`examples/netbench.rs`): large payloads want several connections and a
+//! runtime with as many workers as cores; many small calls want a current-thread runtime per core.
 
 mod client;
 mod hello;

@@ -169,6 +169,8 @@ impl TcpLink {
     async fn run_writer(self: Arc<Self>) {
         while !self.is_closed() {
             self.wake_writer.notified().await;
+            // A woken task runs at once; let those that run now add their messages first.
+            tokio::task::yield_now().await;
             while !self.is_closed() && self.write_queued() == Progress::Blocked {
                 let Ok(mut guard) = self.socket.fd.writable().await else { return };
                 if self.write_queued() == Progress::Drained {

@@ -236,3 +236,28 @@ async fn shutdown_waits_for_running_handlers_and_refuses_new_requests() {
     stopping.await.unwrap();
     eventually("the connection ends with the server", || connection.is_closed()).await;
 }
+
+#[tokio::test]
+async fn bodies_larger_than_any_buffer_travel_both_ways() {
+    let service = Scripted::new(0);
+    let (server, addr) = serve(&service).await;
+    let connection = connect(&addr).await;
+    for bytes in [60_000, 65_400, 65_536, 70_000, 1_000_000, BODY_BYTES_MAX - 100] {
+        // To the service this is a request for 9000 bytes with a long field that it does not know.
+        let message =
+            fs3_proto::v1::HelloRequest { protocol_min: 9000, cluster_id: "x".repeat(bytes), ..Default::default() };
+        let encoded = prost::Message::encode_to_vec(&message);
+        let calls = (0..3).map(|_| {
+            let (connection, message) = (connection.clone(), message.clone());
+            tokio::spawn(async move {
+                connection.call(Method::StorageRead, message, Vec::new(), one_window(9000), LONG).await
+            })
+        });
+        for call in calls.collect::<Vec<_>>() {
+            let reply = call.await.unwrap().unwrap();
+            assert!(reply.body == encoded);
+            assert_eq!(reply.windows[0][..], pattern(9000));
+        }
+    }
+    server.shutdown(LONG).await;
+}
