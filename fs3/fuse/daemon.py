@@ -18,7 +18,7 @@ from typing import Any
 
 from fs3.core.errors import Fs3Error, error
 from fs3.fuse.options import MountOptions
-from fs3.fuse.table import Daemon, start_ticks
+from fs3.fuse.table import Daemon, default_file, start_ticks
 from fs3.v1.frame_pb2 import Code
 
 
@@ -46,10 +46,14 @@ class Parameters:
 
 def _start(parameters: Parameters) -> Any:
     """Mount and serve in the background; returns the native handle."""
-    from fs3.native import Mount
+    from fs3 import native
 
     options = parameters.options
-    return Mount(
+    with contextlib.suppress(RuntimeError):  # in the foreground the program may have set them already
+        native.init_logging({"warning": "warn"}.get(options.log_level, options.log_level))
+    with contextlib.suppress(RuntimeError):
+        native.set_runtime_threads(max(2, min(8, os.cpu_count() or 2)))
+    return native.Mount(
         metas=parameters.metas,
         token=parameters.token,
         cluster_id=options.cluster_id or None,
@@ -81,15 +85,17 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
             os.write(write_end, what)
 
     previous = {n: signal.signal(n, lambda *_: note(b"s")) for n in (signal.SIGTERM, signal.SIGINT)}
-    pid_file = Path(parameters.pid_file)
+    # The default place too, so that `umount` finds the process without being told where its pid file is.
+    pid_files = {Path(parameters.pid_file), default_file(parameters.mountpoint, ".pid")}
     failures: list[Fs3Error | OSError] = []
     try:
         mount = _start(parameters)
-        try:
-            Daemon(os.getpid(), start_ticks(os.getpid()) or 0, parameters.log_file).save(pid_file)
-        except OSError as e:
-            mount.unmount()
-            raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
+        for pid_file in pid_files:
+            try:
+                Daemon(os.getpid(), start_ticks(os.getpid()) or 0, parameters.log_file).save(pid_file)
+            except OSError as e:
+                mount.unmount()
+                raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
 
         def watch() -> None:
             try:
@@ -105,8 +111,9 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
             mount.unmount()
         watcher.join(timeout=60)
     finally:
-        with contextlib.suppress(OSError):
-            pid_file.unlink(missing_ok=True)
+        for pid_file in pid_files:
+            with contextlib.suppress(OSError):
+                pid_file.unlink(missing_ok=True)
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(read_end)

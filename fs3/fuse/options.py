@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fs3.core.config import LOG_LEVELS
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
@@ -65,6 +66,8 @@ class MountOptions:
             raise _invalid(f"max_memory_bytes must be at least 16MiB, not {self.max_memory_bytes}")
         if self.readahead_bytes < 0:
             raise _invalid(f"readahead_bytes must not be negative, not {self.readahead_bytes}")
+        if self.log_level not in LOG_LEVELS:
+            raise _invalid(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
         for name in ("attr_timeout_s", "entry_timeout_s", "op_timeout_s"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name == "op_timeout_s" and value == 0):
