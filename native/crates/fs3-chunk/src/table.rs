@@ -81,6 +81,16 @@ impl Chunk {
         !self.superseded.is_empty()
     }
 
+    // In-place writes happen only after patches of the same blocks were put in place. In a replay such a patch
+    // is there again; written once more it would undo the later write.
+    fn drop_patches_from(&mut self, first: u32) {
+        if let Some(v) = self.committed.as_mut().filter(|v| v.patches.range(first..).next().is_some()) {
+            let mut new = (**v).clone();
+            Arc::make_mut(&mut new.patches).retain(|block, _| *block < first);
+            *v = Arc::new(new);
+        }
+    }
+
     fn supersede(&mut self, new: Arc<Version>) {
         if let Some(old) = self.committed.replace(new.clone()) {
             let same = matches!((&old.block, &new.block), (Some(a), Some(b)) if Arc::ptr_eq(a, b));
@@ -188,6 +198,9 @@ impl Table {
         chunk.position = position;
         match record {
             Record::Prepare(prepare) => {
+                if let Body::Append { first, .. } = prepare.body {
+                    chunk.drop_patches_from(first);
+                }
                 if let Some(pending) = pending_of(&chunk, prepare, position, block, &self.blocks) {
                     chunk.pending = Some(pending);
                 }
@@ -369,12 +382,7 @@ fn pending_of(
         Body::Whole { at, crcs } => (block.or_else(|| at.map(|at| blocks.handle(at))), crcs, Arc::default()),
         Body::Append { first, crcs } => {
             let base = base?;
-            let mut patches = base.patches.clone();
-            if patches.range(first..).next().is_some() {
-                // The blocks were written in place, so older patches of theirs had been applied before.
-                Arc::make_mut(&mut patches).retain(|block, _| *block < first);
-            }
-            (base.block.clone(), spliced(&base.crcs, first, &crcs)?, patches)
+            (base.block.clone(), spliced(&base.crcs, first, &crcs)?, base.patches.clone())
         }
         Body::Patch { first, crcs, blocks } => {
             let base = base?;

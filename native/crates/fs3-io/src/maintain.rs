@@ -88,7 +88,7 @@ impl DataFiles {
         Ok(())
     }
 
-    fn sync(&self) -> Result<()> {
+    pub fn sync(&self) -> Result<()> {
         let files: Vec<_> = self.files.lock().values().cloned().collect();
         for file in files {
             // Cleared before the sync: a write during it makes the file dirty again.
