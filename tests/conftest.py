@@ -16,6 +16,8 @@ MARK = "FS3_TEST_MARK"
 SETTLE_S = 10.0
 # Threads of libraries that live as long as the process by design.
 LASTING_THREADS = ("grpc", "_channel_spin", "fs3-native", "tokio")
+# gRPC's asyncio poller is named after its target.
+LASTING_TARGETS = ("(_poll_wrapper)",)
 
 
 def pytest_configure() -> None:
@@ -48,7 +50,8 @@ def fuse_mounts() -> set[str]:
 
 def lasting(thread: threading.Thread) -> bool:
     """Whether a thread belongs to a library that never ends it."""
-    return thread.name.startswith(LASTING_THREADS) or not thread.is_alive()
+    by_library = thread.name.startswith(LASTING_THREADS) or thread.name.endswith(LASTING_TARGETS)
+    return by_library or not thread.is_alive()
 
 
 @pytest.fixture(autouse=True)
