@@ -37,6 +37,8 @@ async def run(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenRe
     if found.child is not None:
         if request.exclusive or file_type != model.FILE:
             raise making.exists(found.name)
+        if found.child.attr.type == model.DIRECTORY:
+            raise making.is_directory(found.child)
         return await making.open_existing(
             tr,
             ctx,

@@ -148,6 +148,7 @@ class Meta:
         self,
         name: str,
         path: str | bytes | None = None,
+        /,
         *,
         inode: int | None = None,
         follow: bool = False,
@@ -166,7 +167,7 @@ class Meta:
             return operation.request(**fields)
         return operation.request(caller=caller, **fields)
 
-    async def do(self, name: str, path: str | bytes | None = None, **fields: Any) -> Any:
+    async def do(self, name: str, path: str | bytes | None = None, /, **fields: Any) -> Any:
         return await self.call(name, self.request(name, path, **fields))
 
     async def stat(self, path: str | bytes = "", *, follow: bool = True, **fields: Any) -> pb.Attr:
@@ -194,7 +195,7 @@ class Meta:
     async def names(self, path: str = "", **fields: Any) -> list[bytes]:
         return [entry.name for entry in (await self.do("List", path, **fields)).entries]
 
-    async def code(self, name: str, path: str | bytes | None = None, **fields: Any) -> int:
+    async def code(self, name: str, path: str | bytes | None = None, /, **fields: Any) -> int:
         """The error code of an operation, 0 if it succeeds."""
         return await code(self.do(name, path, **fields))
 
