@@ -29,6 +29,9 @@ struct Known {
     published: u64,
     /// Chains written since the last sync of the disks.
     unsynced: BTreeSet<u32>,
+    /// Bytes that were there when the first file was opened. Whoever wrote them, perhaps this client through a
+    /// file that it closed since, may not have synced them; 0 once they are.
+    unsynced_before: u64,
 }
 
 /// A report and what it covers.
@@ -39,7 +42,7 @@ pub(crate) struct Pending {
 
 impl InodeState {
     fn new(attr: Attr) -> Self {
-        let known = Known { attr, ..Default::default() };
+        let known = Known { unsynced_before: attr.length, attr, ..Default::default() };
         Self { inode: known.attr.inode, gate: Default::default(), known: Mutex::new(known) }
     }
 
@@ -126,6 +129,17 @@ impl InodeState {
     /// Chains to sync; they count as clean until [`InodeState::not_synced`].
     pub fn take_unsynced(&self) -> BTreeSet<u32> {
         std::mem::take(&mut self.known.lock().unsynced)
+    }
+
+    /// Bytes from the start of the file that were written before the inode was opened and may not be synced.
+    pub fn unsynced_before(&self) -> u64 {
+        let known = self.known.lock();
+        known.unsynced_before.min(known.attr.length)
+    }
+
+    /// Everything from before is synced, or is counted by its chains from here on.
+    pub fn counted_before(&self) {
+        self.known.lock().unsynced_before = 0;
     }
 
     /// The sync of these chains failed.

@@ -90,10 +90,12 @@ async fn locate(inner: &Inner, layout: &Layout, index: u64, deadline: Instant) -
     }
 }
 
-/// Make everything acknowledged on the chains that were written since the last sync survive power loss.
+/// Make everything acknowledged on the chains that were written since the last sync survive power loss; the
+/// first time also what was written before the inode was opened.
 pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> Result<()> {
-    let mut unsynced = Unsynced { state, chains: state.take_unsynced() };
     let deadline = inner.deadline();
+    count_before(inner, state, deadline).await?;
+    let mut unsynced = Unsynced { state, chains: state.take_unsynced() };
     let mut tasks = JoinSet::new();
     for &chain_id in &unsynced.chains {
         let inner = inner.clone();
@@ -109,6 +111,17 @@ pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> 
         }
     }
     result
+}
+
+/// Count the chains of what was written before the inode was opened as unsynced.
+async fn count_before(inner: &Inner, state: &InodeState, deadline: Instant) -> Result<()> {
+    let layout = state.layout();
+    let chunks = state.unsynced_before().div_ceil(u64::from(layout.chunk_bytes.max(1)));
+    for index in 0..chunks.min(u64::from(layout.stripe)) {
+        state.touch_chain(locate(inner, &layout, index, deadline).await?);
+    }
+    state.counted_before();
+    Ok(())
 }
 
 /// Chains taken for a sync; those that remain at the end (an error, a dropped future) count as unsynced again.

@@ -4,7 +4,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{CHUNK, FakeCluster, NODES, pattern};
-use fs3_client::{Caller, Client, CreateOptions, OpenFile, ReadOp, Region, RegionMut, Result, at_path};
+use fs3_client::{Caller, Client, CreateOptions, OpenFile, OpenOptions, ReadOp, Region, RegionMut, Result, at_path};
 use fs3_core::Code;
 use fs3_proto::v1::Method;
 
@@ -254,6 +254,23 @@ async fn sync_reaches_every_chain_written_since_the_last_one() {
     let mut synced = std::mem::take(&mut cluster.state.log.lock().syncs);
     synced.sort_unstable();
     // `first` is 1: chunks 0 and 1 are on the second and third chain of the table.
+    assert_eq!(synced, [101, 102]);
+    file.sync().await.unwrap();
+    assert!(cluster.state.log.lock().syncs.is_empty());
+}
+
+#[tokio::test]
+async fn sync_through_a_new_open_covers_what_was_written_before_it() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(1, 2 * K)).await.unwrap();
+    file.close().await.unwrap();
+    let options = OpenOptions { write: true, ..Default::default() };
+    let file = client.open(&Caller::default(), at_path(b"f", true), options).await.unwrap();
+    file.sync().await.unwrap();
+    let mut synced = std::mem::take(&mut cluster.state.log.lock().syncs);
+    synced.sort_unstable();
     assert_eq!(synced, [101, 102]);
     file.sync().await.unwrap();
     assert!(cluster.state.log.lock().syncs.is_empty());
