@@ -169,7 +169,7 @@ async def until(condition: Callable[[], bool], what: str = "", timeout_s: float 
     """Wait for a condition with a deadline."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"did not become true within {timeout_s} s: {what}") from None

@@ -149,7 +149,7 @@ def chains_and_views(draw: st.DrawFn) -> tuple[Chain, list[dict[int, TargetView]
     states.sort(key="SLYWO".index)
     made = chain("".join(states))
     ids = [t.target_id for t in made.targets]
-    steps = draw(st.lists(st.fixed_dictionaries({i: views_strategy for i in ids}), min_size=1, max_size=8))
+    steps = draw(st.lists(st.fixed_dictionaries(dict.fromkeys(ids, views_strategy)), min_size=1, max_size=8))
     return made, steps
 
 

@@ -56,7 +56,7 @@ def test_no_40_bytes_do_anything_but_decode_or_be_refused(data: bytes) -> None:
     try:
         header = frame.decode_header(data)
     except Fs3Error as exc:
-        assert exc.code in (Code.CODE_PROTOCOL, Code.CODE_MESSAGE_TOO_BIG)
+        assert exc.code in (Code.CODE_PROTOCOL, Code.CODE_MESSAGE_TOO_BIG)  # noqa: PT017
     else:
         assert frame.encode_header(header) == data
 

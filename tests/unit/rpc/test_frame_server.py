@@ -108,7 +108,7 @@ async def connect(address: str, **kwargs: Any) -> FrameClient:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 

@@ -1,0 +1,352 @@
+"""The cluster manager over real gRPC, with storage nodes that follow the rules of targets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from fs3.core.errors import Fs3Error
+from fs3.kv.memory import MemoryKv
+from fs3.mgmtd import chains
+from fs3.mgmtd.state import LEASE_KEY
+from fs3.rpc.grpc_client import fetch_routing
+from fs3.rpc.mgmtd_client import MgmtdClient, NodeSession
+from fs3.v1.disk_mgmtd_pb2 import ManagerLease
+from fs3.v1.frame_pb2 import Code
+from fs3.v1.mgmtd_pb2 import HeartbeatRequest
+from fs3.v1.routing_pb2 import Disk, Node, NodeStatus, Routing
+from mgmtd.harness import (
+    CLUSTER,
+    HEARTBEAT_MS,
+    LEASE_MS,
+    TOKEN,
+    FakeNode,
+    RunningManager,
+    all_serving,
+    cluster,
+    run,
+    states,
+    until,
+)
+
+
+def by_node(routing: Routing, node_id: int) -> set[int]:
+    """The states of a node's targets."""
+    return {t.state for c in routing.chains for t in c.targets if t.target_id // 1000 == node_id}
+
+
+def test_chains_are_made_once_enough_nodes_are_there() -> None:
+    async def body() -> None:
+        async with cluster(3) as (manager, nodes, _):
+            routing = manager.routing
+            assert len(routing.chains) == 2
+            assert all(c.version == 1 for c in routing.chains)
+            assert all({t.target_id // 1000 for t in c.targets} == {1, 2, 3} for c in routing.chains)
+            (table,) = routing.tables
+            assert (table.table_id, table.table_version, table.replicas) == (1, 1, 3)
+            assert list(table.chain_ids) == [1, 2]
+            assert {t.target_id for t in routing.targets} == {1000, 1001, 2000, 2001, 3000, 3001}
+            assert routing.lease_ms == LEASE_MS
+            assert [n.node_id for n in nodes] == [1, 2, 3]
+
+    run(body)
+
+
+def test_later_nodes_get_chains_in_a_new_table_version_and_old_ones_stay() -> None:
+    async def body() -> None:
+        async with cluster(2, replicas=1) as (manager, _nodes, _):
+            before = manager.routing
+            assert len(before.chains) == 4
+            late = FakeNode(manager.address, name="late")
+            await late.start()
+            await until(lambda: len(manager.routing.tables) == 2, "a second table version")
+            assert manager.routing.tables[0] == before.tables[0]
+            assert list(manager.routing.tables[1].chain_ids) == [1, 2, 3, 4, 5, 6]
+            await late.kill()
+
+    run(body)
+
+
+def test_a_silent_node_fails_after_its_lease_and_comes_back_through_syncing() -> None:
+    async def body() -> None:
+        async with cluster(3) as (manager, nodes, _):
+            await nodes[0].kill()
+            await until(lambda: by_node(manager.routing, 1) == {chains.OFFLINE}, "node 1 out of service")
+            assert by_node(manager.routing, 2) == {chains.SERVING}
+            assert manager.routing.nodes[0].status == NodeStatus.NODE_STATUS_FAILED
+            nodes[0].syncs = False
+            await nodes[0].start()
+            await until(lambda: by_node(manager.routing, 1) == {chains.SYNCING}, "node 1 syncs")
+            nodes[0].syncs = True
+            await until(lambda: all_serving(manager.routing), "all serve")
+            assert all(c.targets[-1].target_id // 1000 == 1 for c in manager.routing.chains)
+
+    run(body)
+
+
+def test_a_node_that_restarts_within_its_lease_leaves_service_before_it_comes_back() -> None:
+    async def body() -> None:
+        async with cluster(3, lease_ms=60_000) as (manager, nodes, _):
+            await nodes[1].kill()
+            nodes[1].syncs = False
+            await nodes[1].start()
+            await until(lambda: by_node(manager.routing, 2) == {chains.SYNCING}, "node 2 syncs")
+            nodes[1].syncs = True
+            await until(lambda: all_serving(manager.routing), "all serve")
+
+    run(body)
+
+
+def test_stopping_in_good_order_needs_no_lease_to_run_out() -> None:
+    async def body() -> None:
+        async with cluster(3, lease_ms=60_000) as (manager, nodes, _):
+            await nodes[2].stop()
+            assert by_node(manager.routing, 3) == {chains.OFFLINE}
+            assert by_node(manager.routing, 1) == {chains.SERVING}
+
+    run(body)
+
+
+def test_all_nodes_stop_one_after_another_and_the_whole_cluster_comes_back() -> None:
+    async def body() -> None:
+        async with cluster(3, lease_ms=60_000) as (manager, nodes, store):
+            for node in nodes:
+                await node.stop()
+            assert [[t.state for t in c.targets] for c in manager.routing.chains] == [
+                [chains.LASTSRV, chains.OFFLINE, chains.OFFLINE]
+            ] * 2
+            assert all(c.targets[0].target_id // 1000 == 3 for c in manager.routing.chains)
+            await manager.stop()
+            again = await RunningManager.start(store, min_storage_nodes=3, lease_ms=60_000)
+            try:
+                for node in nodes:
+                    node.addresses = [again.address]
+                # Those that stopped first are behind: nobody serves before the last one is back.
+                await nodes[0].start()
+                await nodes[1].start()
+                for _ in range(20):
+                    await asyncio.sleep(HEARTBEAT_MS / 4000)
+                    assert not any(t.state == chains.SERVING for c in again.routing.chains for t in c.targets)
+                await nodes[2].start()
+                await until(lambda: all_serving(again.routing), "all serve")
+                assert all(c.targets[0].target_id // 1000 == 3 for c in again.routing.chains)
+            finally:
+                for node in nodes:
+                    await node.kill()
+                await again.stop()
+
+    run(body)
+
+
+def test_all_nodes_killed_at_once_and_restarted_serve_again_whoever_returns() -> None:
+    async def body() -> None:
+        async with cluster(3) as (manager, nodes, _):
+            for node in nodes:
+                await node.kill()
+            await until(
+                lambda: {t.state for c in manager.routing.chains for t in c.targets} == {chains.LASTSRV},
+                "all are last serving",
+            )
+            # One disk is lost for good: any of the set has every acknowledged write.
+            await nodes[0].start()
+            await until(lambda: by_node(manager.routing, 1) == {chains.SERVING}, "node 1 serves alone")
+            await nodes[1].start()
+            await nodes[2].start()
+            await until(lambda: all_serving(manager.routing), "all serve")
+
+    run(body)
+
+
+def test_a_broken_disk_takes_its_targets_out_while_the_node_lives() -> None:
+    async def body() -> None:
+        async with cluster(3, lease_ms=60_000) as (manager, nodes, _):
+            nodes[0].broken.add(1000)
+            await until(
+                lambda: any(
+                    t.target_id == 1000 and t.state == chains.OFFLINE for c in manager.routing.chains for t in c.targets
+                ),
+                "target 1000 is out",
+            )
+            assert manager.routing.nodes[0].status == NodeStatus.NODE_STATUS_CONNECTED
+            assert chains.SERVING in by_node(manager.routing, 1)
+
+    run(body)
+
+
+def test_a_restart_of_the_manager_changes_no_chain() -> None:
+    async def body() -> None:
+        async with cluster(3) as (manager, nodes, store):
+            before = states(manager.routing)
+            version = manager.routing.version
+            port = manager.service.port
+            await manager.stop()
+            again = await RunningManager.start(store, min_storage_nodes=3, grpc_port=port)
+            try:
+                assert states(again.routing) == before
+                await until(
+                    lambda: all(n.session is not None and n.session._sequence > 0 for n in nodes), "nodes are heard"
+                )
+                live = again.service.manager
+                assert live is not None
+                await until(lambda: all(v.sequence for v in live.live.values()), "every node was heard")
+                started = asyncio.get_running_loop().time()
+                await until(lambda: asyncio.get_running_loop().time() - started > 1.5 * LEASE_MS / 1000)
+                assert states(again.routing) == before
+                assert again.routing.version >= version
+            finally:
+                for node in nodes:
+                    await node.kill()
+                await again.stop()
+
+    run(body)
+
+
+def test_a_standby_takes_over_when_the_primary_is_silent_and_nodes_follow() -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        first = await RunningManager.start(store, min_storage_nodes=1, replicas=1)
+        second = await RunningManager.start(store, min_storage_nodes=1, replicas=1)
+        node = FakeNode([second.address, first.address], name="n0")
+        try:
+            await node.start()
+            await until(lambda: all_serving(first.routing), "serving under the first")
+            assert node.session is not None
+            assert node.session.client.primary == first.address
+            # The first one vanishes without giving the lease back.
+            first.service.manager = None
+            first.task.cancel()
+            await asyncio.gather(first.task, return_exceptions=True)
+            await until(lambda: second.service.manager is not None, "the second is primary")
+            assert second.service.manager is not None
+            await until(lambda: bool(second.service.manager.live[1].sequence), "the node found it")
+            assert all_serving(second.routing)
+        finally:
+            await node.kill()
+            await first.stop()
+            await second.stop()
+            await store.close()
+
+    run(body)
+
+
+def test_a_primary_that_lost_its_lease_writes_and_answers_nothing_more() -> None:
+    async def body() -> None:
+        async with cluster(1, replicas=1) as (manager, _nodes, store):
+            tx = store.transaction()
+            record = ManagerLease.FromString(await tx.get(LEASE_KEY) or b"")
+            record.epoch += 1
+            record.holder = os.urandom(16)
+            record.address = "127.0.0.1:1"
+            tx.set(LEASE_KEY, record.SerializeToString())
+            await tx.commit()
+            before = manager.routing
+            client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+            with pytest.raises(Fs3Error) as refused:
+                await client.register(
+                    Node(uuid=os.urandom(16), incarnation=os.urandom(16), role="meta"), timeout_s=0.01
+                )
+            assert refused.value.code == Code.CODE_NOT_PRIMARY
+            assert before.nodes[-1].role == "storage"
+            await until(lambda: manager.service.manager is None or manager.service.manager.lost.is_set(), "it noticed")
+            await client.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("token", "cluster_id", "code"),
+    [("wrong", CLUSTER, Code.CODE_UNAUTHENTICATED), ("", CLUSTER, Code.CODE_UNAUTHENTICATED), (TOKEN, "other", 31)],
+)
+def test_strangers_are_refused(token: str, cluster_id: str, code: int) -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        manager = await RunningManager.start(store)
+        with pytest.raises(Fs3Error) as refused:
+            await asyncio.to_thread(fetch_routing, manager.address, token=token, cluster_id=cluster_id)
+        assert refused.value.code == code
+        await manager.stop()
+        await store.close()
+
+    run(body)
+
+
+def test_routing_can_be_fetched_from_a_thread() -> None:
+    async def body() -> None:
+        async with cluster(1, replicas=1) as (manager, _, _store):
+            routing = await asyncio.to_thread(fetch_routing, manager.address, token=TOKEN, cluster_id=CLUSTER)
+            assert routing == manager.routing
+
+    run(body)
+
+
+def test_heartbeats_of_an_older_life_are_refused() -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        manager = await RunningManager.start(store)
+        client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+        old, new = os.urandom(16), os.urandom(16)
+        uuid = os.urandom(16)
+        first = await client.register(Node(uuid=uuid, incarnation=old, role="storage"))
+        second = await client.register(Node(uuid=uuid, incarnation=new, role="storage"))
+        assert first.node_id == second.node_id
+        with pytest.raises(Fs3Error) as refused:
+            await client.heartbeat(HeartbeatRequest(node_id=first.node_id, incarnation=old, sequence=1), timeout_s=2)
+        assert refused.value.code == Code.CODE_STALE_HANDLE
+        beat = HeartbeatRequest(node_id=first.node_id, incarnation=new, sequence=5)
+        assert (await client.heartbeat(beat, timeout_s=2)).routing.version == manager.routing.version
+        beat.sequence = 4
+        with pytest.raises(Fs3Error) as overtaken:
+            await client.heartbeat(beat, timeout_s=2)
+        assert overtaken.value.code == Code.CODE_SUPERSEDED
+        await client.close()
+        await manager.stop()
+        await store.close()
+
+    run(body)
+
+
+def test_a_disk_of_another_node_is_refused() -> None:
+    async def body() -> None:
+        async with cluster(1, replicas=1) as (manager, nodes, _):
+            client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+            node = Node(uuid=os.urandom(16), incarnation=os.urandom(16), role="storage")
+            with pytest.raises(Fs3Error) as refused:
+                await client.register(node, [Disk(uuid=nodes[0].disks[0].uuid, path="/stolen")])
+            assert refused.value.code == Code.CODE_EXISTS
+            await client.close()
+
+    run(body)
+
+
+def test_watchers_see_every_node_and_a_meta_node_leaves_the_routing_when_it_stops() -> None:
+    async def body() -> None:
+        async with cluster(1, replicas=1) as (manager, nodes, _):
+            client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+            meta = NodeSession(client, Node(uuid=os.urandom(16), incarnation=os.urandom(16), role="meta", host="h"))
+            await meta.register()
+            watcher = nodes[0].session
+            assert watcher is not None
+            await until(lambda: any(n.role == "meta" for n in watcher.routing.nodes), "the meta node is seen")
+            await meta.unregister()
+            await until(lambda: not any(n.role == "meta" for n in watcher.routing.nodes), "the meta node is gone")
+            await client.close()
+
+    run(body)
+
+
+def test_state_of_another_cluster_is_refused() -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        manager = await RunningManager.start(store, replicas=1)
+        client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+        await client.register(Node(uuid=os.urandom(16), incarnation=os.urandom(16), role="meta"))
+        await client.close()
+        await manager.stop()
+        with pytest.raises(Fs3Error) as refused:
+            await RunningManager.start(store, cluster_id="another")
+        assert refused.value.code == Code.CODE_WRONG_CLUSTER
+        await store.close()
+
+    run(body)
