@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,15 @@ def test_the_real_clock_is_the_one_leases_are_judged_by() -> None:
 
     before = time.monotonic_ns()
     assert before <= RealClock().monotonic_ns() <= time.monotonic_ns()
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def test_the_ready_file_is_there_while_the_service_runs_and_sigterm_ends_it(tmp_path: Path) -> None:
