@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fs3.core.clock import RealClock, VirtualClock
@@ -217,6 +217,15 @@ class Meta:
         return any(keys.inode_of(key) == inode for key, _ in await self.rows(keys.SESSION))
 
 
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for a condition; fails after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.005)
+
+
 async def code(coro: Coroutine[Any, Any, Any]) -> int:
     try:
         await coro
@@ -295,5 +304,6 @@ __all__ = [
     "code",
     "faults",
     "run",
+    "until",
     "user",
 ]
