@@ -73,6 +73,8 @@ impl Replica {
             Event::Committed { op, chunk, result } => self.committed(now_ns, op, chunk, result, view, &mut out),
             Event::Aborted { op, chunk } => self.aborted(now_ns, op, chunk, view, &mut out),
             Event::Routing(routing) => self.rerouted(now_ns, routing, view, &mut out),
+            Event::StoreFailed { code } if !self.failed => self.fail(ChunkId::default(), code, &mut out),
+            Event::StoreFailed { .. } => {}
             Event::Lease { serve_until_ns } => self.serve_until_ns = self.serve_until_ns.max(serve_until_ns),
         }
         out
@@ -86,6 +88,11 @@ impl Replica {
     /// Whether the lease still covers a reply that is about to be sent.
     pub fn may_reply(&self, now_ns: u64) -> bool {
         !self.failed && now_ns < self.serve_until_ns
+    }
+
+    /// Whether the replica gave up; it serves nothing any more.
+    pub fn has_failed(&self) -> bool {
+        self.failed
     }
 
     /// Whether a read that came with `chain_version` may be served at once.

@@ -263,6 +263,11 @@ pub enum Event {
     },
     /// The chain, or this replica's place in it, changed.
     Routing(RoutingView),
+    /// The store reported a failure outside of an update.
+    StoreFailed {
+        /// Why.
+        code: Code,
+    },
     /// Serve until this monotonic time.
     Lease {
         /// Nanoseconds of the clock that `step` is told.

@@ -1,0 +1,156 @@
+//! What an update carries, and whole chunks made of it.
+
+use fs3_chain::Content;
+use fs3_core::{BufferPool, ChunkId, Code, Error, Region, RegionMut, Result, crc_blocks};
+use fs3_io::{Change, TargetStore, WriterRecord};
+
+/// The payload of one update, kept from its arrival until the machine is done with it.
+pub(crate) struct Job {
+    pub chunk: ChunkId,
+    pub chunk_bytes: u32,
+    pub body: Body,
+    pub writer: Option<WriterRecord>,
+    pub durable: bool,
+}
+
+pub(crate) enum Body {
+    Write {
+        offset: u32,
+        data: Region,
+        crcs: Vec<u32>,
+    },
+    Replace {
+        data: Region,
+        crcs: Vec<u32>,
+        writers: Vec<WriterRecord>,
+    },
+    Truncate {
+        length: u32,
+    },
+    Remove,
+    /// The committed chunk here.
+    Mirror,
+}
+
+/// A whole chunk.
+pub(crate) struct Whole {
+    pub data: Vec<Region>,
+    pub length: u32,
+    pub crcs: Vec<u32>,
+    pub chunk_bytes: u32,
+    pub writers: Vec<WriterRecord>,
+}
+
+impl Job {
+    pub fn mirror(chunk: ChunkId) -> Self {
+        Self { chunk, chunk_bytes: 0, body: Body::Mirror, writer: None, durable: false }
+    }
+
+    /// The local change for `content`. `None`: there is no committed chunk to take it from.
+    pub async fn change(
+        &self,
+        store: &std::sync::Arc<TargetStore>,
+        pool: &BufferPool,
+        content: Content,
+    ) -> Result<Option<(Change, u32)>> {
+        if matches!(self.body, Body::Remove) {
+            let known = store.chunk(self.chunk).and_then(|m| m.committed).map_or(0, |c| c.chunk_bytes);
+            return Ok(Some((Change::Remove, known.max(self.chunk_bytes).max(64 << 10))));
+        }
+        let change = match (&self.body, content) {
+            (Body::Write { offset, data, crcs }, Content::Update) => {
+                Change::Write { offset: *offset, data: data.clone(), crcs: crcs.clone() }
+            }
+            (Body::Truncate { length }, Content::Update) => Change::Truncate { length: *length },
+            (Body::Replace { data, crcs, writers }, Content::Update | Content::Whole) => {
+                Change::Replace { data: data.clone(), crcs: crcs.clone(), writers: writers.clone() }
+            }
+            _ => {
+                let Some(whole) = self.whole(store, pool, content).await? else { return Ok(None) };
+                let data = contiguous(whole.data, whole.length, pool);
+                return Ok(Some((
+                    Change::Replace { data, crcs: whole.crcs, writers: whole.writers },
+                    whole.chunk_bytes,
+                )));
+            }
+        };
+        Ok(Some((change, self.chunk_bytes)))
+    }
+
+    /// The whole chunk for `content` (not `Update`); `None` when there is no such chunk.
+    pub async fn whole(
+        &self,
+        store: &std::sync::Arc<TargetStore>,
+        pool: &BufferPool,
+        content: Content,
+    ) -> Result<Option<Whole>> {
+        if let (Body::Replace { data, crcs, writers }, Content::Whole) = (&self.body, content) {
+            return Ok(Some(Whole {
+                data: vec![data.clone()],
+                length: data.len() as u32,
+                crcs: crcs.clone(),
+                chunk_bytes: self.chunk_bytes,
+                writers: writers.clone(),
+            }));
+        }
+        let committed = committed(store, self.chunk).await?;
+        if content == Content::Committed || matches!(self.body, Body::Mirror) {
+            return Ok(committed);
+        }
+        let (mut old, old_length, chunk_bytes, writers) = match committed {
+            Some(whole) => (whole.data, whole.length, whole.chunk_bytes, whole.writers),
+            None => (Vec::new(), 0, self.chunk_bytes, Vec::new()),
+        };
+        let length = match &self.body {
+            Body::Write { offset, data, .. } => old_length.max(offset + data.len() as u32),
+            Body::Truncate { length } => old_length.min(*length),
+            _ => return Err(Error::new(Code::Internal, "an update without content")),
+        };
+        let mut buffer = buffer(pool, length as usize);
+        let mut at = 0;
+        for region in old.drain(..) {
+            let n = region.len().min(length as usize - at);
+            buffer[at..at + n].copy_from_slice(&region[..n]);
+            at += n;
+        }
+        buffer[at..].fill(0);
+        if let Body::Write { offset, data, .. } = &self.body {
+            buffer[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+        }
+        // The old bytes were verified by the read just now, so that fresh checksums cannot hide rot.
+        let crcs = crc_blocks(0, &buffer);
+        Ok(Some(Whole { data: vec![buffer.freeze()], length, crcs, chunk_bytes, writers }))
+    }
+}
+
+/// The committed chunk with its records, verified.
+async fn committed(store: &std::sync::Arc<TargetStore>, chunk: ChunkId) -> Result<Option<Whole>> {
+    let Some(meta) = store.chunk(chunk) else { return Ok(None) };
+    let Some(version) = meta.committed.filter(|v| !v.removed) else { return Ok(None) };
+    let read = store.read(chunk, 0, version.length).await?;
+    Ok(Some(Whole {
+        data: read.data,
+        length: read.length,
+        crcs: read.crcs,
+        chunk_bytes: version.chunk_bytes,
+        writers: meta.writers,
+    }))
+}
+
+/// Memory from the pool, or fresh memory when the pool is at its limit: replication goes on under pressure.
+fn buffer(pool: &BufferPool, bytes: usize) -> RegionMut {
+    pool.get(bytes).unwrap_or_else(|| RegionMut::zeroed(bytes))
+}
+
+fn contiguous(mut data: Vec<Region>, length: u32, pool: &BufferPool) -> Region {
+    if data.len() == 1 {
+        return data.remove(0);
+    }
+    let mut joined = buffer(pool, length as usize);
+    let mut at = 0;
+    for region in data {
+        joined[at..at + region.len()].copy_from_slice(&region);
+        at += region.len();
+    }
+    joined.freeze()
+}

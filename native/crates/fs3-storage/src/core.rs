@@ -1,0 +1,177 @@
+//! What all targets of a node share.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use fs3_chain::Event;
+use fs3_core::{BufferPool, Code, Error, Result};
+use fs3_io::{StoreOptions, TargetStore};
+use fs3_net::Peers;
+use parking_lot::{Mutex, RwLock};
+
+use crate::disks::Disks;
+use crate::routing::RoutingState;
+use crate::target::Target;
+
+/// A target that routing assigns to this node.
+#[derive(Clone)]
+pub(crate) enum Slot {
+    Opening { chain_id: u32 },
+    Failed { chain_id: u32, error: String },
+    Open(Arc<Target>),
+}
+
+/// Counters shown in the status.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub reads: AtomicU64,
+    pub read_bytes: AtomicU64,
+    pub writes: AtomicU64,
+    pub write_bytes: AtomicU64,
+    pub forwards: AtomicU64,
+    pub resync_chunks: AtomicU64,
+    pub checksum_errors: AtomicU64,
+}
+
+impl Counters {
+    pub fn add(counter: &AtomicU64, n: u64) {
+        counter.fetch_add(n, Ordering::Relaxed);
+    }
+}
+
+/// Shared state of one engine. Thread-safe.
+pub(crate) struct Core {
+    pub node_id: u32,
+    pub disks: Disks,
+    pub peers: Peers,
+    pub pool: BufferPool,
+    pub options: StoreOptions,
+    pub counters: Counters,
+    handle: tokio::runtime::Handle,
+    routing: RwLock<Arc<RoutingState>>,
+    /// Held while routing is taken over, so that targets see versions in order.
+    applying: Mutex<()>,
+    targets: RwLock<BTreeMap<u64, Slot>>,
+    serve_until_ns: AtomicU64,
+}
+
+impl Core {
+    pub fn new(
+        node_id: u32,
+        disks: Disks,
+        peers: Peers,
+        pool: BufferPool,
+        options: StoreOptions,
+        handle: tokio::runtime::Handle,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            node_id,
+            disks,
+            peers,
+            pool,
+            options,
+            counters: Counters::default(),
+            handle,
+            routing: RwLock::default(),
+            applying: Mutex::default(),
+            targets: RwLock::default(),
+            serve_until_ns: AtomicU64::new(0),
+        })
+    }
+
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.handle.spawn(task);
+    }
+
+    pub fn routing(&self) -> Arc<RoutingState> {
+        self.routing.read().clone()
+    }
+
+    pub fn slots(&self) -> BTreeMap<u64, Slot> {
+        self.targets.read().clone()
+    }
+
+    /// An open target of this chain.
+    ///
+    /// # Errors
+    /// `NotServing` when this node has no such target or it is not open.
+    pub fn target(&self, target_id: u64, chain_id: u32) -> Result<Arc<Target>> {
+        match self.targets.read().get(&target_id) {
+            Some(Slot::Open(target)) if target.chain_id == chain_id => Ok(target.clone()),
+            _ => {
+                let message = format!("target {target_id} of chain {chain_id} is not served by this node");
+                Err(Error::new(Code::NotServing, message).with_routing(self.routing().version))
+            }
+        }
+    }
+
+    /// Serve until this monotonic time; an earlier time than before changes nothing.
+    pub fn renew_lease(&self, serve_until_ns: u64) {
+        let old = self.serve_until_ns.fetch_max(serve_until_ns, Ordering::SeqCst);
+        if serve_until_ns > old {
+            for slot in self.slots().into_values() {
+                if let Slot::Open(target) = slot {
+                    target.drive(Event::Lease { serve_until_ns });
+                }
+            }
+        }
+    }
+
+    /// Take over a newer routing; an older one is ignored.
+    pub fn apply_routing(self: &Arc<Self>, routing: RoutingState) {
+        let _turn = self.applying.lock();
+        if routing.version <= self.routing().version {
+            return;
+        }
+        let routing = Arc::new(routing);
+        *self.routing.write() = routing.clone();
+        for (target_id, chain_id, disk_uuid) in &routing.own {
+            let known = self.targets.read().contains_key(target_id);
+            if !known {
+                self.targets.write().insert(*target_id, Slot::Opening { chain_id: *chain_id });
+                let (core, target_id, chain_id) = (self.clone(), *target_id, *chain_id);
+                let disk_uuid = disk_uuid.clone();
+                self.handle.spawn_blocking(move || core.open_target(target_id, chain_id, &disk_uuid));
+            }
+        }
+        for slot in self.slots().into_values() {
+            if let Slot::Open(target) = slot {
+                target.reroute();
+            }
+        }
+    }
+
+    /// Open or create a target's store. Blocking.
+    fn open_target(self: &Arc<Self>, target_id: u64, chain_id: u32, disk_uuid: &[u8]) {
+        let opened = self.open_store(target_id, disk_uuid);
+        let _turn = self.applying.lock();
+        let slot = match opened {
+            Ok((store, created)) => {
+                let version = self.routing().chain(chain_id).map_or(0, |c| c.version);
+                // A new target of a new chain has everything there is. Any other one waits until routing shows that
+                // the manager has seen this start.
+                let target = Target::new(target_id, chain_id, store, self.clone(), created && version == 1);
+                target.drive(Event::Lease { serve_until_ns: self.serve_until_ns.load(Ordering::SeqCst) });
+                target.reroute();
+                Slot::Open(target)
+            }
+            Err(error) => {
+                tracing::error!(target_id, "cannot open the target: {error}");
+                Slot::Failed { chain_id, error: error.to_string() }
+            }
+        };
+        self.targets.write().insert(target_id, slot);
+    }
+
+    fn open_store(&self, target_id: u64, disk_uuid: &[u8]) -> Result<(Arc<TargetStore>, bool)> {
+        let disk: PathBuf = self.disks.path(disk_uuid)?;
+        let dir = disk.join("targets").join(target_id.to_string());
+        let created = !dir.exists();
+        let cannot = |e| Error::new(Code::DiskError, format!("cannot create {}: {e}", dir.display()));
+        std::fs::create_dir_all(&dir).map_err(cannot)?;
+        Ok((TargetStore::open(&dir, self.options.clone())?, created))
+    }
+}

@@ -1,0 +1,217 @@
+//! The engine as the control plane sees it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fs3_core::{BufferPool, Code, Error, Result};
+use fs3_io::{ReadCache, StoreOptions};
+use fs3_net::{Hello, HelloPolicy, Peers, Server};
+use fs3_proto::v1::engine_status::TargetStatus;
+use fs3_proto::v1::{EngineStatus, LocalState, Role, Routing};
+use parking_lot::Mutex;
+use prost::Message;
+
+use crate::core::{Core, Slot};
+use crate::disks::Disks;
+use crate::routing::RoutingState;
+use crate::service::StorageService;
+use crate::{CONNECTIONS_PER_PEER, PAYLOAD_BYTES_HELD_MAX};
+
+/// How long running requests may finish in when the engine stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+/// Buffers of disk work kept while unused, bytes.
+const IO_POOL_IDLE_BYTES: usize = 64 << 20;
+/// Threads that serve the network.
+const NETWORK_THREADS_MAX: usize = 4;
+
+/// One disk of the node.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// Directory of the disk.
+    pub path: PathBuf,
+    /// Its uuid, as in the routing.
+    pub uuid: [u8; 16],
+}
+
+/// How an engine is started.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// This node's number.
+    pub node_id: u32,
+    /// This node's uuid.
+    pub node_uuid: [u8; 16],
+    /// The cluster.
+    pub cluster_id: String,
+    /// The cluster's shared secret.
+    pub token: String,
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on; 0 picks one.
+    pub frame_port: u16,
+    /// The node's disks.
+    pub disks: Vec<DiskConfig>,
+    /// Bytes of verified file data kept in memory.
+    pub read_cache_bytes: usize,
+    /// Every write survives power loss before it is acknowledged.
+    pub durable_writes: bool,
+}
+
+/// A running storage service. Thread-safe; methods may block for short times and must not be called from the
+/// engine's own runtime. It ends when it is stopped or dropped.
+pub struct StorageEngine {
+    core: Arc<Core>,
+    frame_port: u16,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    runtime: tokio::runtime::Runtime,
+    server: Server,
+}
+
+impl StorageEngine {
+    /// Listen and wait for routing. No target serves before routing and a lease are given.
+    ///
+    /// # Errors
+    /// `Unavailable` when the address cannot be listened on.
+    pub fn start(config: EngineConfig) -> Result<Self> {
+        let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, NETWORK_THREADS_MAX);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .thread_name("fs3-storage")
+            .enable_all()
+            .build()
+            .map_err(|e| Error::new(Code::Internal, format!("cannot start threads: {e}")))?;
+        let hello = Hello {
+            cluster_id: config.cluster_id.clone(),
+            role: Role::Storage,
+            peer_id: config.node_uuid,
+            token: config.token.clone(),
+        };
+        let cache = ReadCache::new(config.read_cache_bytes);
+        let mut options = StoreOptions::new(cache, fs3_io::BufferPool::new(IO_POOL_IDLE_BYTES));
+        options.durable_writes = config.durable_writes;
+        let core = Core::new(
+            config.node_id,
+            Disks::new(config.disks, &config.cluster_id),
+            Peers::new(hello, CONNECTIONS_PER_PEER),
+            BufferPool::new(PAYLOAD_BYTES_HELD_MAX),
+            options,
+            runtime.handle().clone(),
+        );
+        let policy = HelloPolicy {
+            cluster_id: config.cluster_id,
+            token: config.token,
+            node_id: config.node_id,
+            role: Role::Storage,
+        };
+        let address = format!("{}:{}", config.host, config.frame_port);
+        let service = Arc::new(StorageService(core.clone()));
+        let server = runtime.block_on(Server::bind(&address, policy, service))?;
+        let frame_port = server.local_addr().port();
+        Ok(Self { core, frame_port, running: Mutex::new(Some(Running { runtime, server })) })
+    }
+
+    /// The port it listens on.
+    pub fn frame_port(&self) -> u16 {
+        self.frame_port
+    }
+
+    /// Take over an encoded `fs3.v1.Routing`; an older one than known is ignored. New targets are created and opened
+    /// in the background and show up in the status.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the bytes are no routing.
+    pub fn apply_routing(&self, routing: &[u8]) -> Result<()> {
+        let routing = Routing::decode(routing)
+            .map_err(|e| Error::new(Code::InvalidArgument, format!("the routing cannot be read: {e}")))?;
+        if self.running.lock().is_some() {
+            self.core.apply_routing(RoutingState::new(routing, self.core.node_id));
+        }
+        Ok(())
+    }
+
+    /// Serve until this time of CLOCK_MONOTONIC in nanoseconds; an earlier time than known changes nothing.
+    pub fn renew_lease(&self, serve_until_monotonic_ns: u64) {
+        self.core.renew_lease(serve_until_monotonic_ns);
+    }
+
+    /// What to report to the manager.
+    pub fn status(&self) -> EngineStatus {
+        let counters = &self.core.counters;
+        let count = |c: &std::sync::atomic::AtomicU64| c.load(std::sync::atomic::Ordering::Relaxed);
+        let (payload_bytes, _) = self.core.pool.usage();
+        EngineStatus {
+            targets: self.core.slots().into_iter().map(|(id, slot)| target_status(id, slot)).collect(),
+            disks: self.core.disks.space(),
+            routing_version: self.core.routing().version,
+            counters: [
+                ("reads", count(&counters.reads)),
+                ("read_bytes", count(&counters.read_bytes)),
+                ("writes", count(&counters.writes)),
+                ("write_bytes", count(&counters.write_bytes)),
+                ("forwards", count(&counters.forwards)),
+                ("resync_chunks", count(&counters.resync_chunks)),
+                ("checksum_errors", count(&counters.checksum_errors)),
+                ("payload_bytes_held", payload_bytes as u64),
+            ]
+            .into_iter()
+            .map(|(name, n)| (name.to_owned(), n))
+            .collect(),
+        }
+    }
+
+    /// End serving: running requests get a few seconds, then the stores are synced and closed. Blocking. A second call
+    /// does nothing.
+    pub fn stop(&self) {
+        let Some(Running { runtime, server }) = self.running.lock().take() else { return };
+        runtime.block_on(async {
+            server.shutdown(STOP_PATIENCE).await;
+            for slot in self.core.slots().into_values() {
+                if let Slot::Open(target) = slot {
+                    target.store.close().await;
+                }
+            }
+        });
+        runtime.shutdown_timeout(STOP_PATIENCE);
+    }
+}
+
+impl Drop for StorageEngine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn target_status(target_id: u64, slot: Slot) -> TargetStatus {
+    match slot {
+        Slot::Opening { chain_id } => TargetStatus {
+            target_id,
+            chain_id,
+            local_state: LocalState::Offline as u32,
+            error: "opening".into(),
+            ..Default::default()
+        },
+        Slot::Failed { chain_id, error } => {
+            TargetStatus { target_id, chain_id, local_state: LocalState::Offline as u32, error, ..Default::default() }
+        }
+        Slot::Open(target) => {
+            let (state, error) = target.local_state();
+            let life = target.life.lock();
+            let (resync_done_chunks, resync_total_chunks) = (life.resync_done_chunks, life.resync_total_chunks);
+            drop(life);
+            TargetStatus {
+                target_id,
+                chain_id: target.chain_id,
+                local_state: state as u32,
+                chain_version: target.view().chain_version,
+                used_bytes: target.store.used_bytes(),
+                chunks: target.store.chunks(),
+                resync_done_chunks,
+                resync_total_chunks,
+                error: error.unwrap_or_default(),
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Questions about a target, and the small steps of resync.
+
+use std::sync::Arc;
+
+use fs3_chain::Role;
+use fs3_core::{ChunkId, Code, Error, Result};
+use fs3_io::ChunkMeta;
+use fs3_net::{Request, Response};
+use fs3_proto::v1::{
+    ChunkInfo, ListChunksRequest, ListChunksResponse, Method, QueryLastRequest, QueryLastResponse, ResyncDoneRequest,
+    ResyncDoneResponse, SpaceResponse, SyncChainRequest, SyncChainResponse,
+};
+
+use crate::LIST_CHUNKS_MAX;
+use crate::core::Core;
+use crate::service::{check_replica, decode};
+use crate::target::Target;
+
+/// The highest chunk of an inode, from any serving replica.
+pub(crate) fn query_last(core: &Core, request: &Request) -> Result<Response> {
+    let message: QueryLastRequest = decode(request)?;
+    let target = core.target(message.target_id, message.chain_id)?;
+    target.check_serving(message.chain_version)?;
+    let mut answer = QueryLastResponse::default();
+    for (id, meta) in target.store.inode_chunks(message.space, message.inode, 0, u32::MAX) {
+        let Some(version) = meta.committed.filter(|v| !v.removed) else { continue };
+        answer.found = true;
+        (answer.index, answer.length) = (id.index, version.length);
+        answer.chunks += 1;
+        answer.bytes += u64::from(version.length);
+    }
+    target.check_reply()?;
+    Ok(Response::new(&answer))
+}
+
+/// Make everything acknowledged survive power loss, here and on every serving successor at the same time.
+pub(crate) async fn sync(core: &Arc<Core>, request: Request) -> Result<Response> {
+    let message: SyncChainRequest = decode(&request)?;
+    let target = core.target(message.target_id, message.chain_id)?;
+    target.check_serving(message.chain_version)?;
+    if message.forwarded {
+        check_replica(&request)?;
+    } else if !target.view().head {
+        return Err(target.error(Code::NotServing, "a sync begins at the head of a chain".into()));
+    }
+    let forward = forward_sync(&target, message.chain_version);
+    let (local, forwarded) = tokio::join!(target.store.sync(), forward);
+    local?;
+    forwarded?;
+    target.check_serving(message.chain_version)?;
+    Ok(Response::new(&SyncChainResponse { routing_version: core.routing().version }))
+}
+
+async fn forward_sync(target: &Target, chain_version: u64) -> Result<()> {
+    let successor = target.view().successors.into_iter().find(|s| !s.syncing);
+    let Some(successor) = successor else { return Ok(()) };
+    let request =
+        SyncChainRequest { chain_id: target.chain_id, chain_version, target_id: successor.target.0, forwarded: true };
+    target.call(successor.target, Method::StorageSync, request, Vec::new()).await.map(drop)
+}
+
+/// Capacity of the node's disks.
+pub(crate) fn space(core: &Core) -> Response {
+    Response::new(&SpaceResponse { disks: core.disks.space() })
+}
+
+/// Metadata of a target's chunks, for resync and audits. Serves without lease: it shows what is on the disk.
+pub(crate) fn list_chunks(core: &Core, request: &Request) -> Result<Response> {
+    let message: ListChunksRequest = decode(request)?;
+    let target = core.target(message.target_id, message.chain_id)?;
+    if message.chain_version != 0 && message.chain_version != target.view().chain_version {
+        return Err(target.error(Code::StaleChain, "the chain has changed; refresh the routing".into()));
+    }
+    let mut after = match &message.after[..] {
+        [] => None,
+        bytes => Some(super::write::chunk_id(bytes)?),
+    };
+    let limit = if message.limit == 0 { LIST_CHUNKS_MAX } else { message.limit.min(LIST_CHUNKS_MAX) } as usize;
+    let mut chunks = Vec::new();
+    loop {
+        let page = target.store.list(after, limit);
+        let end = page.len() < limit;
+        for (id, meta) in page {
+            if chunks.len() == limit {
+                return Ok(Response::new(&ListChunksResponse { chunks, end: false }));
+            }
+            after = Some(id);
+            chunks.extend(info(id, &meta));
+        }
+        if end {
+            return Ok(Response::new(&ListChunksResponse { chunks, end: true }));
+        }
+    }
+}
+
+/// `None` for a tombstone with nothing pending.
+pub(crate) fn info(id: ChunkId, meta: &ChunkMeta) -> Option<ChunkInfo> {
+    let pending_version = meta.pending.as_ref().map_or(0, |p| p.update_version.0);
+    let live = meta.committed.as_ref().filter(|c| !c.removed);
+    if live.is_none() && pending_version == 0 {
+        return None;
+    }
+    let chunk_id = id.to_bytes().to_vec().into();
+    Some(match live {
+        Some(c) => ChunkInfo {
+            chunk_id,
+            committed_version: c.update_version.0,
+            pending_version,
+            chain_version: c.chain_version.0,
+            length: c.length,
+            chunk_crc32c: c.chunk_crc32c,
+            chunk_bytes: c.chunk_bytes,
+        },
+        None => ChunkInfo { chunk_id, pending_version, ..ChunkInfo::default() },
+    })
+}
+
+/// The predecessor says that this syncing target holds everything.
+pub(crate) fn resync_done(core: &Core, request: &Request) -> Result<Response> {
+    let message: ResyncDoneRequest = decode(request)?;
+    check_replica(request)?;
+    let target = core.target(message.target_id, message.chain_id)?;
+    let view = target.view();
+    if message.chain_version != view.chain_version {
+        return Err(target.error(Code::StaleChain, "the chain has changed; the resync starts again".into()));
+    }
+    if view.role != Role::Syncing {
+        return Err(Error::new(Code::NotServing, "the target is not syncing"));
+    }
+    target.life.lock().uptodate = true;
+    tracing::info!(target_id = target.id, chain_version = view.chain_version, "resync done");
+    Ok(Response::new(&ResyncDoneResponse {}))
+}

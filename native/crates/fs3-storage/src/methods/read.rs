@@ -1,0 +1,97 @@
+use std::sync::Arc;
+use std::time::Instant;
+
+use fs3_chain::ReadAdmission;
+use fs3_core::{ChunkId, Code, Error, Result, pack_crcs};
+use fs3_io::ReadOut;
+use fs3_net::{Request, Response};
+use fs3_proto::v1::{ReadOp, ReadRequest, ReadResponse, ReadResult};
+
+use crate::READ_OPS_MAX;
+use crate::core::{Core, Counters};
+use crate::service::decode;
+use crate::target::Target;
+
+/// A frame's payload limit, shared by the ops of one request.
+const READ_BYTES_MAX: u64 = 64 << 20;
+
+type Outcome = Result<(Arc<Target>, ReadOut)>;
+
+/// Read committed bytes. What is in memory is answered at once, on the receiving task.
+pub(crate) async fn read(core: &Arc<Core>, request: Request) -> Result<Response> {
+    let message: ReadRequest = decode(&request)?;
+    let bytes: u64 = message.ops.iter().map(|op| u64::from(op.length)).sum();
+    if message.ops.len() > READ_OPS_MAX || bytes > READ_BYTES_MAX {
+        let message = format!("a read of {} ops and {bytes} bytes is too much for one request", message.ops.len());
+        return Err(Error::new(Code::InvalidArgument, message));
+    }
+    let mut ready: Vec<Option<Outcome>> = message.ops.iter().map(|op| read_now(core, op)).collect();
+    let mut waiting = Vec::new();
+    for (at, op) in message.ops.into_iter().enumerate() {
+        if ready[at].is_none() {
+            let (core, deadline) = (core.clone(), request.deadline);
+            waiting.push((at, tokio::spawn(async move { read_later(&core, &op, deadline).await })));
+        }
+    }
+    for (at, task) in waiting {
+        let failed = |_| Err(Error::new(Code::Internal, "a read failed; see the service's log"));
+        ready[at] = Some(task.await.unwrap_or_else(failed));
+    }
+    Ok(respond(core, ready.into_iter().flatten().collect()))
+}
+
+/// The answer if nobody and no disk has to be waited for.
+fn read_now(core: &Arc<Core>, op: &ReadOp) -> Option<Outcome> {
+    let (target, chunk) = match locate(core, op) {
+        Ok(located) => located,
+        Err(error) => return Some(Err(error)),
+    };
+    if target.read_admission(chunk, op.chain_version) != ReadAdmission::Serve {
+        return None;
+    }
+    let read = target.store.try_read_cached(chunk, op.offset, op.length)?;
+    Some(read.map(|out| (target, out)))
+}
+
+async fn read_later(core: &Arc<Core>, op: &ReadOp, deadline: Instant) -> Outcome {
+    let (target, chunk) = locate(core, op)?;
+    target.admit_read(chunk, op.chain_version, deadline).await?;
+    let out = target.store.read(chunk, op.offset, op.length).await?;
+    Ok((target, out))
+}
+
+fn locate(core: &Core, op: &ReadOp) -> Result<(Arc<Target>, ChunkId)> {
+    let target = core.target(op.target_id, op.chain_id)?;
+    Ok((target, super::write::chunk_id(&op.chunk_id)?))
+}
+
+fn respond(core: &Core, outcomes: Vec<Outcome>) -> Response {
+    let mut response = ReadResponse { results: Vec::with_capacity(outcomes.len()), ..ReadResponse::default() };
+    let mut payload = Vec::new();
+    for outcome in outcomes {
+        // The lease may have ended during the read.
+        let outcome = outcome.and_then(|(target, out)| target.check_reply().map(|()| out));
+        response.results.push(match outcome {
+            Ok(out) => {
+                Counters::add(&core.counters.reads, 1);
+                Counters::add(&core.counters.read_bytes, u64::from(out.length));
+                payload.extend(out.data);
+                ReadResult {
+                    code: 0,
+                    length: out.length,
+                    update_version: out.version.update_version.0,
+                    crcs: pack_crcs(&out.crcs).into(),
+                    message: String::new(),
+                }
+            }
+            Err(error) => {
+                if error.code == Code::ChecksumMismatch {
+                    Counters::add(&core.counters.checksum_errors, 1);
+                }
+                ReadResult { code: error.code as u32, message: error.to_string(), ..ReadResult::default() }
+            }
+        });
+    }
+    response.routing_version = core.routing().version;
+    Response::with_payload(&response, payload)
+}

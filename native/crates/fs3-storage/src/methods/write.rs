@@ -1,0 +1,145 @@
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fs3_chain::{Kind, Origin, Outcome};
+use fs3_core::{ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs, verify_crcs};
+use fs3_io::WriterRecord;
+use fs3_net::{Request, Response};
+use fs3_proto::v1::{TruncateChunkRequest, WriteRequest, WriteResponse, WriterId};
+
+use crate::content::{Body, Job};
+use crate::core::{Core, Counters};
+use crate::service::{check_replica, decode};
+use crate::target::Target;
+
+/// Payloads from here on are checked on a task of their own, not on the receiving one.
+const INLINE_BYTES_MAX: usize = 64 << 10;
+const CHUNK_BYTES: std::ops::RangeInclusive<u32> = (64 << 10)..=(64 << 20);
+
+/// Write through the chain: from a client at the head, or forwarded by the predecessor.
+pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response> {
+    let message: WriteRequest = decode(&request)?;
+    let forwarded = message.update_version != 0;
+    if forwarded || message.replace {
+        check_replica(&request)?;
+    }
+    let target = core.target(message.target_id, message.chain_id)?;
+    let chunk = chunk_id(&message.chunk_id)?;
+    check_shape(&target, chunk, &message, request.payload.len())?;
+    if request.payload.len() > INLINE_BYTES_MAX {
+        tokio::task::yield_now().await;
+    }
+    let crcs = unpack_crcs(&message.crcs).ok_or_else(|| invalid("the checksums are not packed u32"))?;
+    // Before anything is forwarded: damage is the sender's to repair, not to be spread.
+    verify_crcs(message.offset as usize, &request.payload, &crcs)
+        .map_err(|_| Error::new(Code::PayloadChecksum, "the bytes arrived damaged; send them again"))?;
+    Counters::add(&core.counters.writes, 1);
+    Counters::add(&core.counters.write_bytes, request.payload.len() as u64);
+    let body = if message.replace {
+        let records = message.writers.iter().map(WriterRecord::from_proto).collect::<Option<Vec<_>>>();
+        let writers = records.ok_or_else(|| invalid("a writer record is malformed"))?;
+        Body::Replace { data: request.payload, crcs, writers }
+    } else {
+        Body::Write { offset: message.offset, data: request.payload, crcs }
+    };
+    let job = Job {
+        chunk,
+        chunk_bytes: message.chunk_bytes,
+        body,
+        writer: writer(message.writer.as_ref())?,
+        durable: message.durable,
+    };
+    let origin = match forwarded {
+        true => {
+            Origin::Forward { version: message.update_version, base: message.base_version, replace: message.replace }
+        }
+        false => Origin::Client,
+    };
+    let outcome = target.update(job, Kind::Write, message.chain_version, origin, request.deadline).await?;
+    Ok(answer(core, outcome))
+}
+
+/// Cut one chunk through the chain.
+pub(crate) async fn truncate(core: &Arc<Core>, request: Request) -> Result<Response> {
+    let message: TruncateChunkRequest = decode(&request)?;
+    let forwarded = message.update_version != 0;
+    if forwarded {
+        check_replica(&request)?;
+    }
+    let target = core.target(message.target_id, message.chain_id)?;
+    let chunk = chunk_id(&message.chunk_id)?;
+    check_chunk_bytes(&target, chunk, message.chunk_bytes)?;
+    let job = Job {
+        chunk,
+        chunk_bytes: message.chunk_bytes,
+        body: Body::Truncate { length: message.length },
+        writer: writer(message.writer.as_ref())?,
+        durable: false,
+    };
+    let origin = match forwarded {
+        true => Origin::Forward { version: message.update_version, base: message.base_version, replace: false },
+        false => Origin::Client,
+    };
+    let kind = Kind::Truncate(message.length);
+    let outcome = target.update(job, kind, message.chain_version, origin, request.deadline).await?;
+    Ok(answer(core, outcome))
+}
+
+fn answer(core: &Core, outcome: Outcome) -> Response {
+    Response::new(&WriteResponse {
+        update_version: outcome.update_version,
+        chunk_length: outcome.length,
+        chunk_crc32c: outcome.crc,
+        routing_version: core.routing().version,
+    })
+}
+
+fn check_shape(target: &Target, chunk: ChunkId, message: &WriteRequest, payload: usize) -> Result<()> {
+    let end = u64::from(message.offset) + u64::from(message.length);
+    if payload != message.length as usize || end > u64::from(message.chunk_bytes) {
+        return Err(invalid("the payload does not fit the range and chunk size of the write"));
+    }
+    if message.replace && message.offset != 0 {
+        return Err(invalid("a replaced chunk begins at 0"));
+    }
+    if message.replace {
+        return if CHUNK_BYTES.contains(&message.chunk_bytes) && message.chunk_bytes.is_power_of_two() {
+            Ok(())
+        } else {
+            Err(invalid("the chunk size is not a power of two from 64 KiB to 64 MiB"))
+        };
+    }
+    check_chunk_bytes(target, chunk, message.chunk_bytes)
+}
+
+fn check_chunk_bytes(target: &Target, chunk: ChunkId, chunk_bytes: u32) -> Result<()> {
+    if !CHUNK_BYTES.contains(&chunk_bytes) || !chunk_bytes.is_power_of_two() {
+        return Err(invalid("the chunk size is not a power of two from 64 KiB to 64 MiB"));
+    }
+    let committed = target.store.chunk(chunk).and_then(|m| m.committed).filter(|c| !c.removed);
+    if committed.is_some_and(|c| c.chunk_bytes != chunk_bytes) {
+        return Err(invalid("the chunk was created with another chunk size"));
+    }
+    Ok(())
+}
+
+fn invalid(message: &'static str) -> Error {
+    Error::new(Code::InvalidArgument, message)
+}
+
+pub(crate) fn chunk_id(bytes: &[u8]) -> Result<ChunkId> {
+    ChunkId::from_bytes(bytes).ok_or_else(|| invalid("a chunk id has 16 bytes"))
+}
+
+fn writer(id: Option<&WriterId>) -> Result<Option<WriterRecord>> {
+    let Some(id) = id else { return Ok(None) };
+    let client = <[u8; 16]>::try_from(&id.client_id[..]).map_err(|_| invalid("a client id has 16 bytes"))?;
+    let time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
+    Ok(Some(WriterRecord {
+        client: ClientId(client),
+        channel: id.channel,
+        sequence: id.sequence,
+        update_version: UpdateVersion(0),
+        time_ms,
+    }))
+}

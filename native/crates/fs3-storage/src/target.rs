@@ -1,0 +1,345 @@
+//! One target: its store, its chain machine, and the executor between them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fs3_chain::{
+    Config, Content, Effect, Event, Kind, OpId, Origin, Outcome, ReadAdmission, Refusal, Replica, Request, RequestId,
+    Role, RoutingView, Writer,
+};
+use fs3_core::{ChainVersion, ChunkId, Code, Error, Result, UpdateVersion, monotonic_ns};
+use fs3_io::{TargetStore, Update, VersionInfo};
+use fs3_proto::v1::LocalState;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use crate::content::Job;
+use crate::core::Core;
+use crate::view::StoreView;
+
+/// A target whose store is open. Thread-safe.
+pub(crate) struct Target {
+    pub id: u64,
+    pub chain_id: u32,
+    pub store: Arc<TargetStore>,
+    pub core: Arc<Core>,
+    machine: Mutex<Machine>,
+    pub life: Mutex<Life>,
+}
+
+/// What the target tells the manager of itself.
+#[derive(Default)]
+pub(crate) struct Life {
+    /// The manager knows of this start: routing has shown the target as neither serving nor syncing, or it is new.
+    pub ready: bool,
+    pub uptodate: bool,
+    pub error: Option<String>,
+    pub resync_done_chunks: u64,
+    pub resync_total_chunks: u64,
+}
+
+struct Machine {
+    replica: Replica,
+    jobs: HashMap<OpId, Arc<Job>>,
+    askers: HashMap<RequestId, oneshot::Sender<Result<Outcome, Refusal>>>,
+    readers: HashMap<RequestId, oneshot::Sender<Result<(), Code>>>,
+    next_request: RequestId,
+}
+
+impl Target {
+    pub fn new(id: u64, chain_id: u32, store: Arc<TargetStore>, core: Arc<Core>, ready: bool) -> Arc<Self> {
+        let machine = Machine {
+            replica: Replica::new(Config::default()),
+            jobs: HashMap::new(),
+            askers: HashMap::new(),
+            readers: HashMap::new(),
+            next_request: 1,
+        };
+        let life = Life { ready, ..Life::default() };
+        Arc::new(Self { id, chain_id, store, core, machine: Mutex::new(machine), life: Mutex::new(life) })
+    }
+
+    /// Feed one event and carry out what follows from it.
+    pub fn drive(self: &Arc<Self>, event: Event) {
+        let mut machine = self.machine.lock();
+        let effects = machine.replica.step(monotonic_ns(), event, &StoreView(&self.store));
+        for effect in effects {
+            self.carry_out(&mut machine, effect);
+        }
+    }
+
+    fn carry_out(self: &Arc<Self>, machine: &mut Machine, effect: Effect) {
+        let this = self.clone();
+        match effect {
+            Effect::Prepare { op, chunk, version, content } => {
+                let chain_version = machine.replica.routing().chain_version;
+                let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
+                self.core.spawn(async move {
+                    let result = this.prepare(&job, version, chain_version, content).await;
+                    let result = result.map(|v| outcome_of(&v)).map_err(|e| this.note(chunk, &e));
+                    this.drive(Event::Prepared { op, chunk, result });
+                });
+            }
+            Effect::Commit { op, chunk, version } => self.core.spawn(async move {
+                let result = this.store.commit(chunk, UpdateVersion(version)).await;
+                let result = result.map(drop).map_err(|e| this.note(chunk, &e));
+                this.drive(Event::Committed { op, chunk, result });
+            }),
+            Effect::Abort { op, chunk, version } => self.core.spawn(async move {
+                if let Err(e) = this.store.abort(chunk, UpdateVersion(version)).await {
+                    this.note(chunk, &e);
+                }
+                this.drive(Event::Aborted { op, chunk });
+            }),
+            Effect::Forward { op, chunk, to, attempt, chain_version, version, base, content, delay_ns } => {
+                let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
+                let forward = crate::forward::Forward { to, chain_version, version, base, content };
+                self.core.spawn(async move {
+                    if delay_ns > 0 {
+                        tokio::time::sleep(Duration::from_nanos(delay_ns)).await;
+                        if !this.machine.lock().replica.forward_is_current(op, chunk, to, attempt) {
+                            return;
+                        }
+                    }
+                    let result = this.send_forward(&job, forward).await.map_err(|e| {
+                        tracing::debug!(target_id = this.id, to = to.0, %chunk, attempt, "forward: {e}");
+                        e.code
+                    });
+                    this.drive(Event::Forwarded { op, chunk, to, attempt, result });
+                });
+            }
+            Effect::Reply { id, result } => {
+                if let Some(reader) = machine.readers.remove(&id) {
+                    let _ = reader.send(result.map(drop).map_err(|r| r.code));
+                } else if let Some(asker) = machine.askers.remove(&id) {
+                    let _ = asker.send(result);
+                }
+            }
+            Effect::ServeRead { id } => {
+                if let Some(reader) = machine.readers.remove(&id) {
+                    let _ = reader.send(Ok(()));
+                }
+            }
+            Effect::Done { op } => drop(machine.jobs.remove(&op)),
+            Effect::Fatal { chunk, code } => {
+                let mut life = self.life.lock();
+                let known = life.error.get_or_insert_with(|| format!("chunk {chunk}: {code:?}"));
+                tracing::error!(target_id = self.id, "the target goes offline: {known}");
+            }
+        }
+    }
+
+    async fn prepare(&self, job: &Job, version: u64, chain_version: u64, content: Content) -> Result<VersionInfo> {
+        let Some((change, chunk_bytes)) = job.change(&self.store, &self.core.pool, content).await? else {
+            return Err(Error::new(Code::Internal, format!("chunk {} vanished during its repair", job.chunk)));
+        };
+        let writer = job.writer.map(|w| fs3_io::WriterRecord { update_version: UpdateVersion(version), ..w });
+        let update = Update {
+            id: job.chunk,
+            chunk_bytes,
+            update_version: UpdateVersion(version),
+            chain_version: ChainVersion(chain_version),
+            writer,
+            change,
+        };
+        let info = self.store.prepare(update).await?;
+        if job.durable {
+            self.store.sync().await?;
+        }
+        Ok(info)
+    }
+
+    /// Keep the text of an error that takes the target offline.
+    fn note(&self, chunk: ChunkId, error: &Error) -> Code {
+        if matches!(error.code, Code::DiskError | Code::Internal | Code::ChecksumMismatch) {
+            let mut life = self.life.lock();
+            life.error.get_or_insert_with(|| format!("chunk {chunk}: {error}"));
+        }
+        error.code
+    }
+
+    /// Run one update through the chain. Returns when it is committed here and on every successor.
+    ///
+    /// # Errors
+    /// Those of the chain; `Timeout` with `maybe_applied` at the deadline, while the update goes on.
+    pub async fn update(
+        self: &Arc<Self>,
+        job: Job,
+        kind: Kind,
+        chain_version: u64,
+        origin: Origin,
+        deadline: Instant,
+    ) -> Result<Outcome> {
+        let chunk = job.chunk;
+        let writer = job.writer.map(|w| Writer { client: w.client, channel: w.channel, sequence: w.sequence });
+        let (send, mut answer) = oneshot::channel();
+        let id = {
+            let mut machine = self.machine.lock();
+            let id = machine.next_request;
+            machine.next_request += 1;
+            machine.askers.insert(id, send);
+            machine.jobs.insert(id, Arc::new(job));
+            id
+        };
+        self.drive(Event::Request(Request { id, chunk, chain_version, kind, writer, origin }));
+        let answered = match tokio::time::timeout_at(deadline.into(), &mut answer).await {
+            Ok(answered) => answered,
+            Err(_) => {
+                self.drive(Event::Expire { id, chunk });
+                answer.await
+            }
+        };
+        let result = answered.unwrap_or(Err(Refusal { code: Code::Unavailable, maybe_applied: true }));
+        result.map_err(|refusal| self.refused(chunk, refusal))
+    }
+
+    fn refused(&self, chunk: ChunkId, refusal: Refusal) -> Error {
+        let error = self.error(refusal.code, format!("chunk {chunk} on target {}: {}", self.id, why(refusal.code)));
+        if refusal.maybe_applied { error.maybe_applied() } else { error }
+    }
+
+    /// Wait until the chunk may be read under this chain version.
+    pub async fn admit_read(self: &Arc<Self>, chunk: ChunkId, chain_version: u64, deadline: Instant) -> Result<()> {
+        let refused = |code| self.error(code, format!("target {}: {}", self.id, why(code)));
+        match self.read_admission(chunk, chain_version) {
+            ReadAdmission::Serve => return Ok(()),
+            ReadAdmission::Refuse(code) => return Err(refused(code)),
+            ReadAdmission::Wait => {}
+        }
+        let (send, mut answer) = oneshot::channel();
+        let id = {
+            let mut machine = self.machine.lock();
+            let id = machine.next_request;
+            machine.next_request += 1;
+            machine.readers.insert(id, send);
+            id
+        };
+        self.drive(Event::Read { id, chunk, chain_version });
+        let answered = match tokio::time::timeout_at(deadline.into(), &mut answer).await {
+            Ok(answered) => answered,
+            Err(_) => {
+                self.drive(Event::Expire { id, chunk });
+                answer.await
+            }
+        };
+        answered.unwrap_or(Err(Code::Unavailable)).map_err(refused)
+    }
+
+    pub fn read_admission(&self, chunk: ChunkId, chain_version: u64) -> ReadAdmission {
+        self.machine.lock().replica.read_admission(monotonic_ns(), chunk, chain_version)
+    }
+
+    /// Whether the lease still covers an answer.
+    pub fn check_reply(&self) -> Result<()> {
+        if self.machine.lock().replica.may_reply(monotonic_ns()) {
+            return Ok(());
+        }
+        Err(self.error(Code::NotServing, format!("target {}: {}", self.id, why(Code::NotServing))))
+    }
+
+    /// Check a request that concerns the whole target and needs it to serve.
+    pub fn check_serving(&self, chain_version: u64) -> Result<()> {
+        match self.read_admission(ChunkId { space: u32::MAX, ..ChunkId::default() }, chain_version) {
+            ReadAdmission::Refuse(code) => Err(self.error(code, format!("target {}: {}", self.id, why(code)))),
+            ReadAdmission::Serve | ReadAdmission::Wait => Ok(()),
+        }
+    }
+
+    pub fn error(&self, code: Code, message: String) -> Error {
+        Error::new(code, message).with_routing(self.core.routing().version)
+    }
+
+    pub fn view(&self) -> RoutingView {
+        self.machine.lock().replica.routing().clone()
+    }
+
+    pub fn is_settled(&self) -> bool {
+        self.machine.lock().replica.is_settled()
+    }
+
+    pub fn mark_synced(&self, to: fs3_core::TargetId, chunk: ChunkId, outcome: Outcome) {
+        self.machine.lock().replica.mark_synced(to, chunk, outcome, &StoreView(&self.store));
+    }
+
+    /// What to report. A store that failed takes the target offline.
+    pub fn local_state(self: &Arc<Self>) -> (LocalState, Option<String>) {
+        if let Some(error) = self.store.failed() {
+            self.life.lock().error.get_or_insert_with(|| error.to_string());
+            self.drive(Event::StoreFailed { code: error.code });
+        }
+        // Lock order: machine before life.
+        let failed = self.has_failed();
+        let life = self.life.lock();
+        match &life.error {
+            _ if !failed && !life.ready => {
+                (LocalState::Offline, Some("waiting for the manager to see the restart".into()))
+            }
+            error if failed => (LocalState::Offline, error.clone()),
+            _ if life.uptodate => (LocalState::Uptodate, None),
+            _ => (LocalState::Online, None),
+        }
+    }
+
+    pub fn has_failed(&self) -> bool {
+        self.machine.lock().replica.has_failed()
+    }
+
+    /// Take over newer routing. Calls are serialised by the core.
+    pub fn reroute(self: &Arc<Self>) {
+        let routing = self.core.routing();
+        let state = routing.state_of(self.chain_id, self.id);
+        use fs3_proto::v1::PublicState as State;
+        let known = self.view().chain_version;
+        let (view, heal) = {
+            let mut life = self.life.lock();
+            life.ready |= !matches!(state, State::Serving | State::Syncing | State::Unspecified);
+            let view = routing.view(self.chain_id, self.id, life.ready);
+            if view.chain_version <= known {
+                return;
+            }
+            let serving = routing.in_state(self.chain_id, State::Serving).len();
+            // A head that comes back from the loss of the whole chain looks whether the others have what it has.
+            let heal =
+                view.role == Role::Serving && view.head && !life.uptodate && serving > 1 && view.chain_version > 1;
+            life.uptodate = view.role == Role::Serving;
+            (life.resync_done_chunks, life.resync_total_chunks) = (0, 0);
+            (view, heal)
+        };
+        tracing::info!(target_id = self.id, ?view, "chain changed");
+        let (chain_version, syncs) = (view.chain_version, view.successors.iter().any(|s| s.syncing));
+        self.drive(Event::Routing(view));
+        if syncs {
+            self.core.spawn(self.clone().resync(chain_version));
+        }
+        if heal {
+            self.core.spawn(self.clone().heal(chain_version));
+        }
+    }
+}
+
+pub(crate) fn outcome_of(version: &VersionInfo) -> Outcome {
+    Outcome {
+        update_version: version.update_version.0,
+        length: if version.removed { 0 } else { version.length },
+        crc: if version.removed { 0 } else { version.chunk_crc32c },
+    }
+}
+
+/// One line for a person.
+pub(crate) fn why(code: Code) -> &'static str {
+    match code {
+        Code::StaleChain => "the chain has changed; refresh the routing and retry",
+        Code::NotServing => "it does not serve this now; refresh the routing or try another replica",
+        Code::Busy => "too many requests wait for this chunk; retry later",
+        Code::Superseded => "a newer write of the same channel was applied already",
+        Code::VersionGap => "an earlier update is missing here",
+        Code::NoSpace => "a disk of the chain is full",
+        Code::Timeout => "not finished in time",
+        Code::PayloadChecksum => "the bytes arrived damaged; send them again",
+        Code::Unavailable => "the service is stopping",
+        Code::ChecksumMismatch => "stored bytes do not match their checksums; another replica may be right",
+        Code::InvalidArgument => "the request does not fit the chunk",
+        _ => "the update failed; see the service's log",
+    }
+}
