@@ -45,7 +45,12 @@ def setup_logging(level: str) -> None:
 
 def one_line(exc: BaseException) -> str:
     """Describe an operating error for a person, in one line."""
-    text = exc.message if isinstance(exc, Fs3Error) else str(exc) or type(exc).__name__
+    if isinstance(exc, Fs3Error):
+        text = exc.message
+    elif isinstance(exc, OSError) and exc.strerror:
+        text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
+    else:
+        text = str(exc) or type(exc).__name__
     return " ".join(text.split())
 
 

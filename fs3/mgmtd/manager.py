@@ -32,7 +32,16 @@ from fs3.mgmtd.state import (
 )
 from fs3.v1.disk_mgmtd_pb2 import ChainRecord, ChainTableRecord, ManagerLease, ManagerState, NodeRecord
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.routing_pb2 import Chain, ChainTable, ChainTarget, NodeStatus, PublicState, Routing, Target
+from fs3.v1.routing_pb2 import (
+    Chain,
+    ChainTable,
+    ChainTarget,
+    GetRoutingResponse,
+    NodeStatus,
+    PublicState,
+    Routing,
+    Target,
+)
 
 log = logging.getLogger("fs3.mgmtd")
 
@@ -85,8 +94,10 @@ class Manager:
         self._space_published_ns = 0
         self._node_of: dict[int, int] = {}
         self._chain_of: dict[int, int] = {}
+        self._targets_on: dict[int, list[int]] = {}
         self._adopt()
         self.routing = self._make_routing()
+        self.routing_response = GetRoutingResponse(version=self.routing.version, routing=self.routing)
 
     def _adopt(self) -> None:
         """Assume of everybody what was last decided: a new manager disturbs nobody before a full lease is over."""
@@ -105,6 +116,7 @@ class Manager:
 
     def _index(self, target: Target, chain_id: int) -> None:
         self._node_of[target.target_id] = target.node_id
+        self._targets_on.setdefault(target.node_id, []).append(target.target_id)
         self._chain_of[target.target_id] = chain_id
 
     # -- routing ------------------------------------------------------------------------------------------
@@ -119,13 +131,15 @@ class Manager:
 
     def _publish(self) -> None:
         self.routing = self._make_routing()
+        self.routing_response = GetRoutingResponse(version=self.routing.version, routing=self.routing)
         published, self._published = self._published, asyncio.Event()
         published.set()
 
-    def lose(self, why: str) -> None:
-        """Stop being the primary: nothing is decided or answered any more."""
+    def lose(self, why: str = "") -> None:
+        """Stop being the primary: nothing is decided or answered any more. Without a reason the process ends."""
         if not self.lost.is_set():
-            log.warning("no longer primary: %s", why)
+            if why:
+                log.warning("no longer primary: %s", why)
             self.lost.set()
             self._published.set()
             self._kicked.set()
@@ -206,7 +220,7 @@ class Manager:
 
     def targets_of(self, node_id: int) -> list[int]:
         """List the targets on a node."""
-        return [t for t, n in self._node_of.items() if n == node_id]
+        return self._targets_on.get(node_id, [])
 
     def set_local(self, target: int, local: int, *, chain_version: int, at_ns: int, orderly: bool = False) -> None:
         """Note what is now known of a target's own state, and look at its chain at the next decision."""
@@ -264,6 +278,11 @@ class Manager:
             if alive != (target.state != PublicState.PUBLIC_STATE_OFFLINE):
                 return False
         return True
+
+    async def begin(self) -> None:
+        """Publish the routing under a new version, and note whose store this is. Raises like commit."""
+        async with self.lock:
+            await self.commit(Change(publish=True))
 
     async def decide(self) -> None:
         """Expire leases, move chains on, make new chains, publish free space. Raises like commit."""

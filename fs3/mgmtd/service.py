@@ -66,9 +66,7 @@ class _Servicer(MgmtdServicer):
         """See ops/heartbeat.py."""
         return await heartbeat(self._service.primary(), request)
 
-    async def WatchRouting(
-        self, request: WatchRoutingRequest, context: Any
-    ) -> AsyncIterator[GetRoutingResponse]:
+    async def WatchRouting(self, request: WatchRoutingRequest, context: Any) -> AsyncIterator[GetRoutingResponse]:
         """See ops/watch_routing.py."""
         async for response in watch_routing(self._service.primary(), request):
             yield response
@@ -168,10 +166,19 @@ class MgmtdService:
                     raise
                 log.warning("the lease cannot be read: %s", exc)
                 held = None
-            if held is not None:
-                await self._be_primary(store, held)
-            else:
+            if held is None:
                 self.ready.set()
+            else:
+                try:
+                    await self._be_primary(store, held)
+                except Fs3Error as exc:
+                    if exc.code not in (Code.CODE_NOT_PRIMARY, Code.CODE_UNAVAILABLE):
+                        raise
+                    log.warning("the lease was lost again at once: %s", exc.message)
+                except KvError as exc:
+                    if not exc.retryable:
+                        raise
+                    log.warning("the state cannot be read: %s", exc)
             await self.clock.sleep(self._lease_ns / 1e9 / LOOKS_PER_LEASE)
 
     async def _try_take(self, store: KvStore) -> ManagerLease | None:
@@ -201,6 +208,7 @@ class MgmtdService:
         finally:
             tx.cancel()
         manager = Manager(self.config, store, self.clock, held, state, records)
+        await manager.begin()
         self.manager = manager
         log.info("primary, epoch %d: %d nodes, %d chains", held.epoch, len(records.nodes), len(records.chains))
         self.ready.set()
@@ -214,7 +222,7 @@ class MgmtdService:
             for task in (*tasks, lost):
                 task.cancel()
             await asyncio.gather(*tasks, lost, return_exceptions=True)
-            manager.lose("stopping" if not manager.lost.is_set() else "")
+            manager.lose()
             self._observed = None
 
     async def _renewals(self, store: KvStore, manager: Manager) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -92,11 +93,18 @@ def make_server(*, token: str, cluster_id: str) -> grpc.aio.Server:
 async def listen(server: grpc.aio.Server, host: str, port: int) -> int:
     """Bind and start; returns the port. Raises OSError when the port is taken."""
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    failure = f"cannot listen on {where}: "
+    # gRPC says no more than "failed"; a plain socket says why.
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as exc:
+            raise OSError(exc.errno, failure + (exc.strerror or str(exc))) from None
     try:
         bound = server.add_insecure_port(where)
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        raise OSError(f"cannot listen on {where}: the port is taken or the address is not of this machine")
+    except RuntimeError as exc:
+        raise OSError(failure + "the port was taken meanwhile") from exc
     await server.start()
     return int(bound)

@@ -25,7 +25,7 @@ async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatRes
     live.heard_ns = manager.clock.monotonic_ns()
     if record.node.status != NodeStatus.NODE_STATUS_CONNECTED:
         manager.kick()
-    own = set(manager.targets_of(request.node_id))
+    own = manager.targets_of(request.node_id)
     for report in request.targets:
         if report.target_id in own:
             manager.report(report.target_id, report.local_state, report.chain_version, report.used_bytes)

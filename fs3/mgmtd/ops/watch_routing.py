@@ -26,6 +26,6 @@ async def watch_routing(manager: Manager, request: WatchRoutingRequest) -> Async
         early_s = sent_s + COALESCE_S - loop.time()
         if early_s > 0:
             await asyncio.sleep(early_s)
-        routing = manager.routing
-        known, sent_s = routing.version, loop.time()
-        yield GetRoutingResponse(version=routing.version, routing=routing)
+        response = manager.routing_response
+        known, sent_s = response.version, loop.time()
+        yield response
