@@ -37,6 +37,7 @@ from fs3.v1.routing_pb2 import (
     ChainTable,
     ChainTarget,
     GetRoutingResponse,
+    LocalState,
     NodeStatus,
     PublicState,
     Routing,
@@ -242,7 +243,7 @@ class Manager:
     def report(self, target: int, local: int, chain_version: int, used_bytes: int) -> None:
         """Take a target's report; one of another chain version counts only when it says OFFLINE."""
         chain_id = self._chain_of.get(target)
-        if chain_id is None:
+        if chain_id is None or local == LocalState.LOCAL_STATE_UNSPECIFIED:
             return
         chain = self.records.chains[chain_id].chain
         if chains.accepts_report(chain, local, chain_version):

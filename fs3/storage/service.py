@@ -17,7 +17,7 @@ from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.storage.disks import NodeIdentity, open_node
 from fs3.storage.engine import EngineFactory, StorageEngine, engine_config, native_engine
 from fs3.v1.mgmtd_pb2 import TargetReport
-from fs3.v1.routing_pb2 import Disk, Node, Routing
+from fs3.v1.routing_pb2 import Disk, LocalState, Node, Routing
 from fs3.v1.storage_pb2 import EngineStatus
 
 log = logging.getLogger("fs3.storage")
@@ -34,6 +34,15 @@ def capacity(path: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+def _known(status: EngineStatus) -> dict[int, tuple[int, int]]:
+    """Pick what there is to report: (local state, chain version) of every target that is open or has failed."""
+    return {
+        t.target_id: (t.local_state, t.chain_version)
+        for t in status.targets
+        if t.local_state != LocalState.LOCAL_STATE_UNSPECIFIED
+    }
 
 
 class StorageService:
@@ -149,7 +158,7 @@ class StorageService:
         if self._engine is None:
             return [], []
         status = self._status()
-        self._reported = {t.target_id: (t.local_state, t.chain_version) for t in status.targets}
+        self._reported = _known(status)
         self._log_errors(status)
         targets = [
             TargetReport(
@@ -161,6 +170,7 @@ class StorageService:
                 resync_total_chunks=t.resync_total_chunks,
             )
             for t in status.targets
+            if t.target_id in self._reported
         ]
         if not status.disks:
             return targets, self._disks()
@@ -168,7 +178,7 @@ class StorageService:
         return targets, disks
 
     def _log_errors(self, status: EngineStatus) -> None:
-        errors = {t.target_id: t.error for t in status.targets if t.error}
+        errors = {t.target_id: t.error for t in status.targets if t.error and t.target_id in self._reported}
         for target, message in errors.items():
             if self._errors.get(target) != message:
                 log.error("target %d is out of service: %s", target, message)
@@ -186,8 +196,7 @@ class StorageService:
         """Send a heartbeat early when a target's state changed: resync done, a disk failed."""
         while True:
             await asyncio.sleep(STATUS_S)
-            now = {t.target_id: (t.local_state, t.chain_version) for t in self._status().targets}
-            if now != self._reported:
+            if _known(self._status()) != self._reported:
                 session.kick()
 
 

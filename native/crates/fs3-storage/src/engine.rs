@@ -186,10 +186,11 @@ impl Drop for StorageEngine {
 
 fn target_status(target_id: u64, slot: Slot) -> TargetStatus {
     match slot {
+        // Nothing is known yet, so nothing is said: the manager keeps what it assumes of the target.
         Slot::Opening { chain_id } => TargetStatus {
             target_id,
             chain_id,
-            local_state: LocalState::Offline as u32,
+            local_state: LocalState::Unspecified as u32,
             error: "opening".into(),
             ..Default::default()
         },
