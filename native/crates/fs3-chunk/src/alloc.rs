@@ -191,7 +191,8 @@ impl Allocator {
     /// The log is durable up to `position`: frees what was quarantined until then.
     pub fn release(&mut self, position: u64) {
         for (i, state) in self.classes.iter_mut().enumerate() {
-            while let Some((_, index)) = state.quarantine.pop_front_if(|(at, _)| *at <= position) {
+            while let Some(&(_, index)) = state.quarantine.front().filter(|(at, _)| *at <= position) {
+                state.quarantine.pop_front();
                 state.free.push(index);
                 self.quarantined_bytes -= 1 << (i + usize::from(CLASS_MIN));
             }

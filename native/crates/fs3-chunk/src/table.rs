@@ -212,7 +212,7 @@ impl Table {
                 }
             }
             Record::Forget { .. } => chunk.committed = None,
-            Record::Chunk(image) => chunk = self.from_image(image),
+            Record::Chunk(image) => chunk = self.chunk_of(image),
             Record::Synced { .. } | Record::End { .. } => {}
         }
         self.put_back(id, chunk);
@@ -272,7 +272,7 @@ impl Table {
         }
     }
 
-    fn from_image(&self, image: ChunkImage) -> Chunk {
+    fn chunk_of(&self, image: ChunkImage) -> Chunk {
         let committed = image.committed.map(|v| {
             let block = v.at.map(|at| self.blocks.handle(at));
             Arc::new(version_of(v, block))

@@ -1,11 +1,12 @@
 //! The seam between the store and the operating system, where tests inject faults.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How a file is accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,16 +51,33 @@ pub trait DiskFile: Send + Sync {
     }
 }
 
-/// Files of a local file system.
+/// How long [`RealDisk::new`] waits for a former user of the directory to finish.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Files of a local file system. The directory is locked against other users while this lives.
 pub struct RealDisk {
     dir: PathBuf,
+    _lock: File,
 }
 
 impl RealDisk {
-    /// Files below `dir`, which is created if it is not there.
+    /// Files below `dir`, which is created if it is not there. Waits up to 5 s for a former user to finish.
     pub fn new(dir: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned() })
+        let lock = File::open(dir)?;
+        let deadline = Instant::now() + LOCK_WAIT;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return Ok(Self { dir: dir.to_owned(), _lock: lock }),
+                Err(TryLockError::Error(e)) => return Err(e),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(io::Error::other("another process uses this target; stop it first"));
+                }
+            }
+        }
     }
 }
 

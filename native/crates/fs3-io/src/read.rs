@@ -33,7 +33,7 @@ impl Piece {
 
 impl TargetStore {
     pub(crate) fn read_blocking(&self, id: ChunkId, offset: u32, length: u32) -> Result<ReadOut> {
-        let version = self.readable(id, offset)?;
+        let version = self.readable(id, offset, length)?;
         self.read_version(&version, offset, length).map_err(|e| Error {
             message: format!("chunk {id} version {}: {}", version.info.update_version, e.message).into(),
             ..e

@@ -202,7 +202,8 @@ impl TargetStore {
         self.options.threads.run(move || store.abort_blocking(id, version)).await
     }
 
-    /// Committed bytes from `offset`, a multiple of 4096, on: at most `length`, cut at the chunk's end.
+    /// Committed bytes from `offset` on: at most `length`, cut at the chunk's end. `offset` is a multiple of
+    /// 4096, and so is `length` unless it reaches the chunk's end.
     ///
     /// Errors: ChunkNotFound for a chunk that is missing, removed or never committed; ChecksumMismatch;
     /// InvalidArgument; DiskError.
@@ -216,7 +217,7 @@ impl TargetStore {
 
     /// As [`TargetStore::read`] when no disk has to be touched, else `None`. Never blocks.
     pub fn try_read_cached(&self, id: ChunkId, offset: u32, length: u32) -> Option<Result<ReadOut>> {
-        let version = match self.readable(id, offset) {
+        let version = match self.readable(id, offset, length) {
             Ok(version) => version,
             Err(e) => return Some(Err(e)),
         };
@@ -312,14 +313,19 @@ impl TargetStore {
     }
 
     /// The version a read of `id` gets.
-    pub(crate) fn readable(&self, id: ChunkId, offset: u32) -> Result<Arc<Version>> {
+    pub(crate) fn readable(&self, id: ChunkId, offset: u32, length: u32) -> Result<Arc<Version>> {
         if !offset.is_multiple_of(BLOCK_BYTES) {
             return Err(Error::new(Code::InvalidArgument, format!("read offset {offset} is not a multiple of 4096")));
         }
         let committed = self.table.lock().get(id).and_then(|c| c.committed.clone());
-        committed
+        let version = committed
             .filter(|v| !v.info.removed)
-            .ok_or_else(|| Error::new(Code::ChunkNotFound, format!("chunk {id} is not there")))
+            .ok_or_else(|| Error::new(Code::ChunkNotFound, format!("chunk {id} is not there")))?;
+        let end = offset.saturating_add(length);
+        if end < version.info.length && !end.is_multiple_of(BLOCK_BYTES) {
+            return Err(Error::new(Code::InvalidArgument, format!("read length {length} is not a multiple of 4096")));
+        }
+        Ok(version)
     }
 }
 

@@ -99,13 +99,13 @@ fn a_full_disk_refuses_the_write_and_keeps_the_store_usable() {
 #[test]
 fn capacity_counts_blocks_and_freed_ones_can_be_used_again() {
     let mut bed = Bed::new();
-    bed.options.capacity_bytes = 3 * 64 << 10;
+    bed.options.capacity_bytes = 192 << 10;
     bed.reopen();
     for chunk in 0..3 {
         bed.put(chunk, 1, write(0, vec![1; 4096]));
     }
     assert_eq!(code(bed.prepare(3, 1, write(0, vec![1; 4096]))), Some(Code::NoSpace));
-    assert_eq!((bed.store.chunks(), bed.store.used_bytes()), (3, 3 * 64 << 10));
+    assert_eq!((bed.store.chunks(), bed.store.used_bytes()), (3, 192 << 10));
     bed.put(0, 2, Change::Remove);
     bed.put(3, 1, write(0, vec![1; 4096]));
     assert_eq!(bed.read(0), Err(Code::ChunkNotFound));
