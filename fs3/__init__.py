@@ -1,3 +1,21 @@
 """fs3: a distributed file system for AI training and inference."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fs3.client import AsyncFileSystem, FileSystem, connect, connect_async
+
+__all__ = ["AsyncFileSystem", "FileSystem", "__version__", "connect", "connect_async"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The client needs the native module; services and tools that do not use it must not load it.
+    if name in __all__:
+        from fs3 import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""The client: a cluster as a file system, synchronous and for asyncio."""
+
+from fs3.client.aio import AsyncFile, AsyncFileSystem, connect_async
+from fs3.client.file import RawFile
+from fs3.client.filesystem import FileSystem, connect
+from fs3.client.records import DirEntry
+
+__all__ = ["AsyncFile", "AsyncFileSystem", "DirEntry", "FileSystem", "RawFile", "connect", "connect_async"]

@@ -160,7 +160,7 @@ fn deliveries() -> PyResult<&'static Mutex<Sender<Delivery>>> {
             let (sender, receiver) = channel();
             let sender: &'static _ = Box::leak(Box::new(Mutex::new(sender)));
             std::thread::Builder::new()
-                .name("fs3-asyncio".into())
+                .name("fs3-native-asyncio".into())
                 .spawn(move || deliver(&receiver))
                 .map_err(|e| PyRuntimeError::new_err(format!("cannot start a thread: {e}")))?;
             *current = Some((std::process::id(), sender));

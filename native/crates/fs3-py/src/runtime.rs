@@ -29,7 +29,7 @@ pub fn runtime() -> PyResult<&'static Runtime> {
     }
     let runtime = Builder::new_multi_thread()
         .worker_threads(WANTED.load(Ordering::Relaxed))
-        .thread_name("fs3")
+        .thread_name("fs3-native")
         .enable_all()
         .build()
         .map_err(|e| PyRuntimeError::new_err(format!("cannot start threads: {e}")))?;

@@ -1,0 +1,82 @@
+"""What the synchronous and the asyncio file system have in common: arguments and results of native calls."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat as stat_module
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+from fs3 import native
+from fs3.client.connection import Connection
+from fs3.client.file import Mode, RawFile
+from fs3.client.paths import StrPath
+from fs3.client.records import stat_result
+from fs3.core.errors import error
+from fs3.v1.frame_pb2 import Code
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+def open_operation(
+    connection: Connection, path: StrPath, mode: Mode, permissions: int, chunk_bytes: int
+) -> native.Operation[native.File]:
+    """Open or create a file as `mode` says."""
+    where, client = connection.path(path), connection.client()
+    if mode.action == "r":
+        return client.open(where, read=True, write=mode.update)
+    exclusive = mode.action == "x"
+    return client.create(
+        where,
+        mode=connection.mode(permissions),
+        exclusive=exclusive,
+        truncate=mode.action == "w",
+        read=mode.reads,
+        write=True,
+        chunk_bytes=chunk_bytes,
+        # O_EXCL does not follow a symlink in the last place.
+        follow=not exclusive,
+    )
+
+
+def native_reads(reads: Iterable[tuple[Any, int, WriteableBuffer]]) -> list[tuple[native.File, int, WriteableBuffer]]:
+    """(file of any kind, offset, buffer) with the native files. Raises TypeError for files of something else."""
+    return [(_native_file(file), offset, buffer) for file, offset, buffer in reads]
+
+
+def _native_file(file: Any) -> native.File:
+    raw = getattr(file, "raw", file)
+    if not isinstance(getattr(raw, "native", None), native.File):
+        raise TypeError(f"not an open file of fs3: {file!r}")
+    if isinstance(raw, RawFile) and not raw.readable():
+        raise io.UnsupportedOperation("not readable")
+    return cast(native.File, raw.native)
+
+
+def checked_counts(results: list[int | OSError], return_errors: bool) -> list[int]:
+    """The counts. Raises the first error, unless errors are to be returned in their places."""
+    if not return_errors:
+        for result in results:
+            if isinstance(result, OSError):
+                raise result
+    return cast(list[int], results)
+
+
+def link_target(attr: native.Attr, path: StrPath) -> str:
+    """Where a symlink points. Raises INVALID_ARGUMENT when it is none."""
+    if not stat_module.S_ISLNK(stat_result(attr).st_mode):
+        raise error(Code.CODE_INVALID_ARGUMENT, f"{os.fsdecode(path)} is not a symbolic link")
+    return os.fsdecode(attr.symlink_target)
+
+
+def time_changes(times: tuple[float, float] | None, ns: tuple[int, int] | None) -> dict[str, Any]:
+    """Arguments of ``setattr`` for :func:`os.utime`'s. Raises ValueError when both are given."""
+    if times is not None and ns is not None:
+        raise ValueError("utime: you may specify either 'times' or 'ns' but not both")
+    if times is not None:
+        ns = (round(times[0] * 1e9), round(times[1] * 1e9))
+    if ns is None:
+        return {"atime_now": True, "mtime_now": True}
+    return {"atime_ns": ns[0], "mtime_ns": ns[1]}

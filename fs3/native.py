@@ -1,0 +1,51 @@
+"""The native module. The only importer of ``fs3._native``; everything else imports this."""
+
+from __future__ import annotations
+
+from fs3._native import (
+    Attr,
+    Chunk,
+    Client,
+    DirEntry,
+    File,
+    Layout,
+    Mount,
+    Operation,
+    Replica,
+    Statfs,
+    __version__,
+    bench_bare_chain,
+    bench_checksum,
+    bench_disk,
+    bench_memory_copy,
+    bench_tcp_ping_pong,
+    bench_tcp_stream,
+    crc32c,
+    crc_blocks,
+    init_logging,
+    set_runtime_threads,
+)
+
+__all__ = [
+    "Attr",
+    "Chunk",
+    "Client",
+    "DirEntry",
+    "File",
+    "Layout",
+    "Mount",
+    "Operation",
+    "Replica",
+    "Statfs",
+    "__version__",
+    "bench_bare_chain",
+    "bench_checksum",
+    "bench_disk",
+    "bench_memory_copy",
+    "bench_tcp_ping_pong",
+    "bench_tcp_stream",
+    "crc32c",
+    "crc_blocks",
+    "init_logging",
+    "set_runtime_threads",
+]
