@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, Placement, TruncationPending
 from fs3.meta.gc import Collector
 from fs3.meta.ids import IdAllocator
-from fs3.meta.registry import Operation
+from fs3.meta.registry import Operation, Prepare
 from fs3.meta.sessions import Reaper
 from fs3.meta.sweeper import Sweeper
 from fs3.meta.truncation import Truncator
@@ -168,7 +169,7 @@ class Engine:
             return response
 
         if operation.prepare is not None and not await self._answered(key):
-            await operation.prepare(self.store, request)
+            await self._prepare(operation.prepare, request, ends_s)
         for _ in range(ROUNDS_MAX):
             started_s = monotonic_s(self.clock)
             try:
@@ -213,6 +214,16 @@ class Engine:
         if len(client_id) != 16:
             raise error(Code.CODE_INVALID_ARGUMENT, f"a client id has 16 bytes, not {len(client_id)}")
         return keys.idempotency(client_id, op.sequence)
+
+    async def _prepare(self, prepare: Prepare, request: Any, ends_s: float) -> None:
+        try:
+            async with asyncio.timeout(ends_s - monotonic_s(self.clock)):
+                await prepare(self.store, request)
+        except Fs3Error:
+            raise
+        except TimeoutError:
+            message = "checking the permissions of the whole tree took too long: remove its parts one by one"
+            raise error(Code.CODE_TIMEOUT, message) from None
 
     async def _answered(self, key: bytes) -> bool:
         async def read(tr: Transaction) -> bool:

@@ -26,6 +26,8 @@ log = logging.getLogger("fs3.meta.gc")
 
 SCAN_ROWS: Final = 256
 CHILDREN_MAX: Final = 256
+# After so many transactions a huge directory waits for the next pass, so that others get their turn.
+EXPAND_PAGES_MAX: Final = 64
 PARALLEL_MAX: Final = 16
 REMOVE_S: Final = 10.0
 BACKOFF_S_MIN: Final = 1.0
@@ -100,9 +102,8 @@ class Collector:
     async def _attempt(self, inode: int, entry: GcRecord) -> bool:
         try:
             if entry.type == model.DIRECTORY:
-                await self._expand(inode)
-            else:
-                await self._collect(inode)
+                return await self._expand(inode)
+            await self._collect(inode)
         except (Fs3Error, KvError) as exc:
             self._postpone(inode)
             log.warning("removing inode %#x waits for the next attempt: %s", inode, exc)
@@ -139,9 +140,10 @@ class Collector:
 
         await retry.run(self._store, finish, idempotent=True)
 
-    async def _expand(self, inode: int) -> None:
-        """Take a detached directory apart, CHILDREN_MAX entries in a transaction."""
-        while True:
+    async def _expand(self, inode: int) -> bool:
+        """Take a detached directory apart, CHILDREN_MAX entries in a transaction; True when it is gone."""
+        self.wake()
+        for _ in range(EXPAND_PAGES_MAX):
             ctx = self._new_context()
 
             async def expand(tr: Transaction, ctx: OpContext = ctx) -> bool:
@@ -149,9 +151,8 @@ class Collector:
                 return await _expand_page(tr, ctx, inode)
 
             if await retry.run(self._store, expand, idempotent=True):
-                if ctx.collect:
-                    self.wake()
-                return
+                return True
+        return False
 
 
 async def _collectable(tr: Transaction, inode: int) -> InodeRecord | None:
@@ -175,7 +176,7 @@ async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:
     for key, value in rows:
         child_inode, file_type = model.decode_dirent(value)
         child = await tree.load(tr, child_inode)
-        tr.clear(key)
+        tree.remove_entry(tr, inode, keys.dirent_name(key), file_type)
         if child is None:
             continue
         if file_type == model.DIRECTORY:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -34,6 +34,8 @@ from fs3.meta.ops import (
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.frame_pb2 import Method
 
+Prepare: TypeAlias = Callable[[KvStore, Any], Awaitable[None]]
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -50,7 +52,7 @@ class Operation:
     run: Callable[[Transaction, Any, OpContext], Awaitable[Any]]
     mutates: bool = False
     cuts: bool = False
-    prepare: Callable[[KvStore, Any], Awaitable[None]] | None = None
+    prepare: Prepare | None = None
 
 
 _M = Method
