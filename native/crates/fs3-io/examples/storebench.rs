@@ -76,6 +76,9 @@ fn main() {
             async move { put(&store, i as u32 % CHUNKS, change).await }
         });
     }
+    bench.run(&runtime, "metadata-only updates, depth 32", 32, 4096, |store, i| async move {
+        put(&store, i as u32 % CHUNKS, Change::Truncate { length: CHUNK }).await;
+    });
     runtime.block_on(bench.store.sync()).expect("sync");
     if let (Some(before), Some(after)) = (before, disk_writes()) {
         println!("{:<34} {:>9.2} x", "4 KiB overwrite amplification", (after - before) as f64 / (total * 4096) as f64);
