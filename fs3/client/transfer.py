@@ -267,6 +267,8 @@ class _Copier:
         self._turn = threading.Lock()
         self._buffers = threading.local()
         self.done = Progress(0, 0, 0, 0, "")
+        # Files that are open now.
+        self.started: set[_FileCopy] = set()
 
     def account(self, path: str, *, files: int = 0, directories: int = 0, symlinks: int = 0, bytes_: int = 0) -> None:
         """Add to the totals and tell the callback."""
@@ -283,7 +285,7 @@ class _Copier:
                 self._progress(self.done)
 
     def buffer(self) -> memoryview:
-        """This worker's buffer."""
+        """The buffer of this worker."""
         if not hasattr(self._buffers, "view"):
             self._buffers.view = memoryview(bytearray(PIECE_BYTES))
         view: memoryview = self._buffers.view
@@ -312,6 +314,7 @@ class _FileCopy:
         self._st = st
         self._turn = threading.Lock()
         self._left = max(1, -(-st.st_size // PIECE_BYTES))
+        self._failed = False
         self._stack: ExitStack | None = None
         self._handles: tuple[Handle, Handle] | None = None
 
@@ -349,25 +352,25 @@ class _FileCopy:
                     stack.callback(target.close)
                     self._handles = (source, target)
                     self._stack = stack.pop_all()
+                    self._copier.started.add(self)
             return self._handles
 
     def _finish(self, failed: bool) -> None:
         with self._turn:
             self._left -= 1
+            self._failed |= failed
             if self._left:
                 return
-            stack, self._stack = self._stack, None
-        if stack is None:
-            return
-        stack.close()
-        if not failed:
+        self.close()
+        if not self._failed:
             if self._copier.preserve:
                 self._copier.target.preserve(self._paths[1], self._st)
             self._copier.account(self._name, files=1)
 
-    def give_up(self) -> None:
-        """Close what is open; no piece runs any more."""
+    def close(self) -> None:
+        """Close what is open."""
         stack, self._stack = self._stack, None
+        self._copier.started.discard(self)
         if stack is not None:
             stack.close()
 
@@ -384,12 +387,11 @@ def _transfer(
 ) -> Progress:
     copier = _Copier(source, target, preserve, overwrite, progress)
     finished_directories: list[tuple[str, os.stat_result]] = []
-    copies: list[_FileCopy] = []
     running: set[Future[None]] = set()
     try:
         with ThreadPoolExecutor(jobs, thread_name_prefix="fs3-transfer") as pool:
             try:
-                for work in _plan(copier, origin, goal, finished_directories, copies):
+                for work in _plan(copier, origin, goal, finished_directories):
                     if len(running) >= PLANNED_MAX:
                         running = _reap(running, FIRST_COMPLETED)
                     running.add(pool.submit(work))
@@ -399,8 +401,8 @@ def _transfer(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     finally:
-        for started in copies:
-            started.give_up()
+        for file in list(copier.started):
+            file.close()
     if preserve:
         # From the inside out: making entries changes a directory's time, and a mode may forbid making them.
         for path, st in reversed(finished_directories):
@@ -416,11 +418,7 @@ def _reap(running: set[Future[None]], when: str) -> set[Future[None]]:
 
 
 def _plan(
-    copier: _Copier,
-    origin: str,
-    goal: str,
-    directories: list[tuple[str, os.stat_result]],
-    copies: list[_FileCopy],
+    copier: _Copier, origin: str, goal: str, directories: list[tuple[str, os.stat_result]]
 ) -> Iterator[Callable[[], None]]:
     """The work of copying `origin`, directories made on the way, parents first."""
     pending = [(origin, goal, "", copier.source.lstat(origin))]
@@ -436,9 +434,7 @@ def _plan(
         elif stat_module.S_ISLNK(st.st_mode):
             yield lambda o=origin, g=goal, n=name: copier.copy_symlink(o, g, n)  # type: ignore[misc]
         elif stat_module.S_ISREG(st.st_mode):
-            file = _FileCopy(copier, origin, goal, name, st)
-            copies.append(file)
-            yield from file.pieces()
+            yield from _FileCopy(copier, origin, goal, name, st).pieces()
         else:
             raise error(
                 Code.CODE_NOT_SUPPORTED, f"{origin} is neither file, directory nor symlink; it cannot be copied"

@@ -13,6 +13,7 @@ mod mount;
 mod operation;
 mod records;
 mod runtime;
+mod storage;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -45,6 +46,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<records::Statfs>()?;
     module.add_class::<records::Chunk>()?;
     module.add_class::<records::Replica>()?;
+    module.add_class::<storage::StorageEngine>()?;
     module.add_function(wrap_pyfunction!(crc32c, module)?)?;
     module.add_function(wrap_pyfunction!(crc_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(logging::init_logging, module)?)?;
