@@ -94,6 +94,11 @@ impl Core {
         self.targets.read().clone()
     }
 
+    /// Forget all targets, so that their stores end with the last operation on them.
+    pub fn clear(&self) {
+        self.targets.write().clear();
+    }
+
     /// An open target of this chain.
     ///
     /// # Errors
@@ -129,7 +134,8 @@ impl Core {
         let routing = Arc::new(routing);
         *self.routing.write() = routing.clone();
         for (target_id, chain_id, disk_uuid) in &routing.own {
-            let known = self.targets.read().contains_key(target_id);
+            // One that could not be opened is tried again with every newer routing.
+            let known = !matches!(self.targets.read().get(target_id), None | Some(Slot::Failed { .. }));
             if !known {
                 self.targets.write().insert(*target_id, Slot::Opening { chain_id: *chain_id });
                 let (core, target_id, chain_id) = (self.clone(), *target_id, *chain_id);

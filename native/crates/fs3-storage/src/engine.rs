@@ -175,6 +175,7 @@ impl StorageEngine {
             }
         });
         runtime.shutdown_timeout(STOP_PATIENCE);
+        self.core.clear();
     }
 }
 

@@ -32,7 +32,6 @@ pub struct Cluster {
     serve_until_ns: u64,
     runtime: tokio::runtime::Runtime,
     client: Peers,
-    storage: Peers,
     dirs: Vec<TempDir>,
 }
 
@@ -51,15 +50,14 @@ impl Cluster {
     /// As [`Cluster::start`], with leases until this time.
     pub fn start_with_lease(serve_until_ns: u64) -> Self {
         let hello =
-            |role, id: u8| Hello { cluster_id: CLUSTER.into(), role, peer_id: [id; 16], token: "secret".into() };
+            Hello { cluster_id: CLUSTER.into(), role: Role::Client, peer_id: [200; 16], token: "secret".into() };
         let mut cluster = Self {
             engines: (0..NODES).map(|_| None).collect(),
             routing: Routing { version: 1, cluster_id: CLUSTER.into(), lease_ms: 6000, ..Routing::default() },
             sequence: 0,
             serve_until_ns,
             runtime: tokio::runtime::Runtime::new().unwrap(),
-            client: Peers::new(hello(Role::Client, 200), 2),
-            storage: Peers::new(hello(Role::Storage, 201), 1),
+            client: Peers::new(hello, 2),
             dirs: (0..NODES).map(|_| TempDir::new().unwrap()).collect(),
         };
         for node in 0..NODES {
@@ -146,27 +144,12 @@ impl Cluster {
 
     pub fn wait_state(&self, node: usize, state: LocalState) {
         let is = || self.status(node).is_some_and(|s| s.local_state == state as u32);
-        wait_until(&format!("node {node} to be {state:?}"), is);
+        wait_or(&format!("node {node} to be {state:?}"), is, || format!("{:?}", self.status(node)));
     }
 
     fn call(&self, node: usize, method: Method, body: impl Message, payload: Vec<Region>) -> Result<bytes::Bytes> {
-        self.call_as(&self.client, node, method, body, payload)
-    }
-
-    pub fn call_as_storage(&self, node: usize, method: Method, body: impl Message) -> Result<bytes::Bytes> {
-        self.call_as(&self.storage, node, method, body, Vec::new())
-    }
-
-    fn call_as(
-        &self,
-        peers: &Peers,
-        node: usize,
-        method: Method,
-        body: impl Message,
-        payload: Vec<Region>,
-    ) -> Result<bytes::Bytes> {
         let address = self.address(node);
-        let call = peers.call(&address, method, body, payload, Sink::none(), TIMEOUT);
+        let call = self.client.call(&address, method, body, payload, Sink::none(), TIMEOUT);
         self.runtime.block_on(call).map(|reply| reply.body)
     }
 
@@ -282,9 +265,13 @@ impl Cluster {
 }
 
 pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    wait_or(what, condition, String::new);
+}
+
+fn wait_or(what: &str, condition: impl Fn() -> bool, instead: impl Fn() -> String) {
     let ends = Instant::now() + TIMEOUT;
     while !condition() {
-        assert!(Instant::now() < ends, "waited too long for {what}");
+        assert!(Instant::now() < ends, "waited too long for {what} {}", instead());
         std::thread::sleep(Duration::from_millis(5));
     }
 }
