@@ -1,5 +1,7 @@
 from fs3.v1.frame_pb2 import Code
-from meta.harness import Meta, audit, run, user
+import asyncio
+
+from meta.harness import Meta, audit, code, run, user
 
 
 def test_rmdir_removes_only_empty_directories() -> None:
@@ -34,5 +36,19 @@ def test_a_removed_directory_takes_no_entries() -> None:
         for name in ("Create", "Mkdir", "Symlink"):
             fields = {"target": b"x"} if name == "Symlink" else {}
             assert await meta.code(name, "f", inode=made.inode, **fields) == Code.CODE_STALE_HANDLE
+
+    run(main())
+
+
+def test_creation_by_handle_and_removal_exclude_each_other() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        for i in range(30):
+            made = await meta.mkdir(f"/d{i}")
+            created, removed = await asyncio.gather(
+                code(meta.do("Mkdir", "sub", inode=made.inode)), code(meta.do("Rmdir", f"/d{i}"))
+            )
+            assert (created, removed) in {(0, Code.CODE_NOT_EMPTY), (Code.CODE_STALE_HANDLE, 0)}
+            await audit(meta)
 
     run(main())
