@@ -35,6 +35,9 @@ def parse_url(url: str) -> ClusterUrl:
     parts = urlsplit(url)
     if parts.scheme != SCHEME:
         raise _bad(url, f"it does not begin with {SCHEME}://")
+    if "@" in parts.netloc:
+        # Not repeated in the message: it may end in a log.
+        raise _bad(f"{SCHEME}://...@{parts.netloc.rpartition('@')[2]}", "use token=, ?token_file= or FS3_TOKEN")
     if parts.fragment:
         raise _bad(url, "a '#' must be written as %23")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -74,8 +77,6 @@ def _address(url: str, text: str) -> str:
         raise _bad(url, f"{text!r} is not host:port")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise _bad(url, f"write the IPv6 address of {text!r} in brackets")
-    if "@" in host:
-        raise _bad(url, "credentials do not belong into a URL; use token=, token_file= or FS3_TOKEN")
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise _bad(url, f"the port of {text!r} is not a number from 1 to 65535")
     return f"{host}:{int(port)}"
