@@ -94,9 +94,11 @@ def test_waiting_is_interrupted_by_signals(silent: str) -> None:
 
 
 def test_other_threads_run_while_one_waits(silent: str) -> None:
-    waiting = threading.Thread(
-        target=lambda: pytest.raises(Fs3Error, native.Client.connect([silent], "", op_timeout_s=1.0).wait)
-    )
+    def wait() -> None:
+        with pytest.raises(TimedOut):
+            native.Client.connect([silent], "", op_timeout_s=1.0).wait()
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     counted = 0
     while waiting.is_alive():
