@@ -143,7 +143,7 @@ impl StorageEngine {
         let count = |c: &std::sync::atomic::AtomicU64| c.load(std::sync::atomic::Ordering::Relaxed);
         let (payload_bytes, _) = self.core.pool.usage();
         EngineStatus {
-            targets: self.core.slots().into_iter().map(|(id, slot)| target_status(id, slot)).collect(),
+            targets: self.core.slots().into_iter().map(|(id, slot)| self.target_status(id, slot)).collect(),
             disks: self.core.disks.space(),
             routing_version: self.core.routing().version,
             counters: [
@@ -177,43 +177,47 @@ impl StorageEngine {
         runtime.shutdown_timeout(STOP_PATIENCE);
         self.core.clear();
     }
+
+    fn target_status(&self, target_id: u64, slot: Slot) -> TargetStatus {
+        match slot {
+            // Nothing is known yet, so nothing is said: the manager keeps what it assumes of the target.
+            Slot::Opening { chain_id } => TargetStatus {
+                target_id,
+                chain_id,
+                local_state: LocalState::Unspecified as u32,
+                error: "opening".into(),
+                ..Default::default()
+            },
+            Slot::Failed { chain_id, error } => TargetStatus {
+                target_id,
+                chain_id,
+                local_state: LocalState::Offline as u32,
+                error,
+                ..Default::default()
+            },
+            Slot::Open(target) => {
+                let (state, error) = target.local_state();
+                let life = target.life.lock();
+                let (resync_done_chunks, resync_total_chunks) = (life.resync_done_chunks, life.resync_total_chunks);
+                drop(life);
+                TargetStatus {
+                    target_id,
+                    chain_id: target.chain_id,
+                    local_state: state as u32,
+                    chain_version: target.view().chain_version,
+                    used_bytes: target.store.used_bytes(),
+                    chunks: target.store.chunks(),
+                    resync_done_chunks,
+                    resync_total_chunks,
+                    error: error.unwrap_or_default(),
+                }
+            }
+        }
+    }
 }
 
 impl Drop for StorageEngine {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-fn target_status(target_id: u64, slot: Slot) -> TargetStatus {
-    match slot {
-        // Nothing is known yet, so nothing is said: the manager keeps what it assumes of the target.
-        Slot::Opening { chain_id } => TargetStatus {
-            target_id,
-            chain_id,
-            local_state: LocalState::Unspecified as u32,
-            error: "opening".into(),
-            ..Default::default()
-        },
-        Slot::Failed { chain_id, error } => {
-            TargetStatus { target_id, chain_id, local_state: LocalState::Offline as u32, error, ..Default::default() }
-        }
-        Slot::Open(target) => {
-            let (state, error) = target.local_state();
-            let life = target.life.lock();
-            let (resync_done_chunks, resync_total_chunks) = (life.resync_done_chunks, life.resync_total_chunks);
-            drop(life);
-            TargetStatus {
-                target_id,
-                chain_id: target.chain_id,
-                local_state: state as u32,
-                chain_version: target.view().chain_version,
-                used_bytes: target.store.used_bytes(),
-                chunks: target.store.chunks(),
-                resync_done_chunks,
-                resync_total_chunks,
-                error: error.unwrap_or_default(),
-            }
-        }
     }
 }

@@ -73,16 +73,17 @@ fn a_stale_chain_version_is_refused_with_the_routing_version() {
 }
 
 #[test]
-fn nothing_is_served_after_the_lease() {
-    let mut lone = Cluster::start_with_lease(monotonic_ns() + 300_000_000);
-    assert!(lone.write(0, chunk(0), 0, b"x").is_ok());
-    wait_until("the lease to end", || lone.read(0, chunk(0), 0, 4096).unwrap().result.code != 0);
-    assert_eq!(lone.read(0, chunk(0), 0, 4096).unwrap().result.code, Code::NotServing as u32);
-    assert_eq!(code_of(lone.write(0, chunk(0), 0, b"y")), Code::NotServing);
-    for engine in lone.engines.iter().flatten() {
-        engine.renew_lease(monotonic_ns() + 60_000_000_000);
-    }
-    assert!(lone.write(0, chunk(0), 0, b"z").is_ok());
+fn nothing_is_served_without_a_lease_or_after_it() {
+    let mut c = Cluster::start_with_lease(0);
+    let renew = |c: &Cluster, ns: u64| c.engines.iter().flatten().for_each(|e| e.renew_lease(monotonic_ns() + ns));
+    assert_eq!(code_of(c.write(0, chunk(0), 0, b"x")), Code::NotServing);
+    assert_eq!(c.read(1, chunk(0), 0, 4096).unwrap().result.code, Code::NotServing as u32);
+    renew(&c, 500_000_000);
+    wait_until("the lease to end", || c.read(0, chunk(0), 0, 4096).unwrap().result.code == Code::NotServing as u32);
+    assert_eq!(code_of(c.write(0, chunk(0), 0, b"y")), Code::NotServing);
+    renew(&c, 60_000_000_000);
+    assert!(c.write(0, chunk(0), 0, b"z").is_ok());
+    assert!(c.read(2, chunk(0), 0, 4096).unwrap().data == b"z");
 }
 
 #[test]
