@@ -10,7 +10,7 @@ from fs3.kv.memory import MemoryKv
 from fs3.meta import keys
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.frame_pb2 import Code
-from meta.harness import BY_NAME, CHUNK, Meta, audit, faults, run
+from meta.harness import BY_NAME, CHAINS, CHUNK, Meta, audit, code, faults, run
 
 
 async def prepared(**options) -> tuple[Meta, pb.OpenResponse]:
@@ -224,3 +224,29 @@ def test_random_faults_and_concurrency_keep_the_namespace_whole() -> None:
 
     for seed in range(6):
         run(main(seed))
+
+
+def test_concurrent_copies_of_an_open_make_one_session() -> None:
+    async def main() -> None:
+        meta, _ = await prepared()
+        before = len(await meta.rows(keys.SESSION))
+        request = meta.request("Open", "/f", write=True)
+        answers = await asyncio.gather(*(meta.call("Open", request) for _ in range(5)))
+        assert len({answer.session for answer in answers}) == 1
+        assert len(await meta.rows(keys.SESSION)) == before + 1
+
+    run(main())
+
+
+def test_a_repeated_truncation_answers_only_after_the_cut() -> None:
+    async def main() -> None:
+        meta, made = await prepared()
+        request = meta.request("Truncate", "/f", length=7)
+        meta.chunks.down = set(CHAINS)
+        ends_s = meta.clock.monotonic_ns() * 1e-9 + 0.2
+        assert await code(meta.engine.call(BY_NAME["Truncate"], request, ends_s=ends_s)) == Code.CODE_UNAVAILABLE
+        meta.chunks.down = set()
+        assert (await meta.call("Truncate", request)).attr.length == 7
+        assert meta.chunks.of(made.attr.inode) == {0: 7}
+
+    run(main())

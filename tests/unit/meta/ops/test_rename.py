@@ -168,3 +168,35 @@ def test_concurrent_renames_of_one_file_leave_one_name() -> None:
         await audit(meta)
 
     run(main())
+
+
+def test_exchange_of_directories_exchanges_their_parents() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        first = await meta.mkdir("/p/a", parents=True)
+        second = await meta.mkdir("/q/b", parents=True)
+        await meta.rename("/p/a", "/q/b", exchange=True)
+        assert (await meta.stat("", inode=first.inode)).parent == (await meta.stat("/q")).inode
+        assert (await meta.stat("", inode=second.inode)).parent == (await meta.stat("/p")).inode
+        await audit(meta)
+
+    run(main())
+
+
+def test_concurrent_renames_by_handle_make_no_cycle() -> None:
+    async def main() -> None:
+        for seed in range(15):
+            meta = await Meta.start(seed=seed)
+            for top in ("a", "x"):
+                await meta.mkdir(f"/{top}/1/2/3", parents=True)
+            deep = {top: (await meta.stat(f"/{top}/1/2/3")).inode for top in ("a", "x")}
+
+            def move(meta: Meta, name: bytes, inode: int):
+                paths = {"from": pb.PathAt(inode=1, path=name), "to": pb.PathAt(inode=inode, path=name)}
+                return code(meta.do("Rename", **paths))
+
+            results = await asyncio.gather(move(meta, b"a", deep["x"]), move(meta, b"x", deep["a"]))
+            assert sorted(results) == [0, Code.CODE_INVALID_ARGUMENT]
+            await audit(meta)
+
+    run(main())

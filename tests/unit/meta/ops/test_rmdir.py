@@ -1,6 +1,6 @@
-from fs3.v1.frame_pb2 import Code
 import asyncio
 
+from fs3.v1.frame_pb2 import Code
 from meta.harness import Meta, audit, code, run, user
 
 
