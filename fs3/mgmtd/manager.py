@@ -192,7 +192,8 @@ class Manager:
         for node_id, node in change.nodes.items():
             before = self.records.nodes.get(node_id)
             if before is None or before.node.status != node.node.status:
-                status = NodeStatus.Name(node.node.status).removeprefix("NODE_STATUS_").lower()
+                connected = node.node.status == NodeStatus.NODE_STATUS_CONNECTED
+                status = "is connected" if connected else "is gone"
                 log.info("node %d (%s %s:%d) %s", node_id, node.node.role, node.node.host, node.node.frame_port, status)
         for record in change.chains.values():
             log.info("chain %d version %d: %s", record.chain.chain_id, record.chain.version, describe(record.chain))

@@ -43,7 +43,7 @@ from fs3.v1.routing_pb2 import GetRoutingResponse
 
 log = logging.getLogger("fs3.mgmtd")
 
-TICK_S_MAX: Final = 0.25
+TICK_S_MAX: Final = 0.5
 # Decisions that follow each other at once are at least so far apart.
 DECISION_PAUSE_S: Final = 0.005
 STOP_GRACE_S: Final = 0.5

@@ -23,7 +23,7 @@ from fs3.v1.storage_pb2 import EngineStatus
 log = logging.getLogger("fs3.storage")
 
 # How often the engine is asked whether something changed that the manager should hear of at once.
-STATUS_S: Final = 0.1
+STATUS_S: Final = 0.25
 REGISTER_S: Final = 30.0
 
 
@@ -181,7 +181,7 @@ class StorageService:
         errors = {t.target_id: t.error for t in status.targets if t.error and t.target_id in self._reported}
         for target, message in errors.items():
             if self._errors.get(target) != message:
-                log.error("target %d is out of service: %s", target, message)
+                log.warning("target %d is not in service: %s", target, message)
         self._errors = errors
 
     def _on_routing(self, routing: Routing) -> None:
