@@ -20,7 +20,7 @@ pub enum Fault {
     Sync,
     /// A read reports EIO.
     Read,
-    /// Reserving space reports ENOSPC.
+    /// Reserving space reports ENOSPC, until the next restart, crash or injection.
     Space,
     /// From this write, sync, reservation or rename on nothing has an effect: the process is dying.
     Halt,
@@ -73,7 +73,7 @@ impl FaultDisk {
         })))
     }
 
-    /// Let `fault` happen once after `after` more operations of its kind (for `Halt`: of any kind).
+    /// Let `fault` happen after `after` more operations of its kind (for `Halt`: of any kind).
     pub fn inject(&self, fault: Fault, after: u64) {
         self.0.lock().fault = Some((fault, after));
     }
@@ -174,7 +174,9 @@ impl State {
             *after -= 1;
             return false;
         }
-        self.fault = None;
+        if kind != Fault::Space {
+            self.fault = None;
+        }
         true
     }
 

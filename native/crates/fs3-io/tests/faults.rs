@@ -88,12 +88,28 @@ fn a_full_disk_refuses_the_write_and_keeps_the_store_usable() {
     let bed = Bed::new();
     bed.put(0, 1, write(0, vec![1; 4096]));
     bed.disk.inject(Fault::Space, 0);
-    // Growth by a group and then by one block are both refused.
-    let first = bed.prepare(1, 1, write(0, vec![2; 200_000]));
-    assert!(first.is_ok() || code(first) == Some(Code::NoSpace));
+    assert_eq!(code(bed.prepare(1, 1, write(0, vec![2; 200_000]))), Some(Code::NoSpace));
+    assert!(bed.store.chunk(id(1)).is_none());
     assert!(bed.store.failed().is_none());
     assert_eq!(bed.read(0), Ok(vec![1; 4096]));
     bed.put(2, 1, write(0, vec![3; 4096]));
+    bed.disk.restart();
+    bed.put(1, 1, write(0, vec![2; 200_000]));
+    assert_eq!(bed.read(1), Ok(vec![2; 200_000]));
+}
+
+#[test]
+fn a_full_log_refuses_prepares_but_still_commits_what_was_prepared() {
+    let bed = Bed::new();
+    bed.put(0, 1, write(0, vec![1; 200_000]));
+    bed.disk.inject(Fault::Space, 0);
+    // Each prepare replaces the one before and leaves 64 KiB in the log.
+    let mut tried = (0..200).map(|_| bed.prepare(0, 3, write(4096, vec![3; 65_536])));
+    let refused = tried.find_map(code);
+    assert_eq!(refused, Some(Code::NoSpace));
+    assert!(bed.store.failed().is_none());
+    bed.commit(0, 3).unwrap();
+    assert_eq!(bed.read(0).unwrap()[4096..4096 + 65_536], vec![3; 65_536]);
 }
 
 #[test]
