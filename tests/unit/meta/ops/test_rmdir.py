@@ -45,9 +45,12 @@ def test_creation_by_handle_and_removal_exclude_each_other() -> None:
         meta = await Meta.start()
         for i in range(30):
             made = await meta.mkdir(f"/d{i}")
-            created, removed = await asyncio.gather(
-                code(meta.do("Mkdir", "sub", inode=made.inode)), code(meta.do("Rmdir", f"/d{i}"))
-            )
+            # Who starts first commits first here, so both orders are tried.
+            racers = [("created", meta.do("Mkdir", "sub", inode=made.inode)), ("removed", meta.do("Rmdir", f"/d{i}"))]
+            racers = racers[:: 1 if i % 2 else -1]
+            codes = await asyncio.gather(*(code(racer) for _, racer in racers))
+            results = dict(zip([name for name, _ in racers], codes, strict=True))
+            created, removed = results["created"], results["removed"]
             assert (created, removed) in {(0, Code.CODE_NOT_EMPTY), (Code.CODE_STALE_HANDLE, 0)}
             await audit(meta)
 
