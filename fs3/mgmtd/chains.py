@@ -44,16 +44,18 @@ class TargetView:
     """When `local` last changed between OFFLINE and alive."""
     orderly: bool = False
     """OFFLINE because its node ended in good order: no survivor has to be heard first."""
+    excused_ns: int = 0
+    """Silence counts from here at the earliest: before, the manager itself was not listening."""
 
     def alive(self, now_ns: int, lease_ns: int) -> bool:
         """Tell whether the target is usable and its node's lease runs."""
-        return self.local in (LOCAL_ONLINE, LOCAL_UPTODATE) and now_ns - self.heard_ns < lease_ns
+        return self.local in (LOCAL_ONLINE, LOCAL_UPTODATE) and now_ns - max(self.heard_ns, self.excused_ns) < lease_ns
 
     def survivor_heard_after_ns(self, lease_ns: int) -> int:
         """Time after which a survivor must have been heard before this dead target is dropped."""
         if self.local == LOCAL_OFFLINE:
             return -1 if self.orderly else self.changed_ns
-        return self.heard_ns + lease_ns // 2
+        return max(self.heard_ns, self.excused_ns) + lease_ns // 2
 
 
 UNKNOWN = TargetView(local=LOCAL_OFFLINE, chain_version=0, heard_ns=0)

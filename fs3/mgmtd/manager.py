@@ -54,14 +54,23 @@ FORGET_LEASES: Final = 10
 SPACE_STEP: Final = 0.01
 SPACE_INTERVAL_NS: Final = 5_000_000_000
 COMMIT_DEADLINE_MS: Final = 5_000
+# Decisions further apart than this part of the lease mean that the manager was not listening.
+PAUSES_PER_LEASE: Final = 3
 
 
 @dataclass
 class Live:
-    """A node as heard of. `heard_ns` is the manager's monotonic clock."""
+    """A node as heard of, on the manager's monotonic clock."""
 
     heard_ns: int
     sequence: int = 0
+    # Silence counts from here at the earliest: the manager was not listening before.
+    excused_ns: int = 0
+
+    @property
+    def silent_since_ns(self) -> int:
+        """Since when its silence counts."""
+        return max(self.heard_ns, self.excused_ns)
 
 
 class Manager:
@@ -93,6 +102,7 @@ class Manager:
         self._dirty: set[int] = set(records.chains)
         self._placement_due = True
         self._space_published_ns = 0
+        self._decided_ns = clock.monotonic_ns()
         self._node_of: dict[int, int] = {}
         self._chain_of: dict[int, int] = {}
         self._targets_on: dict[int, list[int]] = {}
@@ -105,7 +115,7 @@ class Manager:
         now_ns = self.clock.monotonic_ns()
         for node_id, record in self.records.nodes.items():
             connected = record.node.status == NodeStatus.NODE_STATUS_CONNECTED
-            self.live[node_id] = Live(heard_ns=now_ns if connected else now_ns - self.lease_ns)
+            self.live[node_id] = Live(heard_ns=now_ns - self.lease_ns, excused_ns=now_ns if connected else 0)
         assumed = {chains.SERVING: chains.LOCAL_UPTODATE, chains.WAITING: chains.LOCAL_UPTODATE}
         assumed[chains.SYNCING] = chains.LOCAL_ONLINE
         for chain_id, chain in self.records.chains.items():
@@ -210,7 +220,7 @@ class Manager:
     def node_silent(self, node_id: int, now_ns: int) -> bool:
         """Tell whether a node was silent for the whole lease."""
         live = self.live.get(node_id)
-        return live is None or now_ns - live.heard_ns >= self.lease_ns
+        return live is None or now_ns - live.silent_since_ns >= self.lease_ns
 
     def view(self, target: int) -> chains.TargetView:
         """Put together what is known of a target."""
@@ -218,7 +228,9 @@ class Manager:
         live = self.live.get(self._node_of.get(target, 0))
         if soft is None or live is None:
             return chains.UNKNOWN
-        return chains.TargetView(soft.local, soft.chain_version, live.heard_ns, soft.changed_ns, soft.orderly)
+        return chains.TargetView(
+            soft.local, soft.chain_version, live.heard_ns, soft.changed_ns, soft.orderly, live.excused_ns
+        )
 
     def targets_of(self, node_id: int) -> list[int]:
         """List the targets on a node."""
@@ -289,6 +301,7 @@ class Manager:
     async def decide(self) -> None:
         """Expire leases, move chains on, make new chains, publish free space. Raises like commit."""
         async with self.lock:
+            self._excuse_pause()
             change = Change()
             self._expire(change)
             self.plan_chains(change)
@@ -299,6 +312,17 @@ class Manager:
             if change.chains:
                 self.kick()
 
+    def _excuse_pause(self) -> None:
+        """When this process itself stood still, nobody's silence meanwhile says anything: all get a full lease."""
+        now_ns = self.clock.monotonic_ns()
+        paused_ns, self._decided_ns = now_ns - self._decided_ns, now_ns
+        if paused_ns <= self.lease_ns // PAUSES_PER_LEASE:
+            return
+        log.warning("this manager stood still for %.1f s; nobody is declared failed before a lease", paused_ns / 1e9)
+        for node_id, record in self.records.nodes.items():
+            if record.node.status == NodeStatus.NODE_STATUS_CONNECTED and node_id in self.live:
+                self.live[node_id].excused_ns = now_ns
+
     def _expire(self, change: Change) -> None:
         now_ns = self.clock.monotonic_ns()
         for node_id, record in self.records.nodes.items():
@@ -306,13 +330,13 @@ class Manager:
             connected = record.node.status == NodeStatus.NODE_STATUS_CONNECTED
             if silent and connected:
                 change.nodes[node_id] = with_status(record, NodeStatus.NODE_STATUS_FAILED)
-                self.take_down(node_id, at_ns=self.live[node_id].heard_ns + self.lease_ns // 2, orderly=False)
+                self.take_down(node_id, at_ns=self.live[node_id].silent_since_ns + self.lease_ns // 2, orderly=False)
             elif not silent and not connected:
                 change.nodes[node_id] = with_status(record, NodeStatus.NODE_STATUS_CONNECTED)
                 self._placement_due = True
             elif silent and record.node.role != STORAGE:
                 live = self.live.get(node_id)
-                if live is None or now_ns - live.heard_ns >= FORGET_LEASES * self.lease_ns:
+                if live is None or now_ns - live.silent_since_ns >= FORGET_LEASES * self.lease_ns:
                     change.removed_nodes.add(node_id)
 
     def placement_due(self) -> None:

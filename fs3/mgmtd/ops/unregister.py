@@ -23,6 +23,7 @@ async def unregister(manager: Manager, request: UnregisterRequest) -> Unregister
         live = manager.live.get(request.node_id)
         if live is not None:
             live.heard_ns = now_ns - manager.lease_ns
+            live.excused_ns = 0
         if record.node.role == STORAGE:
             change.nodes[request.node_id] = with_status(record, NodeStatus.NODE_STATUS_FAILED)
             manager.take_down(request.node_id, at_ns=now_ns, orderly=True)

@@ -115,6 +115,20 @@ def test_targets_that_die_together_but_are_noticed_apart_are_all_last_serving() 
     assert show(current) == "1L 2L 3L"
 
 
+def test_silence_while_the_manager_did_not_listen_does_not_count() -> None:
+    quiet = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 9 * T, excused_ns=NOW - T + 1)
+    before = chain("SS")
+    assert next_chain(before, {1: quiet, 2: quiet}, NOW, T) is before
+    assert show(next_chain(before, {1: quiet, 2: quiet}, NOW + 1, T)) == "1L 2L"
+
+
+def test_being_excused_is_no_sign_of_life() -> None:
+    dead = TargetView(LOCAL_OFFLINE, VERSION, heard_ns=NOW - 50, changed_ns=NOW - 50)
+    excused = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 100, excused_ns=NOW)
+    before = chain("SS")
+    assert next_chain(before, {1: dead, 2: excused}, NOW, T) is before
+
+
 def test_the_tail_most_last_serving_target_is_waited_for_one_lease() -> None:
     back = TargetView(LOCAL_ONLINE, VERSION, heard_ns=NOW, changed_ns=NOW)
     gone = TargetView(LOCAL_OFFLINE, 0, heard_ns=0)

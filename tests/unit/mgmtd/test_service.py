@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 
 import pytest
 
@@ -199,6 +200,19 @@ def test_a_restart_of_the_manager_changes_no_chain() -> None:
                 for node in nodes:
                     await node.kill()
                 await again.stop()
+
+    run(body)
+
+
+def test_a_manager_that_stood_still_declares_nobody_failed_for_it() -> None:
+    async def body() -> None:
+        async with cluster(3) as (manager, _nodes, _):
+            before = states(manager.routing)
+            # The event loop of the manager (and of the nodes) does nothing for longer than the lease.
+            time.sleep(2 * LEASE_MS / 1000)  # noqa: ASYNC251
+            seen = {n.session._sequence for n in _nodes if n.session}
+            await until(lambda: all(n.session and n.session._sequence > max(seen) + 3 for n in _nodes), "heard again")
+            assert states(manager.routing) == before
 
     run(body)
 
