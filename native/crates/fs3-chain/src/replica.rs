@@ -314,9 +314,11 @@ impl Replica {
             return Ok(Plan::Begin { version, base, replace: true, local: false });
         }
         if request.kind == Kind::Remove {
-            // A removal of what is not here still travels on: a successor that has it is healed.
+            // A removal of what is not here still travels on: a successor that has it is healed. One that finds only a
+            // pending version left by an earlier life clears it away.
             let version = version.max(known + 1);
-            return Ok(Plan::Begin { version, base, replace: false, local: state.committed > 0 });
+            let local = state.committed > 0 || state.pending > 0;
+            return Ok(Plan::Begin { version, base, replace: false, local });
         }
         if !replace && state.committed != base {
             return Err(Refusal::new(Code::VersionGap));

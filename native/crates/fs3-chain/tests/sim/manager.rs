@@ -122,9 +122,9 @@ impl World {
                 t.1 = State::Serving;
             }
         }
-        for n in 0..NODES {
+        for (n, restarted) in restarted.into_iter().enumerate() {
             let state = targets.iter().find(|t| t.0 == n).expect("every node has a place").1;
-            if restarted[n] && matches!(state, State::Offline | State::LastServing) {
+            if restarted && matches!(state, State::Offline | State::LastServing) {
                 m.known_life[n] = m.heard[n].0;
             }
         }
