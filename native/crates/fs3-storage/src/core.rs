@@ -133,6 +133,7 @@ impl Core {
         }
         let routing = Arc::new(routing);
         *self.routing.write() = routing.clone();
+        self.peers.retain(|address| routing.has_address(address));
         for (target_id, chain_id, disk_uuid) in &routing.own {
             // One that could not be opened is tried again with every newer routing.
             let known = !matches!(self.targets.read().get(target_id), None | Some(Slot::Failed { .. }));

@@ -38,6 +38,11 @@ impl RoutingState {
         self.address_of.get(&target.0).map(String::as_str)
     }
 
+    /// Whether a target lives there.
+    pub fn has_address(&self, address: &str) -> bool {
+        self.address_of.values().any(|a| a == address)
+    }
+
     pub fn state_of(&self, chain_id: u32, target: u64) -> PublicState {
         let chain = self.chain(chain_id);
         let found = chain.and_then(|c| c.targets.iter().find(|t| t.target_id == target));

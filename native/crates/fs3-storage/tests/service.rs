@@ -381,3 +381,34 @@ fn a_disk_of_another_cluster_is_refused() {
     wait_until("the disk to be refused", failed);
     assert_eq!(c.status(2).unwrap().local_state, LocalState::Offline as u32);
 }
+
+#[test]
+fn replicas_that_differ_after_a_total_failure_converge() {
+    let mut c = Cluster::start();
+    for index in 0..3 {
+        c.write(0, chunk(index), 0, &bytes_of(index as u8, 30_000)).unwrap();
+    }
+    // Node 2 alone gets ahead, as it can with updates that were never acknowledged.
+    c.reroute(&[(2, PublicState::Serving), (0, PublicState::Offline), (1, PublicState::Offline)]);
+    c.write(2, chunk(0), 0, b"only here").unwrap();
+    c.write(2, chunk(8), 0, b"only here too").unwrap();
+    for node in 0..NODES {
+        c.stop_node(node);
+    }
+    for node in 0..NODES {
+        c.start_node(node);
+    }
+    let all = |state| [(0, state), (1, state), (2, state)];
+    c.reroute(&all(PublicState::Lastsrv));
+    for node in 0..NODES {
+        c.wait_state(node, LocalState::Online);
+    }
+    c.reroute(&all(PublicState::Serving));
+    wait_until("the replicas to be equal", || c.list(0) == c.list(1) && c.list(1) == c.list(2));
+    for node in 0..NODES {
+        assert!(c.read(node, chunk(0), 0, CHUNK_BYTES).unwrap().data == bytes_of(0, 30_000));
+        assert_eq!(c.read(node, chunk(8), 0, 4096).unwrap().result.code, Code::ChunkNotFound as u32);
+    }
+    c.write(0, chunk(8), 0, b"again").unwrap();
+    c.assert_replicas_equal(&[0, 1, 2]);
+}
