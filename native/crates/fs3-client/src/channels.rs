@@ -4,6 +4,7 @@ use fs3_core::{ClientId, Code, Error, Result};
 use fs3_proto::v1::WriterId;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::Instant;
 
 /// A bounded set of channels. At most one write is on its way per channel, and its sequence is greater than
 /// that of every earlier one of the channel: storage keeps one record per channel to know a repeated write.
@@ -33,10 +34,11 @@ impl Channels {
         Self { client, free: Mutex::new(free), permits: Semaphore::new(count) }
     }
 
-    /// A free channel, as soon as there is one.
-    pub async fn claim(&self) -> Result<Claim<'_>> {
-        let closed = |_| Error::new(Code::Unavailable, "the client is closed");
-        let permit = self.permits.acquire().await.map_err(closed)?;
+    /// A free channel, as soon as there is one. Errors: Timeout.
+    pub async fn claim(&self, deadline: Instant) -> Result<Claim<'_>> {
+        let busy = |_| Error::new(Code::Timeout, "too many writes were on their way already; raise write_channels");
+        let permit = tokio::time::timeout_at(deadline, self.permits.acquire()).await.map_err(busy)?;
+        let permit = permit.expect("the semaphore is never closed");
         let channel = self.free.lock().pop().expect("as many permits as channels");
         Ok(Claim { channels: self, number: channel.number, sequence: channel.sequence + 1, _permit: permit })
     }
@@ -66,14 +68,14 @@ mod tests {
     #[tokio::test]
     async fn a_channel_has_one_write_at_a_time_and_growing_sequences() {
         let channels = Channels::new(ClientId([1; 16]), 2);
-        let a = channels.claim().await.unwrap();
-        let b = channels.claim().await.unwrap();
+        let soon = Instant::now() + std::time::Duration::from_millis(5);
+        let a = channels.claim(soon).await.unwrap();
+        let b = channels.claim(soon).await.unwrap();
         assert_ne!(a.id().channel, b.id().channel);
-        let third = tokio::time::timeout(std::time::Duration::from_millis(5), channels.claim()).await;
-        assert!(third.is_err());
+        assert_eq!(channels.claim(soon).await.err().unwrap().code, Code::Timeout);
         let before = a.id();
         drop(a);
-        let again = channels.claim().await.unwrap().id();
+        let again = channels.claim(soon).await.unwrap().id();
         assert_eq!((again.channel, again.sequence), (before.channel, before.sequence + 1));
     }
 }

@@ -138,7 +138,7 @@ impl Client {
             }
             results.extend(response.items.into_iter().map(|item| match (item.code, item.attr) {
                 (0, Some(attr)) => Ok(self.inner().inodes.merge(attr)),
-                (code, _) => Err(Error::new(Code::from_wire(code as u16), "stat failed")),
+                (code, _) => Err(plain_error(Code::from_wire(code as u16))),
             }));
         }
         Ok(results)
@@ -459,6 +459,14 @@ fn some(caller: &Caller) -> Option<Caller> {
 
 fn hold_bytes(hold: Option<[u8; 16]>) -> Bytes {
     hold.map_or_else(Bytes::new, |session| Bytes::copy_from_slice(&session))
+}
+
+/// An error that came without a message.
+fn plain_error(code: Code) -> Error {
+    let text = std::io::Error::from_raw_os_error(code.errno()).to_string();
+    // "No such file or directory (os error 2)"
+    let message = text.split(" (os error").next().unwrap_or_default().to_owned();
+    Error::new(code, message)
 }
 
 fn no_attr() -> Error {

@@ -1,14 +1,18 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::v1::{Attr, AttrResponse, Caller, CloseRequest, Layout, Method, SyncRequest};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use crate::inode::InodeState;
 use crate::{Client, at_inode};
+
+/// How long an inode that was seen to exist is taken to.
+const CONFIRM_EVERY: Duration = Duration::from_secs(1);
 
 /// An open file. Shared by `Arc`; all methods may be called from any task at once.
 ///
@@ -29,6 +33,8 @@ struct Handle {
     created: bool,
     closed: AtomicBool,
     closing: Mutex<()>,
+    /// When the inode was last seen to exist by [`OpenFile::confirm_exists`].
+    confirmed: Mutex<Option<Instant>>,
 }
 
 impl OpenFile {
@@ -37,8 +43,17 @@ impl OpenFile {
         if !session.is_empty() {
             client.inner().session_opened();
         }
-        let (closed, closing) = (AtomicBool::new(false), Mutex::new(()));
-        Arc::new(Self { handle: Arc::new(Handle { client, caller, state, session, created, closed, closing }) })
+        let handle = Handle {
+            client,
+            caller,
+            state,
+            session,
+            created,
+            closed: AtomicBool::new(false),
+            closing: Mutex::new(()),
+            confirmed: Mutex::new(None),
+        };
+        Arc::new(Self { handle: Arc::new(handle) })
     }
 
     pub(crate) fn state(&self) -> &Arc<InodeState> {
@@ -47,6 +62,22 @@ impl OpenFile {
 
     pub(crate) fn check_open(&self) -> Result<()> {
         self.handle.check_open()
+    }
+
+    /// Make sure, at most once a second, that the inode still exists. Errors: StaleHandle.
+    pub(crate) async fn confirm_exists(&self) -> Result<()> {
+        let mut confirmed = self.handle.confirmed.lock().await;
+        if confirmed.is_some_and(|at| at.elapsed() < CONFIRM_EVERY) {
+            return Ok(());
+        }
+        match self.refresh().await {
+            Ok(_) => *confirmed = Some(Instant::now()),
+            Err(error) if error.code == Code::NotFound => {
+                return Err(Error::new(Code::StaleHandle, "the file was removed by another client"));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
     }
 
     /// The client it was opened through.
@@ -87,7 +118,8 @@ impl OpenFile {
     /// Fill `buf` from `offset`. Returns the count, short only at the end of the file, together with the buffer
     /// (whose bytes beyond the count are undefined). Holes are zeros. Every byte was verified against its
     /// writer's checksum. Also works on files that are open for writing only.
-    /// Errors: ChecksumMismatch when no replica is right; Timeout or Unavailable when none answered in time.
+    /// Errors: ChecksumMismatch when no replica is right; Timeout or Unavailable when none answered in time;
+    /// StaleHandle when another client removed the file (while open for reading only here).
     pub async fn read(&self, offset: u64, buf: RegionMut) -> (Result<usize>, RegionMut) {
         crate::read::read_one(self, offset, buf).await
     }

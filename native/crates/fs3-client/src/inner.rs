@@ -9,7 +9,7 @@ use fs3_proto::v1::{
     GetRoutingRequest, GetRoutingResponse, KeepaliveRequest, KeepaliveResponse, Method, OpId, Routing,
 };
 use prost::Message;
-use tokio::sync::{Mutex, Notify, Semaphore, watch};
+use tokio::sync::{Mutex, Notify, Semaphore, SemaphorePermit, watch};
 use tokio::time::Instant;
 
 use crate::ClientConfig;
@@ -88,6 +88,20 @@ impl Inner {
     /// When an operation that starts now has to be over.
     pub fn deadline(&self) -> Instant {
         Instant::now() + self.config.op_timeout
+    }
+
+    /// A part of a budget of bytes; more than there is in all counts as all.
+    pub async fn reserve<'a>(
+        &self,
+        budget: &'a Semaphore,
+        bytes: usize,
+        limit: usize,
+        deadline: Instant,
+    ) -> Result<SemaphorePermit<'a>> {
+        match tokio::time::timeout_at(deadline, budget.acquire_many(bytes.min(limit) as u32)).await {
+            Ok(permit) => Ok(permit.expect("budgets are never closed")),
+            Err(_) => Err(Error::new(Code::Timeout, "too much was on its way already; raise the bytes in flight")),
+        }
     }
 
     /// The routing in use.

@@ -7,6 +7,8 @@ mod channels;
 mod client;
 mod config;
 mod file;
+#[cfg(test)]
+mod golden;
 mod health;
 mod inner;
 mod inode;

@@ -3,6 +3,8 @@
 use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, InodeId, Result};
 
 const BLOCK: u32 = CRC_BLOCK_BYTES as u32;
+/// Chunks of the largest file. The last index, 0xffffffff, means "to the end" in a remove.
+const CHUNKS_MAX: u64 = 0xffff_ffff;
 
 /// The part of a file range that lies in one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +19,7 @@ pub(crate) struct Piece {
 
 /// Cut [offset, offset+len) of a file at its chunk borders. Errors: FileTooLarge beyond the last chunk index.
 pub(crate) fn pieces(inode: u64, chunk_bytes: u32, offset: u64, len: usize) -> Result<Vec<Piece>> {
-    let end = offset.checked_add(len as u64).filter(|end| end.div_ceil(u64::from(chunk_bytes)) <= 1 << 32);
+    let end = offset.checked_add(len as u64).filter(|end| end.div_ceil(u64::from(chunk_bytes)) <= CHUNKS_MAX);
     let Some(end) = end else {
         return Err(Error::new(Code::FileTooLarge, "the range ends beyond the largest file of this chunk size"));
     };
@@ -70,9 +72,9 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_file_has_two_to_the_32_chunks() {
-        let end = (1u64 << 32) << 16;
-        assert_eq!(pieces(9, 1 << 16, end - 1, 1).unwrap()[0].chunk.index, u32::MAX);
+    fn a_file_has_a_largest_chunk() {
+        let end = CHUNKS_MAX << 16;
+        assert_eq!(pieces(9, 1 << 16, end - 1, 1).unwrap()[0].chunk.index, u32::MAX - 1);
         assert_eq!(pieces(9, 1 << 16, end, 1).unwrap_err().code, Code::FileTooLarge);
         assert_eq!(pieces(9, 1 << 16, u64::MAX, 2).unwrap_err().code, Code::FileTooLarge);
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,10 +24,17 @@ use crate::{OpenFile, ReadOp};
 const BATCH_OPS_MAX: usize = 256;
 const BATCH_BYTES_MAX: usize = 1 << 20;
 
+/// What the units of one operation share.
+struct Target {
+    buffer: Loan,
+    /// Some chunk had nothing: a hole, or the file is gone.
+    hole: AtomicBool,
+}
+
 /// One piece of one operation until it is read.
 struct Unit {
     op: usize,
-    loan: Arc<Loan>,
+    target: Arc<Target>,
     layout: Layout,
     piece: Piece,
     blocks: Blocks,
@@ -46,53 +53,71 @@ struct Source {
     target_id: u64,
 }
 
+impl Target {
+    fn new(buf: RegionMut) -> Arc<Self> {
+        Arc::new(Self { buffer: Loan::new(buf), hole: AtomicBool::new(false) })
+    }
+}
+
 /// Read one range of one file.
 pub(crate) async fn read_one(file: &OpenFile, offset: u64, buf: RegionMut) -> (Result<usize>, RegionMut) {
-    let inner = file.client().inner();
-    let loan = Arc::new(Loan::new(buf));
+    let target = Target::new(buf);
     let mut units = Vec::new();
-    let result = match plan(0, file, offset, &loan, &mut units) {
+    let result = match plan(0, file, offset, &target, &mut units) {
         Err(error) => Err(error),
-        Ok(count) => match read_units(inner, units).await.pop() {
-            None => Ok(count),
+        Ok(count) => match read_units(file.client().inner(), units).await.pop() {
+            None => confirm(file, offset, &target, count).await,
             Some((_, error)) => Err(error),
         },
     };
-    (result, loan.finish().await)
+    (result, target.buffer.finish().await)
 }
 
 /// Read many ranges; results in the order of `ops`.
 pub(crate) async fn read_many(inner: &Arc<Inner>, ops: Vec<ReadOp>) -> Vec<(Result<usize>, RegionMut)> {
     let mut units = Vec::with_capacity(ops.len());
-    let mut results = Vec::with_capacity(ops.len());
+    let mut planned = Vec::with_capacity(ops.len());
     for (op, ReadOp { file, offset, buf }) in ops.into_iter().enumerate() {
-        let loan = Arc::new(Loan::new(buf));
-        let count = plan(op, &file, offset, &loan, &mut units);
-        results.push((count, loan));
+        let target = Target::new(buf);
+        let count = plan(op, &file, offset, &target, &mut units);
+        planned.push((file, offset, count, target));
     }
     for (op, error) in read_units(inner, units).await {
-        results[op].0 = Err(error);
+        planned[op].2 = Err(error);
     }
-    let mut finished = Vec::with_capacity(results.len());
-    for (result, loan) in results {
-        finished.push((result, loan.finish().await));
+    let mut finished = Vec::with_capacity(planned.len());
+    for (file, offset, count, target) in planned {
+        let result = match count {
+            Ok(count) => confirm(&file, offset, &target, count).await,
+            error => error,
+        };
+        finished.push((result, target.buffer.finish().await));
     }
     finished
 }
 
+/// A missing chunk is a hole only if the file is still there. A file that is open without a session may have been
+/// removed or cut by another client, and zeros would be wrong then.
+async fn confirm(file: &OpenFile, offset: u64, target: &Target, count: usize) -> Result<usize> {
+    if !target.hole.load(Ordering::Relaxed) || file.writable() {
+        return Ok(count);
+    }
+    file.confirm_exists().await?;
+    Ok(count.min(usize::try_from(file.length().saturating_sub(offset)).unwrap_or(usize::MAX)))
+}
+
 /// Add the units of one operation; returns how many bytes it will have read.
-fn plan(op: usize, file: &OpenFile, offset: u64, loan: &Arc<Loan>, units: &mut Vec<Unit>) -> Result<usize> {
+fn plan(op: usize, file: &OpenFile, offset: u64, target: &Arc<Target>, units: &mut Vec<Unit>) -> Result<usize> {
     file.check_open()?;
     let state = file.state();
-    let (layout, left) = (state.layout(), state.length().saturating_sub(offset));
-    let count = usize::try_from(left).unwrap_or(usize::MAX).min(loan.len());
+    let (layout, left, room) = (state.layout(), state.length().saturating_sub(offset), target.buffer.len());
+    let count = usize::try_from(left).unwrap_or(usize::MAX).min(room);
     if count == 0 {
         return Ok(0);
     }
     for piece in pieces(state.inode, layout.chunk_bytes, offset, count)? {
-        let blocks = Blocks::of(&piece, loan.len());
-        let loan = loan.clone();
-        units.push(Unit { op, loan, layout, piece, blocks, tried: Vec::new(), hope: false });
+        let blocks = Blocks::of(&piece, room);
+        units.push(Unit { op, target: target.clone(), layout, piece, blocks, tried: Vec::new(), hope: false });
     }
     Ok(count)
 }
@@ -263,14 +288,14 @@ impl Unit {
     /// Memory for the blocks: the caller's, or scratch.
     async fn window(&self, inner: &Inner) -> RegionMut {
         let len = self.blocks.len as usize;
-        if self.blocks.direct { self.loan.lend(self.piece.at, len).await } else { inner.scratch.take(len) }
+        if self.blocks.direct { self.target.buffer.lend(self.piece.at, len).await } else { inner.scratch.take(len) }
     }
 
     /// Check what came and put it in its place; what the chunk does not have is zeros.
     async fn accept(&self, result: &ReadResult, mut window: RegionMut, got: usize) -> Result<()> {
         match Code::from_wire(result.code as u16) {
             _ if result.code == 0 => verify(&window[..got], &result.crcs)?,
-            Code::ChunkNotFound if got == 0 => {}
+            Code::ChunkNotFound if got == 0 => self.target.hole.store(true, Ordering::Relaxed),
             code => return Err(Error::new(code, result.message.clone())),
         }
         let (skip, len) = ((self.piece.offset - self.blocks.offset) as usize, self.piece.len as usize);
@@ -278,7 +303,7 @@ impl Unit {
             window[got.min(len)..len].fill(0);
             return Ok(());
         }
-        let mut out = self.loan.lend(self.piece.at, len).await;
+        let mut out = self.target.buffer.lend(self.piece.at, len).await;
         let have = got.saturating_sub(skip).min(len);
         out[..have].copy_from_slice(&window[skip..skip + have]);
         out[have..].fill(0);
@@ -296,8 +321,8 @@ async fn attempt(inner: &Inner, sources: &[Source], units: &[Unit], deadline: In
 
 async fn exchange(inner: &Inner, sources: &[Source], units: &[Unit], deadline: Instant) -> Result<Vec<Result<()>>> {
     let bytes: usize = units.iter().map(|unit| unit.blocks.len as usize).sum();
-    let permits = bytes.min(inner.config.read_bytes_in_flight) as u32;
-    let _budget = inner.read_budget.acquire_many(permits).await.expect("the budget is never closed");
+    let limit = inner.config.read_bytes_in_flight;
+    let _budget = inner.reserve(&inner.read_budget, bytes, limit, deadline).await?;
     let mut windows = Vec::with_capacity(units.len());
     for unit in units {
         windows.push(unit.window(inner).await);

@@ -52,9 +52,9 @@ async fn write_piece(
     data: Region,
     deadline: Instant,
 ) -> Result<()> {
-    let permits = data.len().min(inner.config.write_bytes_in_flight) as u32;
-    let _budget = inner.write_budget.acquire_many(permits).await.expect("the budget is never closed");
-    let claim = inner.channels.claim().await?;
+    let limit = inner.config.write_bytes_in_flight;
+    let _budget = inner.reserve(&inner.write_budget, data.len(), limit, deadline).await?;
+    let claim = inner.channels.claim(deadline).await?;
     let chain_id = locate(&inner, &layout, u64::from(piece.chunk.index), deadline).await?;
     state.touch_chain(chain_id);
     let request = WriteRequest {

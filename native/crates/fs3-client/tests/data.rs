@@ -302,3 +302,50 @@ async fn replicas_are_listed_page_by_page() {
     assert_eq!(listings.len(), 12);
     assert!(listings.iter().all(|listing| listing.chunks.len() == 5));
 }
+
+#[tokio::test]
+async fn a_reader_of_a_removed_file_gets_an_error_instead_of_zeros() {
+    let cluster = FakeCluster::start().await;
+    let (client, other) = (cluster.client().await, cluster.client().await);
+    let file = create(&other, "f").await;
+    write(&file, 0, &pattern(1, 2 * K)).await.unwrap();
+    file.close().await.unwrap();
+    let options = fs3_client::OpenOptions { read: true, ..Default::default() };
+    let reader = client.open(&Caller::default(), at_path(b"f", false), options).await.unwrap();
+    assert_eq!(read(&reader, 0, 10).await.unwrap(), pattern(1, 10));
+    cluster.state.files.lock().clear();
+    cluster.state.stores.values().for_each(|store| store.lock().clear());
+    assert_eq!(read(&reader, 0, 10).await.unwrap_err().code, Code::StaleHandle);
+}
+
+#[tokio::test]
+async fn a_sparse_file_is_checked_at_most_once_a_second() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, (8 * K) as u64, b"end").await.unwrap();
+    file.close().await.unwrap();
+    let options = fs3_client::OpenOptions { read: true, ..Default::default() };
+    let reader = client.open(&Caller::default(), at_path(b"f", false), options).await.unwrap();
+    for _ in 0..20 {
+        assert_eq!(read(&reader, 5, 3 * K).await.unwrap(), vec![0; 3 * K]);
+    }
+    let stats = cluster.state.log.lock().metas.iter().filter(|(method, ..)| *method == Method::MetaStat).count();
+    assert!((1..=5).contains(&stats), "{stats} stats for 20 reads of holes");
+}
+
+#[tokio::test]
+async fn more_bytes_than_may_be_in_flight_take_turns() {
+    let cluster = FakeCluster::start().await;
+    let config = fs3_client::ClientConfig {
+        read_bytes_in_flight: 1 << 16,
+        write_bytes_in_flight: 1 << 16,
+        write_channels: 2,
+        ..cluster.config()
+    };
+    let client = Client::connect(config).await.unwrap();
+    let file = create(&client, "f").await;
+    let data = pattern(1, 20 * K + 17);
+    write(&file, 3, &data).await.unwrap();
+    assert!(read(&file, 3, data.len()).await.unwrap() == data);
+}

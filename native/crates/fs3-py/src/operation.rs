@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::errors::to_python;
-use crate::runtime::{Owned, runtime};
+use crate::runtime::{Owned, process, runtime};
 
 /// Turns the result into a Python object; runs attached to the interpreter.
 type Finish = Box<dyn FnOnce(Python<'_>) -> PyResult<Py<PyAny>> + Send>;
@@ -116,7 +116,8 @@ impl Cancel {
     }
 }
 
-struct Delivery {
+/// A result and who waits for it.
+pub struct Delivery {
     event_loop: Py<PyAny>,
     future: Py<PyAny>,
     finish: Finish,
@@ -146,27 +147,23 @@ impl Batch {
     }
 }
 
-/// Where results for event loops go: one thread takes the interpreter for them, so that network threads never wait
-/// for it. The pid tells a forked child that it needs its own.
-static DELIVERIES: Mutex<Option<(u32, &'static Mutex<Sender<Delivery>>)>> = Mutex::new(None);
 static STOPPED: AtomicBool = AtomicBool::new(false);
 static EXIT_HOOK: OnceLock<()> = OnceLock::new();
 
+/// Where results for event loops go: one thread takes the interpreter for them, so that network threads never wait
+/// for it.
 fn deliveries() -> PyResult<&'static Mutex<Sender<Delivery>>> {
-    let mut current = DELIVERIES.lock();
-    match *current {
-        Some((pid, sender)) if pid == std::process::id() => Ok(sender),
-        _ => {
-            let (sender, receiver) = channel();
-            let sender: &'static _ = Box::leak(Box::new(Mutex::new(sender)));
-            std::thread::Builder::new()
-                .name("fs3-native-asyncio".into())
-                .spawn(move || deliver(&receiver))
-                .map_err(|e| PyRuntimeError::new_err(format!("cannot start a thread: {e}")))?;
-            *current = Some((std::process::id(), sender));
-            Ok(sender)
-        }
+    let process = process()?;
+    if let Some(sender) = process.deliveries.get() {
+        return Ok(sender);
     }
+    let (sender, receiver) = channel();
+    std::thread::Builder::new()
+        .name("fs3-native-asyncio".into())
+        .spawn(move || deliver(&receiver))
+        .map_err(|e| PyRuntimeError::new_err(format!("cannot start a thread: {e}")))?;
+    // If another thread was faster, this sender is dropped, which ends the thread it belongs to.
+    Ok(process.deliveries.get_or_init(|| Mutex::new(sender)))
 }
 
 fn deliver(receiver: &Receiver<Delivery>) {

@@ -1,31 +1,44 @@
 //! The one tokio runtime of the process, started when first needed, and again in a forked child.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
 
+use parking_lot::Mutex;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use tokio::runtime::{Builder, Runtime};
 
+use crate::operation::Delivery;
+
 /// Worker threads unless set otherwise: network and checksum work of one client keeps about one core busy.
 const THREADS: usize = 2;
 
-struct Process {
+/// What a process has one of. It is never dropped.
+pub struct Process {
     pid: u32,
-    runtime: Runtime,
+    pub runtime: Runtime,
+    /// See `operation::deliveries`.
+    pub deliveries: OnceLock<Mutex<Sender<Delivery>>>,
 }
 
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
 static WANTED: AtomicUsize = AtomicUsize::new(THREADS);
 
-/// The runtime of this process. Its threads end with the process. After a fork the child gets a new one: the
-/// parent's threads do not exist there, and its runtime is left untouched.
+/// The runtime of this process. Its threads end with the process.
 pub fn runtime() -> PyResult<&'static Runtime> {
+    Ok(&process()?.runtime)
+}
+
+/// What belongs to this process. After a fork the child gets its own: the parent's threads do not exist there, so
+/// the parent's is left untouched, locks included.
+pub fn process() -> PyResult<&'static Process> {
     let current = CURRENT.load(Ordering::Acquire);
-    // SAFETY: the pointer is null or came from Box::leak, and is never freed.
+    // SAFETY: the pointer is null or came from Box::into_raw, and is never freed.
     if let Some(process) = unsafe { current.as_ref() }
         && process.pid == std::process::id()
     {
-        return Ok(&process.runtime);
+        return Ok(process);
     }
     let runtime = Builder::new_multi_thread()
         .worker_threads(WANTED.load(Ordering::Relaxed))
@@ -33,21 +46,19 @@ pub fn runtime() -> PyResult<&'static Runtime> {
         .enable_all()
         .build()
         .map_err(|e| PyRuntimeError::new_err(format!("cannot start threads: {e}")))?;
-    let new = Box::into_raw(Box::new(Process { pid: std::process::id(), runtime }));
+    let new = Box::into_raw(Box::new(Process { pid: std::process::id(), runtime, deliveries: OnceLock::new() }));
     match CURRENT.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire) {
         // SAFETY: as above.
-        Ok(_) => Ok(unsafe { &(*new).runtime }),
-        Err(_) => {
-            // SAFETY: `new` was not published.
-            drop(unsafe { Box::from_raw(new) });
-            runtime_again()
+        Ok(_) => Ok(unsafe { &*new }),
+        Err(other) => {
+            // Another thread was faster.
+            // SAFETY: `new` was not published; `other` was, and is never freed.
+            unsafe {
+                drop(Box::from_raw(new));
+                Ok(&*other)
+            }
         }
     }
-}
-
-fn runtime_again() -> PyResult<&'static Runtime> {
-    // SAFETY: as in `runtime`; another thread has just published it.
-    unsafe { Ok(&(*CURRENT.load(Ordering::Acquire)).runtime) }
 }
 
 /// Threads of the process-wide runtime (default 2). Raises RuntimeError once it runs.
