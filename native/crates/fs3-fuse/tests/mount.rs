@@ -1,0 +1,455 @@
+//! Real mounts through the kernel, of a cluster that is faked in this process. Skipped where FUSE is not to be had.
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use common::FakeCluster;
+use fs3_core::Code;
+use fs3_fuse::{MountHandle, MountOptions, mount};
+use fs3_proto::v1::Method;
+use tokio::runtime::Runtime;
+
+/// A mounted fake cluster; unmounted when dropped.
+struct Bed {
+    cluster: FakeCluster,
+    mounts: Vec<(MountHandle, tempfile::TempDir)>,
+    runtime: Runtime,
+}
+
+impl Bed {
+    fn new() -> Option<Self> {
+        if OpenOptions::new().read(true).write(true).open("/dev/fuse").is_err() {
+            eprintln!("skipped: /dev/fuse cannot be opened");
+            return None;
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let cluster = runtime.block_on(FakeCluster::start());
+        let mut bed = Self { cluster, mounts: Vec::new(), runtime };
+        bed.mount(MountOptions::default());
+        Some(bed)
+    }
+
+    /// Mount it once more; returns where.
+    fn mount(&mut self, options: MountOptions) -> PathBuf {
+        let client = self.runtime.block_on(self.cluster.client());
+        let dir = tempfile::tempdir().unwrap();
+        let handle = mount(client, self.runtime.handle().clone(), dir.path(), options).unwrap();
+        let path = dir.path().to_owned();
+        self.mounts.push((handle, dir));
+        path
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.mounts[0].1.path().join(name)
+    }
+
+    fn eventually(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "never happened: {what}");
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        for (handle, _) in &self.mounts {
+            let ended = handle.unmount();
+            if !std::thread::panicking() {
+                ended.unwrap();
+            }
+        }
+    }
+}
+
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut x = seed | 1;
+    let mut next = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn names(path: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn open_rw(path: &Path) -> File {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+}
+
+#[test]
+fn files_of_many_sizes_read_back_as_written() {
+    let Some(bed) = Bed::new() else { return };
+    for (i, len) in [0, 1, 4095, 4096, 65_537, 262_144, 1_048_577, 5_000_003].into_iter().enumerate() {
+        let (path, data) = (bed.path(&format!("f{i}")), pattern(len, i as u64 + 1));
+        fs::write(&path, &data).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), len as u64);
+        assert!(fs::read(&path).unwrap() == data, "{len} bytes");
+    }
+    assert_eq!(names(&bed.path("")).len(), 8);
+}
+
+#[test]
+fn a_small_file_costs_one_write_and_no_more_metadata_calls_than_it_needs() {
+    let Some(bed) = Bed::new() else { return };
+    bed.cluster.take_log();
+    let mut file = File::create(bed.path("small")).unwrap();
+    for _ in 0..8 {
+        file.write_all(&[7; 512]).unwrap();
+    }
+    drop(file);
+    bed.eventually("the release", |bed| bed.cluster.session_count() == 0);
+    let log = bed.cluster.take_log();
+    assert_eq!(log.writes, vec![(0, 4096)]);
+    assert_eq!((log.count(Method::MetaCreate), log.count(Method::MetaClose)), (1, 1));
+    assert_eq!((log.count(Method::MetaSync), log.count(Method::MetaOpen)), (0, 0));
+}
+
+#[test]
+fn close_returns_after_other_mounts_can_see_the_data() {
+    let Some(mut bed) = Bed::new() else { return };
+    let other = bed.mount(MountOptions::default());
+    let mut known = Vec::new();
+    for round in 0..20u8 {
+        let data = vec![round; 10_000 + usize::from(round) * 777];
+        fs::write(bed.path("shared"), &data).unwrap();
+        assert!(fs::read(other.join("shared")).unwrap() == data, "round {round}");
+        // The other way round, growing the file by appending.
+        known.clone_from(&data);
+        known.extend_from_slice(b"more");
+        let mut file = OpenOptions::new().append(true).open(other.join("shared")).unwrap();
+        file.write_all(b"more").unwrap();
+        drop(file);
+        assert!(fs::read(bed.path("shared")).unwrap() == known, "round {round}, back");
+    }
+}
+
+#[test]
+fn an_unchanged_file_is_read_from_the_page_cache_and_a_changed_one_is_not() {
+    let Some(mut bed) = Bed::new() else { return };
+    let other = bed.mount(MountOptions::default());
+    fs::write(bed.path("f"), pattern(300_000, 3)).unwrap();
+    fs::read(other.join("f")).unwrap();
+    bed.cluster.take_log();
+    fs::read(other.join("f")).unwrap();
+    assert_eq!(bed.cluster.take_log().count(Method::StorageRead), 0);
+    // The same length, so only the times tell.
+    fs::write(bed.path("f"), pattern(300_000, 4)).unwrap();
+    assert!(fs::read(other.join("f")).unwrap() == pattern(300_000, 4));
+}
+
+#[test]
+fn stat_and_reads_see_writes_that_are_not_flushed() {
+    let Some(bed) = Bed::new() else { return };
+    let writer = open_rw(&bed.path("f"));
+    let reader = File::open(bed.path("f")).unwrap();
+    writer.write_all_at(b"hello", 0).unwrap();
+    assert_eq!(fs::metadata(bed.path("f")).unwrap().len(), 5);
+    let mut buf = [0; 5];
+    reader.read_exact_at(&mut buf, 0).unwrap();
+    assert_eq!(&buf, b"hello");
+    writer.write_all_at(b"far", 3_000_000).unwrap();
+    assert_eq!(reader.metadata().unwrap().len(), 3_000_003);
+    let mut hole = vec![1; 100_000];
+    reader.read_exact_at(&mut hole, 1_500_000).unwrap();
+    assert!(hole.iter().all(|b| *b == 0));
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(bed.path("f")).unwrap();
+    direct.read_exact_at(&mut buf, 0).unwrap();
+    assert_eq!(&buf, b"hello");
+}
+
+#[test]
+fn random_reads_writes_and_truncates_match_a_plain_file() {
+    let Some(bed) = Bed::new() else { return };
+    let mut model: Vec<u8> = Vec::new();
+    let mut files = vec![open_rw(&bed.path("f")), open_rw(&bed.path("f"))];
+    files.push(OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(bed.path("f")).unwrap());
+    let mut seed = 99u64;
+    let mut next = |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    for round in 0..1500u64 {
+        let offset = next(3 << 20);
+        let len = if next(8) == 0 { next(400_000) } else { next(9_000) } as usize + 1;
+        let file = &files[next(3) as usize];
+        match next(10) {
+            0..=4 => {
+                let data = pattern(len, round);
+                file.write_all_at(&data, offset).unwrap();
+                model.resize(model.len().max(offset as usize + len), 0);
+                model[offset as usize..offset as usize + len].copy_from_slice(&data);
+            }
+            5..=7 => {
+                let mut buf = vec![0xee; len];
+                let mut got = 0;
+                while got < len {
+                    match file.read_at(&mut buf[got..], offset + got as u64).unwrap() {
+                        0 => break,
+                        n => got += n,
+                    }
+                }
+                let expected = model.get(offset as usize..).unwrap_or_default();
+                let expected = &expected[..expected.len().min(len)];
+                assert!(&buf[..got] == expected, "round {round}: {len} bytes at {offset}");
+            }
+            8 => {
+                let length = next(3 << 20);
+                file.set_len(length).unwrap();
+                model.resize(length as usize, 0);
+            }
+            _ => assert_eq!(file.metadata().unwrap().len(), model.len() as u64, "round {round}"),
+        }
+    }
+    drop(files);
+    assert!(fs::read(bed.path("f")).unwrap() == model);
+}
+
+/// Says to a test that runs as a program of its own which file to work on.
+const CHILD_FILE: &str = "FS3_TEST_FILE";
+
+/// What the test below runs as another process: one that serves a mount must not map files of it, since the kernel
+/// holds the process's address space while it writes mapped pages back.
+#[test]
+#[ignore = "the program of another test"]
+fn map_a_file() {
+    let path = PathBuf::from(std::env::var_os(CHILD_FILE).expect("run by another test"));
+    let file = open_rw(&path);
+    file.set_len(1 << 20).unwrap();
+    // SAFETY: a fresh shared mapping of an open file.
+    let map = unsafe {
+        let flags = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(std::ptr::null_mut(), 1 << 20, flags, libc::MAP_SHARED, file.as_raw_fd(), 0)
+    };
+    assert_ne!(map, libc::MAP_FAILED);
+    // SAFETY: the mapping is that long and lives until the munmap below.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(map.cast::<u8>(), 1 << 20) };
+    bytes[5000..5005].copy_from_slice(b"mmap!");
+    let mut buf = [0; 5];
+    file.read_exact_at(&mut buf, 5000).unwrap();
+    assert_eq!(&buf, b"mmap!");
+    file.write_all_at(b"write", 9000).unwrap();
+    assert_eq!(&bytes[9000..9005], b"write");
+    // Closed before the map goes: its pages are written when they are unmapped.
+    drop(file);
+    bytes[700_000] = 42;
+    // SAFETY: as mapped; `bytes` is not used afterwards.
+    unsafe { libc::munmap(map, 1 << 20) };
+}
+
+#[test]
+fn shared_memory_maps_are_coherent_with_reads_and_writes() {
+    let Some(bed) = Bed::new() else { return };
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "map_a_file", "--ignored", "--nocapture"]).env(CHILD_FILE, bed.path("m"));
+    let done = child.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    bed.eventually("the release", |bed| bed.cluster.session_count() == 0);
+    let back = fs::read(bed.path("m")).unwrap();
+    assert_eq!((&back[5000..5005], &back[9000..9005], back[700_000]), (&b"mmap!"[..], &b"write"[..], 42));
+}
+
+#[test]
+fn appends_of_several_handles_follow_each_other() {
+    let Some(bed) = Bed::new() else { return };
+    let open = || OpenOptions::new().append(true).create(true).open(bed.path("log")).unwrap();
+    let (mut one, mut two) = (open(), open());
+    for _ in 0..200 {
+        one.write_all(b"one\n").unwrap();
+        two.write_all(b"two\n").unwrap();
+    }
+    drop((one, two));
+    assert_eq!(fs::read_to_string(bed.path("log")).unwrap(), "one\ntwo\n".repeat(200));
+}
+
+#[test]
+fn an_unlinked_file_lives_until_its_last_close() {
+    let Some(bed) = Bed::new() else { return };
+    fs::write(bed.path("gone"), b"still here").unwrap();
+    fs::write(bed.path("over"), b"replaced").unwrap();
+    bed.eventually("the release", |bed| bed.cluster.session_count() == 0);
+    let mut reader = File::open(bed.path("gone")).unwrap();
+    let mut replaced = File::open(bed.path("over")).unwrap();
+    let writer = OpenOptions::new().write(true).open(bed.path("gone")).unwrap();
+    fs::remove_file(bed.path("gone")).unwrap();
+    fs::write(bed.path("new"), b"new").unwrap();
+    fs::rename(bed.path("new"), bed.path("over")).unwrap();
+    writer.write_all_at(b"STILL", 0).unwrap();
+    drop(writer);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "STILL here");
+    assert_eq!(reader.metadata().unwrap().nlink(), 0);
+    text.clear();
+    replaced.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "replaced");
+    assert_eq!(names(&bed.path("")), ["over"]);
+    drop((reader, replaced));
+    bed.eventually("the inodes are gone", |bed| bed.cluster.inode_count() == 2 && bed.cluster.session_count() == 0);
+}
+
+#[test]
+fn a_descriptor_shared_by_a_child_works_on_after_the_child_has_closed_it() {
+    let Some(bed) = Bed::new() else { return };
+    let mut file = File::create(bed.path("out")).unwrap();
+    for i in 0..3 {
+        writeln!(file, "parent {i}").unwrap();
+        let out = file.try_clone().unwrap();
+        let status = std::process::Command::new("echo").arg(format!("child {i}")).stdout(out).status().unwrap();
+        assert!(status.success());
+        if i == 1 {
+            // Closed early at the service at this moment; it must live on without its name all the same.
+            fs::hard_link(bed.path("out"), bed.path("kept")).unwrap();
+            fs::remove_file(bed.path("out")).unwrap();
+        }
+    }
+    file.sync_all().unwrap();
+    drop(file);
+    let expected = "parent 0\nchild 0\nparent 1\nchild 1\nparent 2\nchild 2\n";
+    assert_eq!(fs::read_to_string(bed.path("kept")).unwrap(), expected);
+}
+
+#[test]
+fn directories_list_every_entry_once_however_large() {
+    let Some(bed) = Bed::new() else { return };
+    let dir = bed.path("d");
+    fs::create_dir(&dir).unwrap();
+    let expected: Vec<_> = (0..5000).map(|i| format!("entry-{i:05}")).collect();
+    for name in &expected {
+        File::create(dir.join(name)).unwrap();
+    }
+    assert_eq!(names(&dir), expected);
+    let mut listed = fs::read_dir(&dir).unwrap();
+    for _ in 0..3000 {
+        fs::remove_file(listed.next().unwrap().unwrap().path()).unwrap();
+    }
+    assert_eq!(listed.count(), 2000, "removing what was listed loses none of the rest");
+    assert_eq!(fs::remove_dir(&dir).unwrap_err().kind(), ErrorKind::DirectoryNotEmpty);
+    fs::remove_dir_all(&dir).unwrap();
+    assert!(names(&bed.path("")).is_empty());
+}
+
+#[test]
+fn names_links_and_attributes_do_what_posix_says() {
+    let Some(bed) = Bed::new() else { return };
+    fs::create_dir_all(bed.path("a/b")).unwrap();
+    fs::write(bed.path("a/b/f"), b"x").unwrap();
+    symlink("b/f", bed.path("a/link")).unwrap();
+    assert_eq!(fs::read_link(bed.path("a/link")).unwrap(), Path::new("b/f"));
+    assert_eq!(fs::read(bed.path("a/link")).unwrap(), b"x");
+    assert_eq!(fs::symlink_metadata(bed.path("a/link")).unwrap().len(), 3);
+    fs::hard_link(bed.path("a/b/f"), bed.path("g")).unwrap();
+    assert_eq!(fs::metadata(bed.path("g")).unwrap().nlink(), 2);
+    fs::set_permissions(bed.path("g"), fs::Permissions::from_mode(0o640)).unwrap();
+    assert_eq!(fs::metadata(bed.path("a/b/f")).unwrap().mode() & 0o7777, 0o640);
+    fs::rename(bed.path("a"), bed.path("z")).unwrap();
+    assert_eq!(names(&bed.path("")), ["g", "z"]);
+    assert_eq!(File::create_new(bed.path("g")).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(fs::metadata(bed.path("none")).unwrap_err().kind(), ErrorKind::NotFound);
+    let early = std::time::UNIX_EPOCH - Duration::from_millis(1_500);
+    let file = open_rw(&bed.path("g"));
+    file.write_all_at(b"yy", 0).unwrap();
+    file.set_times(fs::FileTimes::new().set_modified(early)).unwrap();
+    drop(file);
+    assert_eq!(fs::metadata(bed.path("g")).unwrap().modified().unwrap(), early, "closing does not touch the time");
+    assert!(fs::metadata(bed.path("")).unwrap().is_dir());
+}
+
+#[test]
+fn a_sparse_file_is_data_as_a_whole() {
+    let Some(bed) = Bed::new() else { return };
+    let mut file = open_rw(&bed.path("s"));
+    file.seek(SeekFrom::Start(1_000_000)).unwrap();
+    file.write_all(b"end").unwrap();
+    for (whence, expected) in [(libc::SEEK_DATA, 10), (libc::SEEK_HOLE, 1_000_003)] {
+        // SAFETY: a plain system call on an open descriptor.
+        assert_eq!(unsafe { libc::lseek(file.as_raw_fd(), 10, whence) }, expected);
+    }
+}
+
+#[test]
+fn a_failed_background_write_is_told_by_close_or_sync_once() {
+    let Some(bed) = Bed::new() else { return };
+    let file = open_rw(&bed.path("f"));
+    *bed.cluster.state.write_error.lock() = Some(Code::NoSpace);
+    file.write_all_at(b"lost", 0).unwrap();
+    assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    *bed.cluster.state.write_error.lock() = None;
+    file.sync_all().unwrap();
+    file.write_all_at(b"kept", 0).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    assert_eq!(fs::read(bed.path("f")).unwrap(), b"kept");
+}
+
+#[test]
+fn fcntl_locks_exclude_each_other_on_one_mount() {
+    let Some(bed) = Bed::new() else { return };
+    let (one, two) = (open_rw(&bed.path("l")), open_rw(&bed.path("l")));
+    one.lock().unwrap();
+    assert!(two.try_lock().is_err());
+    one.unlock().unwrap();
+    two.try_lock().unwrap();
+}
+
+#[test]
+fn a_read_only_mount_refuses_changes() {
+    let Some(mut bed) = Bed::new() else { return };
+    fs::write(bed.path("f"), b"x").unwrap();
+    let other = bed.mount(MountOptions { read_only: true, ..Default::default() });
+    assert_eq!(fs::read(other.join("f")).unwrap(), b"x");
+    assert_eq!(fs::write(other.join("g"), b"x").unwrap_err().raw_os_error(), Some(libc::EROFS));
+}
+
+#[test]
+fn unmounting_writes_what_is_open_and_the_mount_is_gone() {
+    let Some(bed) = Bed::new() else { return };
+    let data = pattern(3_000_000, 5);
+    let mut file = File::create(bed.path("f")).unwrap();
+    file.write_all(&data).unwrap();
+    let handle = &bed.mounts[0].0;
+    std::thread::scope(|scope| {
+        let ending = scope.spawn(|| handle.unmount());
+        // Taken out of the name space at once; the open file keeps it alive until it is closed.
+        bed.eventually("the mountpoint is empty", |bed| names(&bed.path("")).is_empty());
+        drop(file);
+        ending.join().unwrap().unwrap();
+    });
+    let mut bed = bed;
+    let again = bed.mount(MountOptions::default());
+    assert!(fs::read(again.join("f")).unwrap() == data);
+}
+
+#[test]
+fn memory_stays_bounded_while_several_writers_stream() {
+    let Some(mut bed) = Bed::new() else { return };
+    let dir = bed.mount(MountOptions { max_memory_bytes: 16 << 20, ..Default::default() });
+    std::thread::scope(|scope| {
+        for i in 0..4u64 {
+            let path = dir.join(format!("w{i}"));
+            scope.spawn(move || {
+                let data = pattern(1 << 20, i + 1);
+                let mut file = File::create(&path).unwrap();
+                for _ in 0..24 {
+                    file.write_all(&data).unwrap();
+                }
+                drop(file);
+                let back = fs::read(&path).unwrap();
+                assert!(back.len() == 24 << 20 && back.chunks(1 << 20).all(|part| part == data));
+            });
+        }
+    });
+}
