@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from fs3.core.errors import Fs3Error, error
-from fs3.fuse import daemon
+from fs3.fuse import serve
 from fs3.fuse.options import MountOptions, parse_url
 from fs3.fuse.table import Daemon, Mounted, default_file, mounted_at, real_path
 from fs3.v1.frame_pb2 import Code
@@ -65,11 +65,11 @@ def check_mountpoint(mountpoint: str) -> str:
     return path
 
 
-def _parameters(url: str, mountpoint: str, token: str | None, options: MountOptions) -> daemon.Parameters:
+def _parameters(url: str, mountpoint: str, token: str | None, options: MountOptions) -> serve.Parameters:
     metas = parse_url(url)
     check_device()
     path = check_mountpoint(mountpoint)
-    return daemon.Parameters(
+    return serve.Parameters(
         metas=metas,
         mountpoint=path,
         pid_file=str(Path(options.pid_file).absolute() if options.pid_file else default_file(path, ".pid")),
@@ -99,7 +99,7 @@ def mount(
     """
     parameters = _parameters(url, mountpoint, token, options or MountOptions())
     if foreground:
-        return daemon.serve(parameters, lambda: None)
+        return serve.serve(parameters, lambda: None)
     deadline = time.monotonic() + timeout_s
     child, outcome = _spawn(parameters, url)
     try:
@@ -114,7 +114,7 @@ def mount(
     return 0
 
 
-def _spawn(parameters: daemon.Parameters, url: str) -> tuple[subprocess.Popen[bytes], _Outcome]:
+def _spawn(parameters: serve.Parameters, url: str) -> tuple[subprocess.Popen[bytes], _Outcome]:
     log = Path(parameters.log_file)
     read_end, write_end = os.pipe()
     try:
@@ -164,7 +164,7 @@ class _Outcome:
 
 
 def _await_ready(
-    child: subprocess.Popen[bytes], outcome: _Outcome, parameters: daemon.Parameters, deadline: float
+    child: subprocess.Popen[bytes], outcome: _Outcome, parameters: serve.Parameters, deadline: float
 ) -> None:
     try:
         said = outcome.read(deadline)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fs3.core.errors import Fs3Error
-from fs3.fuse import MountOptions, control, daemon, mount, umount
+from fs3.fuse import MountOptions, control, mount, serve, umount
 from fs3.fuse.table import default_file, mounted_at
 from fs3.v1.frame_pb2 import Code
 
@@ -54,7 +54,7 @@ def test_unmounting_what_is_not_mounted_or_not_ours_is_refused(tmp_path: Path) -
 
 
 def test_parameters_survive_the_way_to_the_daemon_and_do_not_show_the_token() -> None:
-    parameters = daemon.Parameters(
+    parameters = serve.Parameters(
         metas=["a:1"],
         mountpoint="/m",
         pid_file="/p",
@@ -62,7 +62,7 @@ def test_parameters_survive_the_way_to_the_daemon_and_do_not_show_the_token() ->
         token="geheim",
         options=MountOptions(read_only=True, threads=3),
     )
-    assert daemon.Parameters.from_json(parameters.to_json()) == parameters
+    assert serve.Parameters.from_json(parameters.to_json()) == parameters
     assert "geheim" not in repr(parameters)
 
 

@@ -1,0 +1,150 @@
+"""Serving a mount: in the foreground, or in a daemon that gets its parameters as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fs3.core.errors import Fs3Error, error
+from fs3.fuse.options import MountOptions
+from fs3.fuse.table import Daemon, default_file, start_ticks
+from fs3.v1.frame_pb2 import Code
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything the daemon needs to know. The mountpoint is absolute and resolved."""
+
+    metas: list[str]
+    mountpoint: str
+    pid_file: str
+    log_file: str
+    token: str = field(default="", repr=False)
+    options: MountOptions = field(default_factory=MountOptions)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps({**asdict(self), "options": asdict(self.options)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Parameters:
+        """The reverse of :meth:`to_json`."""
+        data = json.loads(text)
+        return cls(**{**data, "options": MountOptions(**data["options"])})
+
+
+def _start(parameters: Parameters) -> Any:
+    """Mount and serve in the background; returns the native handle."""
+    from fs3 import native
+
+    options = parameters.options
+    with contextlib.suppress(RuntimeError):  # in the foreground the program may have set them already
+        native.init_logging({"warning": "warn"}.get(options.log_level, options.log_level))
+    with contextlib.suppress(RuntimeError):
+        native.set_runtime_threads(max(2, min(8, os.cpu_count() or 2)))
+    return native.Mount(
+        metas=parameters.metas,
+        token=parameters.token,
+        cluster_id=options.cluster_id or None,
+        mountpoint=parameters.mountpoint,
+        allow_other=options.allow_other,
+        default_permissions=options.default_permissions,
+        read_only=options.read_only,
+        suid=options.suid,
+        dev=options.dev,
+        threads=options.threads,
+        max_memory_bytes=options.max_memory_bytes,
+        attr_timeout_s=options.attr_timeout_s,
+        entry_timeout_s=options.entry_timeout_s,
+        readahead_bytes=options.readahead_bytes,
+        op_timeout_s=options.op_timeout_s,
+    )
+
+
+def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
+    """Mount, call `ready`, and return an exit status when the mount has ended.
+
+    SIGTERM and SIGINT write everything and unmount. Must run in the main thread. Raises Fs3Error when mounting fails.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def note(what: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(write_end, what)
+
+    previous = {n: signal.signal(n, lambda *_: note(b"s")) for n in (signal.SIGTERM, signal.SIGINT)}
+    # The default place too, so that `umount` finds the process without being told where its pid file is.
+    pid_files = {Path(parameters.pid_file), default_file(parameters.mountpoint, ".pid")}
+    failures: list[Fs3Error | OSError] = []
+    try:
+        mount = _start(parameters)
+        for pid_file in pid_files:
+            try:
+                Daemon(os.getpid(), start_ticks(os.getpid()) or 0, parameters.log_file).save(pid_file)
+            except OSError as e:
+                mount.unmount()
+                raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
+
+        def watch() -> None:
+            try:
+                mount.wait()
+            except OSError as e:
+                failures.append(e)
+            note(b"e")
+
+        watcher = threading.Thread(target=watch, name="fs3-mount-watch", daemon=True)
+        watcher.start()
+        ready()
+        if os.read(read_end, 1) == b"s":
+            mount.unmount()
+        watcher.join(timeout=60)
+    finally:
+        for pid_file in pid_files:
+            with contextlib.suppress(OSError):
+                pid_file.unlink(missing_ok=True)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.close(read_end)
+        os.close(write_end)
+    if failures:
+        print(f"fs3 mount: {failures[0]}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the daemon: parameters on stdin, the outcome on the descriptor that the first argument names."""
+    report = os.fdopen(int(argv[0]), "w")
+    os.chdir("/")
+    parameters = Parameters.from_json(sys.stdin.readline())
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("fs3 mount")
+
+    def tell(outcome: dict[str, object]) -> None:
+        if not report.closed:
+            with contextlib.suppress(OSError):
+                report.write(json.dumps(outcome) + "\n")
+                report.close()
+
+    try:
+        return serve(parameters, lambda: tell({"ok": True}))
+    except Fs3Error as e:
+        print(f"fs3 mount: {e.message}", file=sys.stderr, flush=True)
+        tell({"code": e.code, "message": e.message})
+        return 1
+    except ImportError as e:
+        tell({"code": Code.CODE_UNAVAILABLE, "message": f"the native module is missing ({e}); build it: make build"})
+        return 1
+    except OSError as e:
+        print(f"fs3 mount: {e}", file=sys.stderr, flush=True)
+        tell({"code": Code.CODE_UNAVAILABLE, "message": str(e)})
+        return 1
