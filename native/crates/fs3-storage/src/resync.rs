@@ -84,6 +84,9 @@ impl Target {
                 _ => differing.push(*id),
             }
         }
+        // What was sent whole, or compared equal, stays equal through the chain: chunks that are being written all the
+        // time must not keep a resync from ending.
+        self.retain_unsynced(to, &mut differing);
         differing
     }
 

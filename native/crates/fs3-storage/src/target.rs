@@ -262,6 +262,12 @@ impl Target {
         self.machine.lock().replica.mark_synced(to, chunk, outcome, &StoreView(&self.store));
     }
 
+    /// Those of `chunks` that the syncing successor `to` is not known to hold equal.
+    pub fn retain_unsynced(&self, to: fs3_core::TargetId, chunks: &mut Vec<ChunkId>) {
+        let machine = self.machine.lock();
+        chunks.retain(|chunk| !machine.replica.is_synced(to, *chunk));
+    }
+
     /// What to report. A store that failed takes the target offline.
     pub fn local_state(self: &Arc<Self>) -> (LocalState, Option<String>) {
         if let Some(error) = self.store.failed() {
