@@ -37,7 +37,13 @@
 //!
 //! Invariant 1 does not survive the simultaneous crash of all replicas while an unacknowledged update was being
 //! prepared: then a downstream replica may hold an unacknowledged version that its upstream never wrote. Such a
-//! chain converges by invariant 6, with the loss of unacknowledged updates only.
+//! chain converges by invariant 6, with the loss of unacknowledged updates only; a reader may have seen one.
+//!
+//! # What is asked of the manager
+//! One syncing replica at a time is made serving: two that synced side by side may differ for a moment in an update
+//! that is in flight (writes stay right, two concurrent reads may see them in different orders). A restarted replica is
+//! made serving or syncing only after it reported itself online, which it does once it has seen a routing in which it
+//! is neither.
 
 mod chunk;
 mod progress;

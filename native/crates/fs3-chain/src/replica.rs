@@ -122,6 +122,11 @@ impl Replica {
         }
     }
 
+    /// Whether a syncing successor holds this chunk equal, or will by the updates in flight.
+    pub fn is_synced(&self, to: TargetId, chunk: ChunkId) -> bool {
+        self.synced.contains(&(to, chunk))
+    }
+
     /// Whether no update of an earlier chain version is left. A resync is done only then: such an update may have been
     /// shown by a replica that has left the chain since, and a syncing one must not serve without it.
     pub fn is_settled(&self) -> bool {
