@@ -106,10 +106,19 @@ impl Replica {
             Local::None if op.kind == Kind::Mirror => Some(outcome_of(&view.chunk(chunk))),
             _ => None,
         };
-        if diverged(op, expected) {
+        let refused = op.legs.iter().find_map(|l| if let LegState::Refused(c) = l.state { Some(c) } else { None });
+        let diverged = diverged(op, expected);
+        if diverged || refused.is_some() {
+            // A syncing successor that acknowledged something else, or what is aborted now, is not equal after all.
+            let legs: Vec<TargetId> = op.legs.iter().map(|l| l.to).collect();
+            for to in legs {
+                self.synced.remove(&(to, chunk));
+            }
+        }
+        let Some(op) = self.chunks.get_mut(&chunk).and_then(|c| c.active.as_mut()) else { return };
+        if diverged {
             return self.repair(now_ns, chunk, head, view, out);
         }
-        let refused = op.legs.iter().find_map(|l| if let LegState::Refused(c) = l.state { Some(c) } else { None });
         match (op.local, refused) {
             (Local::Ready(_), None) => {
                 op.phase = Phase::Committing;

@@ -275,6 +275,15 @@ fn a_syncing_successor_gets_whole_chunks_until_it_is_known_to_be_equal() {
 }
 
 #[test]
+fn a_syncing_successor_that_acknowledges_something_else_is_not_taken_as_equal() {
+    let mut rig = Rig::with_chunk(place(1, true, &[(2, true)]), 4);
+    rig.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);
+    let other = Outcome { crc: 8, ..outcome(4) };
+    assert_eq!(replies(&rig.acked(1, 1, Ok(other))), [Err(Code::VersionGap)]);
+    assert!(!rig.replica.is_synced(NEXT, CHUNK));
+}
+
+#[test]
 fn a_syncing_replica_takes_any_version_over_an_older_chains_but_only_newer_over_its_own() {
     let syncing = RoutingView { chain_version: 9, role: Role::Syncing, head: false, successors: vec![] };
     let replace = |version| Origin::Forward { version, base: 0, replace: true };
