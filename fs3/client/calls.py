@@ -43,7 +43,15 @@ def open_operation(
 
 def native_reads(reads: Iterable[tuple[Any, int, WriteableBuffer]]) -> list[tuple[native.File, int, WriteableBuffer]]:
     """(file of any kind, offset, buffer) with the native files. Raises TypeError for files of something else."""
-    return [(_native_file(file), offset, buffer) for file, offset, buffer in reads]
+    found = []
+    last: Any = None
+    native_file: Any = None
+    for file, offset, buffer in reads:
+        # Many ranges of one file are the common case.
+        if native_file is None or file is not last:
+            last, native_file = file, _native_file(file)
+        found.append((native_file, offset, buffer))
+    return found
 
 
 def _native_file(file: Any) -> native.File:

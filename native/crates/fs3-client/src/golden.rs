@@ -33,7 +33,6 @@ fn chunks_and_chains_are_those_of_the_golden_vectors() {
             let (offset, length) = (number(&range["offset"]), number(&range["length"]) as usize);
             let found: Vec<[u64; 4]> = pieces(7, layout.chunk_bytes, offset, length)
                 .expect("a range within the limits")
-                .iter()
                 .map(|p| [p.chunk.index.into(), p.offset.into(), p.len.into(), offset + p.at as u64])
                 .collect();
             let expected: Vec<[u64; 4]> = range["pieces"]

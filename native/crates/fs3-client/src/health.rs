@@ -1,6 +1,7 @@
 //! Which targets failed lately.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -15,6 +16,8 @@ const ENTRIES_MAX: usize = 4096;
 #[derive(Default)]
 pub(crate) struct Health {
     failed: Mutex<HashMap<u64, (u64, Instant)>>,
+    /// Whether there may be any; spares the lock in good times.
+    any: AtomicBool,
 }
 
 impl Health {
@@ -24,11 +27,15 @@ impl Health {
         if failed.len() >= ENTRIES_MAX {
             failed.clear();
         }
+        self.any.store(true, Ordering::Release);
         failed.insert(target_id, (chain_version, now));
     }
 
     /// Whether to avoid it where there is a choice.
     pub fn suspect(&self, target_id: u64, chain_version: u64, now: Instant) -> bool {
+        if !self.any.load(Ordering::Acquire) {
+            return false;
+        }
         let failed = self.failed.lock();
         failed.get(&target_id).is_some_and(|&(version, at)| version == chain_version && now < at + SKIP)
     }

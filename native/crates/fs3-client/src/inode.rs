@@ -12,6 +12,8 @@ pub(crate) struct InodeState {
     /// Writes share it, truncates and closes have it alone: the acknowledged end of a write belongs to exactly
     /// one truncate version.
     pub gate: tokio::sync::RwLock<()>,
+    /// Held by the sync that runs.
+    pub sync_turn: tokio::sync::Mutex<()>,
     known: Mutex<Known>,
 }
 
@@ -43,7 +45,12 @@ pub(crate) struct Pending {
 impl InodeState {
     fn new(attr: Attr) -> Self {
         let known = Known { unsynced_before: attr.length, attr, ..Default::default() };
-        Self { inode: known.attr.inode, gate: Default::default(), known: Mutex::new(known) }
+        Self {
+            inode: known.attr.inode,
+            gate: Default::default(),
+            sync_turn: Default::default(),
+            known: Mutex::new(known),
+        }
     }
 
     /// Take in attributes from the service, in whatever order replies arrive.

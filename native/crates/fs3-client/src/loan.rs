@@ -5,87 +5,120 @@
 //! writes into memory that the caller believes to be his again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use fs3_core::RegionMut;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// A buffer of which parts are lent.
+/// A buffer of which parts are lent. Clones are the same loan.
+#[derive(Clone)]
 pub(crate) struct Loan {
-    ptr: *mut u8,
-    len: usize,
     shared: Arc<Shared>,
 }
 
 struct Shared {
+    ptr: *mut u8,
+    len: usize,
     state: Mutex<State>,
     returned: Notify,
+    hole: AtomicBool,
 }
 
 struct State {
     region: Option<RegionMut>,
-    /// Parts that are out, as (start, end); they never overlap.
-    out: Vec<(usize, usize)>,
+    /// Parts that are out, as (start, end); they never overlap. The first has a place of its own because most
+    /// buffers are lent in one part.
+    first: Option<(usize, usize)>,
+    more: Vec<(usize, usize)>,
 }
 
 /// Owner of a lent part; its drop is the return.
 struct Part {
-    start: usize,
+    range: (usize, usize),
     shared: Arc<Shared>,
 }
 
-// SAFETY: `ptr` belongs to the region in `shared`, which is Send and Sync; access follows `out`.
-unsafe impl Send for Loan {}
+// SAFETY: `ptr` belongs to the region in `state`, which is Send and Sync; access follows the parts that are out.
+unsafe impl Send for Shared {}
 // SAFETY: as above.
-unsafe impl Sync for Loan {}
+unsafe impl Sync for Shared {}
+
+impl State {
+    /// Note that `range` is out, unless some of it is already.
+    fn take_out(&mut self, range: (usize, usize)) -> bool {
+        if self.first.iter().chain(&self.more).any(|&(start, end)| start < range.1 && range.0 < end) {
+            return false;
+        }
+        match self.first {
+            None => self.first = Some(range),
+            Some(_) => self.more.push(range),
+        }
+        true
+    }
+
+    fn put_back(&mut self, range: (usize, usize)) {
+        if self.first == Some(range) {
+            self.first = None;
+        } else {
+            self.more.retain(|&out| out != range);
+        }
+    }
+
+    fn all_back(&self) -> bool {
+        self.first.is_none() && self.more.is_empty()
+    }
+}
 
 impl Loan {
     pub fn new(mut region: RegionMut) -> Self {
         let (ptr, len) = (region.as_mut_ptr(), region.len());
-        let state = Mutex::new(State { region: Some(region), out: Vec::new() });
-        Self { ptr, len, shared: Arc::new(Shared { state, returned: Notify::new() }) }
+        let state = Mutex::new(State { region: Some(region), first: None, more: Vec::new() });
+        Self { shared: Arc::new(Shared { ptr, len, state, returned: Notify::new(), hole: AtomicBool::new(false) }) }
     }
 
     pub fn len(&self) -> usize {
-        self.len
+        self.shared.len
+    }
+
+    /// Remember that some of the range had nothing stored.
+    pub fn set_hole(&self) {
+        self.shared.hole.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether some of the range had nothing stored.
+    pub fn has_hole(&self) -> bool {
+        self.shared.hole.load(Ordering::Relaxed)
     }
 
     /// Lend [start, start+len), once nothing of it is out (an abandoned try gives its part back soon).
     pub async fn lend(&self, start: usize, len: usize) -> RegionMut {
-        assert!(start.checked_add(len).is_some_and(|end| end <= self.len));
-        loop {
-            let returned = self.shared.returned.notified();
-            tokio::pin!(returned);
-            returned.as_mut().enable();
-            {
-                let mut state = self.shared.state.lock();
-                if !state.out.iter().any(|&(s, e)| s < start + len && start < e) {
-                    if len > 0 {
-                        state.out.push((start, start + len));
-                    }
-                    break;
-                }
-            }
-            returned.await;
-        }
-        let start_key = if len > 0 { start } else { usize::MAX };
-        let owner = Arc::new(Part { start: start_key, shared: self.shared.clone() });
-        // SAFETY: in range; the part's owner keeps the region alive through `shared`; `out` makes the part
-        // exclusive until its owner drops.
-        unsafe { RegionMut::from_raw(self.ptr.add(start), len, owner) }
+        assert!(len > 0 && start.checked_add(len).is_some_and(|end| end <= self.shared.len));
+        let range = (start, start + len);
+        self.wait(|state| state.take_out(range).then_some(())).await;
+        let owner = Arc::new(Part { range, shared: self.shared.clone() });
+        // SAFETY: in range; the part's owner keeps the region alive through `shared`, and the range is exclusive
+        // until its owner drops.
+        unsafe { RegionMut::from_raw(self.shared.ptr.add(start), len, owner) }
     }
 
     /// The buffer, once every part is back. Called once.
     pub async fn finish(&self) -> RegionMut {
+        self.wait(|state| state.all_back().then(|| state.region.take().expect("a loan is finished once"))).await
+    }
+
+    /// Try now and whenever a part has come back.
+    async fn wait<T>(&self, mut attempt: impl FnMut(&mut State) -> Option<T>) -> T {
+        if let Some(value) = attempt(&mut self.shared.state.lock()) {
+            return value;
+        }
         loop {
             let returned = self.shared.returned.notified();
             tokio::pin!(returned);
+            // From here on no return is missed.
             returned.as_mut().enable();
-            {
-                let mut state = self.shared.state.lock();
-                if state.out.is_empty() {
-                    return state.region.take().expect("a loan is finished once");
-                }
+            if let Some(value) = attempt(&mut self.shared.state.lock()) {
+                return value;
             }
             returned.await;
         }
@@ -94,10 +127,8 @@ impl Loan {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        if self.start != usize::MAX {
-            self.shared.state.lock().out.retain(|&(start, _)| start != self.start);
-            self.shared.returned.notify_waiters();
-        }
+        self.shared.state.lock().put_back(self.range);
+        self.shared.returned.notify_waiters();
     }
 }
 

@@ -1,12 +1,11 @@
 //! Reads: cut by chunk, batched by node, verified, and tried on every replica that serves.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, Code, Error, RegionMut, Result, crc32c};
+use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result, crc32c};
 use fs3_net::Sink;
 use fs3_proto::v1::{Layout, Method, ReadOp as WireOp, ReadRequest, ReadResponse, ReadResult};
 use prost::Message;
@@ -24,17 +23,10 @@ use crate::{OpenFile, ReadOp};
 const BATCH_OPS_MAX: usize = 256;
 const BATCH_BYTES_MAX: usize = 1 << 20;
 
-/// What the units of one operation share.
-struct Target {
-    buffer: Loan,
-    /// Some chunk had nothing: a hole, or the file is gone.
-    hole: AtomicBool,
-}
-
 /// One piece of one operation until it is read.
 struct Unit {
     op: usize,
-    target: Arc<Target>,
+    loan: Loan,
     layout: Layout,
     piece: Piece,
     blocks: Blocks,
@@ -45,32 +37,26 @@ struct Unit {
 }
 
 /// Where a unit is read from.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct Source {
-    address: Arc<str>,
+    node_id: u32,
     chain_id: u32,
     chain_version: u64,
     target_id: u64,
 }
 
-impl Target {
-    fn new(buf: RegionMut) -> Arc<Self> {
-        Arc::new(Self { buffer: Loan::new(buf), hole: AtomicBool::new(false) })
-    }
-}
-
 /// Read one range of one file.
 pub(crate) async fn read_one(file: &OpenFile, offset: u64, buf: RegionMut) -> (Result<usize>, RegionMut) {
-    let target = Target::new(buf);
+    let loan = Loan::new(buf);
     let mut units = Vec::new();
-    let result = match plan(0, file, offset, &target, &mut units) {
+    let result = match plan(0, file, offset, &loan, &mut units) {
         Err(error) => Err(error),
         Ok(count) => match read_units(file.client().inner(), units).await.pop() {
-            None => confirm(file, offset, &target, count).await,
+            None => confirm(file, offset, &loan, count).await,
             Some((_, error)) => Err(error),
         },
     };
-    (result, target.buffer.finish().await)
+    (result, loan.finish().await)
 }
 
 /// Read many ranges; results in the order of `ops`.
@@ -78,28 +64,28 @@ pub(crate) async fn read_many(inner: &Arc<Inner>, ops: Vec<ReadOp>) -> Vec<(Resu
     let mut units = Vec::with_capacity(ops.len());
     let mut planned = Vec::with_capacity(ops.len());
     for (op, ReadOp { file, offset, buf }) in ops.into_iter().enumerate() {
-        let target = Target::new(buf);
-        let count = plan(op, &file, offset, &target, &mut units);
-        planned.push((file, offset, count, target));
+        let loan = Loan::new(buf);
+        let count = plan(op, &file, offset, &loan, &mut units);
+        planned.push((file, offset, count, loan));
     }
     for (op, error) in read_units(inner, units).await {
         planned[op].2 = Err(error);
     }
     let mut finished = Vec::with_capacity(planned.len());
-    for (file, offset, count, target) in planned {
+    for (file, offset, count, loan) in planned {
         let result = match count {
-            Ok(count) => confirm(&file, offset, &target, count).await,
+            Ok(count) => confirm(&file, offset, &loan, count).await,
             error => error,
         };
-        finished.push((result, target.buffer.finish().await));
+        finished.push((result, loan.finish().await));
     }
     finished
 }
 
 /// A missing chunk is a hole only if the file is still there. A file that is open without a session may have been
 /// removed or cut by another client, and zeros would be wrong then.
-async fn confirm(file: &OpenFile, offset: u64, target: &Target, count: usize) -> Result<usize> {
-    if !target.hole.load(Ordering::Relaxed) || file.writable() {
+async fn confirm(file: &OpenFile, offset: u64, loan: &Loan, count: usize) -> Result<usize> {
+    if !loan.has_hole() || file.writable() {
         return Ok(count);
     }
     file.confirm_exists().await?;
@@ -107,17 +93,17 @@ async fn confirm(file: &OpenFile, offset: u64, target: &Target, count: usize) ->
 }
 
 /// Add the units of one operation; returns how many bytes it will have read.
-fn plan(op: usize, file: &OpenFile, offset: u64, target: &Arc<Target>, units: &mut Vec<Unit>) -> Result<usize> {
+fn plan(op: usize, file: &OpenFile, offset: u64, loan: &Loan, units: &mut Vec<Unit>) -> Result<usize> {
     file.check_open()?;
     let state = file.state();
-    let (layout, left, room) = (state.layout(), state.length().saturating_sub(offset), target.buffer.len());
+    let (layout, left, room) = (state.layout(), state.length().saturating_sub(offset), loan.len());
     let count = usize::try_from(left).unwrap_or(usize::MAX).min(room);
     if count == 0 {
         return Ok(0);
     }
     for piece in pieces(state.inode, layout.chunk_bytes, offset, count)? {
         let blocks = Blocks::of(&piece, room);
-        units.push(Unit { op, target: target.clone(), layout, piece, blocks, tried: Vec::new(), hope: false });
+        units.push(Unit { op, loan: loan.clone(), layout, piece, blocks, tried: Vec::new(), hope: false });
     }
     Ok(count)
 }
@@ -125,41 +111,58 @@ fn plan(op: usize, file: &OpenFile, offset: u64, target: &Arc<Target>, units: &m
 /// Read all units; the errors that remain, by operation.
 async fn read_units(inner: &Arc<Inner>, units: Vec<Unit>) -> Vec<(usize, Error)> {
     let deadline = inner.deadline();
-    let mut batches = batch(inner, units);
-    if batches.len() == 1 {
-        let (source, units) = batches.pop().expect("one batch");
-        return read_batch(inner.clone(), source, units, deadline).await;
+    let (mut batches, homeless) = batch(inner, units);
+    if batches.len() == 1 && homeless.is_empty() {
+        return read_batch(inner.clone(), batches.pop().expect("one batch"), deadline).await;
     }
     let mut tasks = JoinSet::new();
-    for (source, units) in batches {
-        tasks.spawn(read_batch(inner.clone(), source, units, deadline));
+    for batch in batches {
+        tasks.spawn(read_batch(inner.clone(), batch, deadline));
+    }
+    if !homeless.is_empty() {
+        tasks.spawn(settle_all(inner.clone(), homeless, deadline));
     }
     tasks.join_all().await.into_iter().flatten().collect()
 }
 
-/// What goes into one request: units that are read from the same node, and the source of each. Those without a
-/// source are together too.
-type Batch = (Option<Arc<str>>, Vec<Sourced>);
-type Sourced = (Option<Source>, Unit);
+/// What goes into one request.
+#[derive(Default)]
+struct Batch {
+    bytes: usize,
+    sources: Vec<Source>,
+    units: Vec<Unit>,
+}
 
-fn batch(inner: &Inner, units: Vec<Unit>) -> Vec<Batch> {
+/// A unit that failed, at a source or for want of one.
+type Failed = (Option<Source>, Unit, Error);
+
+/// Units that are read from the same node go together. Those that nobody serves now come back on their own.
+fn batch(inner: &Inner, units: Vec<Unit>) -> (Vec<Batch>, Vec<Failed>) {
     let view = inner.view();
-    let mut done: Vec<Batch> = Vec::new();
-    let mut open: HashMap<Option<Arc<str>>, (usize, Vec<Sourced>)> = HashMap::new();
+    let (mut done, mut homeless) = (Vec::new(), Vec::new());
+    // Few nodes: a list is faster than a map.
+    let mut open: Vec<Batch> = Vec::new();
     for unit in units {
-        let source = choose(inner, &view, &unit);
-        let address = source.as_ref().map(|source| source.address.clone());
-        let (bytes, list) = open.entry(address.clone()).or_default();
-        let full = list.len() >= BATCH_OPS_MAX || *bytes + unit.blocks.len as usize > BATCH_BYTES_MAX;
-        if full && !list.is_empty() {
-            done.push((address, std::mem::take(list)));
-            *bytes = 0;
+        let Some(source) = choose(inner, &view, &unit) else {
+            homeless.push((None, unit, Error::new(Code::NotServing, "no replica of the chunk serves now")));
+            continue;
+        };
+        let at = open.iter().position(|batch| batch.sources[0].node_id == source.node_id);
+        let at = at.unwrap_or_else(|| {
+            open.push(Batch::default());
+            open.len() - 1
+        });
+        let bytes = unit.blocks.len as usize;
+        let batch = &mut open[at];
+        if !batch.units.is_empty() && (batch.units.len() >= BATCH_OPS_MAX || batch.bytes + bytes > BATCH_BYTES_MAX) {
+            done.push(std::mem::take(batch));
         }
-        *bytes += unit.blocks.len as usize;
-        list.push((source, unit));
+        batch.bytes += bytes;
+        batch.sources.push(source);
+        batch.units.push(unit);
     }
-    done.extend(open.into_iter().map(|(address, (_, list))| (address, list)));
-    done
+    done.append(&mut open);
+    (done, homeless)
 }
 
 /// The replica to read from: the preferred one by the chunk's hash, else the next that has not failed.
@@ -176,7 +179,7 @@ fn choose(inner: &Inner, view: &RoutingView, unit: &Unit) -> Option<Source> {
     let healthy = untried().find(|replica| !inner.health.suspect(replica.target_id, chain.version, now));
     let replica = healthy.or_else(|| untried().next())?;
     Some(Source {
-        address: view.address(replica.node_id)?.clone(),
+        node_id: replica.node_id,
         chain_id: chain.id,
         chain_version: chain.version,
         target_id: replica.target_id,
@@ -184,25 +187,18 @@ fn choose(inner: &Inner, view: &RoutingView, unit: &Unit) -> Option<Source> {
 }
 
 /// One request for all; those that fail go on by themselves.
-async fn read_batch(
-    inner: Arc<Inner>,
-    address: Option<Arc<str>>,
-    list: Vec<Sourced>,
-    deadline: Instant,
-) -> Vec<(usize, Error)> {
+async fn read_batch(inner: Arc<Inner>, batch: Batch, deadline: Instant) -> Vec<(usize, Error)> {
+    let results = attempt(&inner, &batch.sources, &batch.units, deadline).await;
     let mut failed = Vec::new();
-    if address.is_none() {
-        let none = || Error::new(Code::NotServing, "no replica of the chunk serves now");
-        failed.extend(list.into_iter().map(|(_, unit)| (None, unit, none())));
-    } else {
-        let (sources, units): (Vec<_>, Vec<_>) = list.into_iter().map(|(s, u)| (s.expect("an address"), u)).unzip();
-        let results = attempt(&inner, &sources, &units, deadline).await;
-        for ((source, unit), result) in sources.into_iter().zip(units).zip(results) {
-            if let Err(error) = result {
-                failed.push((Some(source), unit, error));
-            }
+    for ((source, unit), result) in batch.sources.into_iter().zip(batch.units).zip(results) {
+        if let Err(error) = result {
+            failed.push((Some(source), unit, error));
         }
     }
+    settle_all(inner, failed, deadline).await
+}
+
+async fn settle_all(inner: Arc<Inner>, mut failed: Vec<Failed>, deadline: Instant) -> Vec<(usize, Error)> {
     if failed.len() <= 1 {
         return match failed.pop() {
             Some((source, unit, error)) => settle(inner, source, unit, error, deadline).await.into_iter().collect(),
@@ -274,12 +270,12 @@ impl Unit {
         }
     }
 
-    fn to_wire(&self, source: &Source) -> WireOp {
+    fn to_wire(&self, source: &Source, chunk_id: Bytes) -> WireOp {
         WireOp {
             chain_id: source.chain_id,
             chain_version: source.chain_version,
             target_id: source.target_id,
-            chunk_id: Bytes::copy_from_slice(&self.piece.chunk.to_bytes()),
+            chunk_id,
             offset: self.blocks.offset,
             length: self.blocks.len,
         }
@@ -288,14 +284,14 @@ impl Unit {
     /// Memory for the blocks: the caller's, or scratch.
     async fn window(&self, inner: &Inner) -> RegionMut {
         let len = self.blocks.len as usize;
-        if self.blocks.direct { self.target.buffer.lend(self.piece.at, len).await } else { inner.scratch.take(len) }
+        if self.blocks.direct { self.loan.lend(self.piece.at, len).await } else { inner.scratch.take(len) }
     }
 
     /// Check what came and put it in its place; what the chunk does not have is zeros.
     async fn accept(&self, result: &ReadResult, mut window: RegionMut, got: usize) -> Result<()> {
         match Code::from_wire(result.code as u16) {
             _ if result.code == 0 => verify(&window[..got], &result.crcs)?,
-            Code::ChunkNotFound if got == 0 => self.target.hole.store(true, Ordering::Relaxed),
+            Code::ChunkNotFound if got == 0 => self.loan.set_hole(),
             code => return Err(Error::new(code, result.message.clone())),
         }
         let (skip, len) = ((self.piece.offset - self.blocks.offset) as usize, self.piece.len as usize);
@@ -303,7 +299,7 @@ impl Unit {
             window[got.min(len)..len].fill(0);
             return Ok(());
         }
-        let mut out = self.target.buffer.lend(self.piece.at, len).await;
+        let mut out = self.loan.lend(self.piece.at, len).await;
         let have = got.saturating_sub(skip).min(len);
         out[..have].copy_from_slice(&window[skip..skip + have]);
         out[have..].fill(0);
@@ -327,13 +323,17 @@ async fn exchange(inner: &Inner, sources: &[Source], units: &[Unit], deadline: I
     for unit in units {
         windows.push(unit.window(inner).await);
     }
-    let ops = sources.iter().zip(units).map(|(source, unit)| unit.to_wire(source)).collect();
+    // One allocation for all ids.
+    let ids: Bytes = units.iter().flat_map(|unit| unit.piece.chunk.to_bytes()).collect();
+    let id = |i: usize| ids.slice(i * ChunkId::BYTES..(i + 1) * ChunkId::BYTES);
+    let ops = sources.iter().zip(units).enumerate().map(|(i, (source, unit))| unit.to_wire(source, id(i))).collect();
     let until = deadline.min(Instant::now() + inner.config.read_attempt_timeout);
     let sink = Sink { windows, lengths };
-    let address = &sources[0].address;
+    let view = inner.view();
+    let address = view.address(sources[0].node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
     let request = ReadRequest { ops };
     let reply = inner.wire.transfer(address, Method::StorageRead, request, Vec::new(), sink, until).await?;
-    let response = decode(&reply.body)?;
+    let response: ReadResponse = decode(reply.body)?;
     if response.results.len() != units.len() {
         return Err(Error::new(Code::Protocol, "storage answered another number of reads than asked"));
     }
@@ -345,13 +345,26 @@ async fn exchange(inner: &Inner, sources: &[Source], units: &[Unit], deadline: I
     Ok(results)
 }
 
-fn decode(body: &[u8]) -> Result<ReadResponse> {
-    ReadResponse::decode(body).map_err(|e| Error::new(Code::Protocol, format!("a read reply cannot be read: {e}")))
+fn decode<M: Message + Default>(body: impl bytes::Buf) -> Result<M> {
+    M::decode(body).map_err(|e| Error::new(Code::Protocol, format!("a read reply cannot be read: {e}")))
+}
+
+/// [`ReadResponse`] without anything that has to be allocated for each result.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Lengths {
+    #[prost(message, repeated, tag = "1")]
+    results: Vec<Length>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct Length {
+    #[prost(uint32, tag = "2")]
+    length: u32,
 }
 
 /// Lengths of the pieces of the payload, for [`Sink`].
 fn lengths(body: &[u8]) -> Result<Vec<usize>> {
-    Ok(decode(body)?.results.iter().map(|result| result.length as usize).collect())
+    Ok(decode::<Lengths>(body)?.results.iter().map(|result| result.length as usize).collect())
 }
 
 /// Check blocks against their packed checksums; the first block begins at a block border.
@@ -366,6 +379,15 @@ fn verify(data: &[u8], crcs: &[u8]) -> Result<()> {
 mod tests {
     use super::*;
     use fs3_core::{crc_blocks, pack_crcs};
+
+    #[test]
+    fn the_lengths_are_those_of_the_whole_message() {
+        let result =
+            |length| ReadResult { code: 3, length, crcs: vec![1; 8].into(), message: "m".into(), ..Default::default() };
+        let response = ReadResponse { results: vec![result(7), result(0), result(9000)], routing_version: 5 };
+        assert_eq!(lengths(&response.encode_to_vec()).unwrap(), [7, 0, 9000]);
+        assert!(lengths(b"\x0a\xff").is_err());
+    }
 
     #[test]
     fn every_block_is_verified_and_none_may_be_missing() {

@@ -1,10 +1,11 @@
 //! The routing as the data path reads it: indexed, immutable, one value per version.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use fs3_core::{ChunkId, Code, Error, Result};
-use fs3_proto::v1::{Layout, PublicState, Routing};
+use fs3_proto::v1::{ChainTable, Layout, PublicState, Routing};
 
 /// One replica that serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,13 +23,31 @@ pub(crate) struct ChainView {
     pub serving: Vec<Replica>,
 }
 
+type IdMap<T> = HashMap<u32, T, BuildHasherDefault<IdHasher>>;
+
+/// Ids are given out by the manager, one after another: multiplying spreads them well enough, and every chunk
+/// that is read looks one up.
+#[derive(Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("only u32 keys are hashed")
+    }
+    fn write_u32(&mut self, id: u32) {
+        self.0 = u64::from(id).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+}
+
 /// One version of the routing.
 #[derive(Debug, Default)]
 pub(crate) struct RoutingView {
     pub raw: Routing,
-    chains: HashMap<u32, ChainView>,
-    addresses: HashMap<u32, Arc<str>>,
-    tables: HashMap<(u32, u32), usize>,
+    chains: IdMap<ChainView>,
+    addresses: IdMap<Arc<str>>,
     metas: Vec<String>,
 }
 
@@ -51,8 +70,7 @@ impl RoutingView {
         let served = || raw.nodes.iter().filter(|n| n.frame_port != 0);
         let addresses = served().map(|n| (n.node_id, join(&n.host, n.frame_port).into())).collect();
         let metas = served().filter(|n| n.role == "meta").map(|n| join(&n.host, n.frame_port)).collect();
-        let tables = raw.tables.iter().enumerate().map(|(i, t)| ((t.table_id, t.table_version), i)).collect();
-        Self { raw, chains, addresses, tables, metas }
+        Self { raw, chains, addresses, metas }
     }
 
     pub fn version(&self) -> u64 {
@@ -81,7 +99,8 @@ impl RoutingView {
     /// The chain of chunk `index`: table.chain_ids[(first + index % stripe) % len]. `None` when this routing
     /// does not have the table (yet).
     pub fn chain_of(&self, layout: &Layout, index: u64) -> Option<u32> {
-        let table = &self.raw.tables[*self.tables.get(&(layout.table_id, layout.table_version))?];
+        let is_it = |t: &&ChainTable| (t.table_id, t.table_version) == (layout.table_id, layout.table_version);
+        let table = self.raw.tables.iter().rev().find(is_it)?;
         let count = table.chain_ids.len() as u64;
         if count == 0 || layout.stripe == 0 {
             return None;
@@ -116,7 +135,7 @@ pub(crate) fn spread(chunk: &ChunkId) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fs3_proto::v1::{Chain, ChainTable, ChainTarget, Node, Target};
+    use fs3_proto::v1::{Chain, ChainTarget, Node, Target};
 
     fn view() -> RoutingView {
         RoutingView::new(Routing {

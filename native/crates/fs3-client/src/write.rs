@@ -30,14 +30,14 @@ const MOVED_GRACE: Duration = Duration::from_millis(300);
 pub(crate) async fn write(inner: &Arc<Inner>, state: &Arc<InodeState>, offset: u64, data: Region) -> Result<()> {
     let layout = state.layout();
     let deadline = inner.deadline();
-    let mut list = pieces(state.inode, layout.chunk_bytes, offset, data.len())?;
+    let mut list = pieces(state.inode, layout.chunk_bytes, offset, data.len())?.peekable();
     state.begin_write(offset + data.len() as u64);
-    if list.len() == 1 {
-        let piece = list.pop().expect("one piece");
-        return write_piece(inner.clone(), state.clone(), layout, piece, data, deadline).await;
+    let Some(first) = list.next() else { return Ok(()) };
+    if list.peek().is_none() {
+        return write_piece(inner.clone(), state.clone(), layout, first, data, deadline).await;
     }
     let mut tasks = JoinSet::new();
-    for piece in list {
+    for piece in std::iter::once(first).chain(list) {
         let part = data.slice(piece.at, piece.len as usize);
         tasks.spawn(write_piece(inner.clone(), state.clone(), layout, piece, part, deadline));
     }
@@ -94,6 +94,9 @@ async fn locate(inner: &Inner, layout: &Layout, index: u64, deadline: Instant) -
 /// first time also what was written before the inode was opened.
 pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> Result<()> {
     let deadline = inner.deadline();
+    // One at a time: a sync that finds nothing left to do must not return before the one that does it.
+    let turn = tokio::time::timeout_at(deadline, state.sync_turn.lock()).await;
+    let _turn = turn.map_err(|_| Error::new(Code::Timeout, "another sync of the file did not end in time"))?;
     count_before(inner, state, deadline).await?;
     let mut unsynced = Unsynced { state, chains: state.take_unsynced() };
     let mut tasks = JoinSet::new();

@@ -53,5 +53,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runtime::set_runtime_threads, module)?)?;
     mount::register(module)?;
     bench::register(module)?;
+    runtime::watch_forks()?;
     operation::register_exit(module)
 }

@@ -1,7 +1,7 @@
 //! The one tokio runtime of the process, started when first needed, and again in a forked child.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 
 use parking_lot::Mutex;
@@ -16,12 +16,14 @@ const THREADS: usize = 2;
 
 /// What a process has one of. It is never dropped.
 pub struct Process {
-    pid: u32,
+    number: u32,
     pub runtime: Runtime,
     /// See `operation::deliveries`.
     pub deliveries: OnceLock<Mutex<Sender<Delivery>>>,
 }
 
+/// Counts forks on the way from the first process to this one.
+static FORKS: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
 static WANTED: AtomicUsize = AtomicUsize::new(THREADS);
 
@@ -36,7 +38,7 @@ pub fn process() -> PyResult<&'static Process> {
     let current = CURRENT.load(Ordering::Acquire);
     // SAFETY: the pointer is null or came from Box::into_raw, and is never freed.
     if let Some(process) = unsafe { current.as_ref() }
-        && process.pid == std::process::id()
+        && process.number == process_number()
     {
         return Ok(process);
     }
@@ -46,7 +48,7 @@ pub fn process() -> PyResult<&'static Process> {
         .enable_all()
         .build()
         .map_err(|e| PyRuntimeError::new_err(format!("cannot start threads: {e}")))?;
-    let new = Box::into_raw(Box::new(Process { pid: std::process::id(), runtime, deliveries: OnceLock::new() }));
+    let new = Box::into_raw(Box::new(Process { number: process_number(), runtime, deliveries: OnceLock::new() }));
     match CURRENT.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire) {
         // SAFETY: as above.
         Ok(_) => Ok(unsafe { &*new }),
@@ -74,21 +76,40 @@ pub fn set_runtime_threads(count: usize) -> PyResult<()> {
     Ok(())
 }
 
+extern "C" fn count_fork() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Notice forks from now on. Asking for the process id each time would be a system call.
+pub fn watch_forks() -> PyResult<()> {
+    static WATCHING: OnceLock<i32> = OnceLock::new();
+    // SAFETY: the handler only touches an atomic.
+    match *WATCHING.get_or_init(|| unsafe { libc::pthread_atfork(None, None, Some(count_fork)) }) {
+        0 => Ok(()),
+        error => Err(PyRuntimeError::new_err(format!("cannot watch for forks (error {error})"))),
+    }
+}
+
+/// Which process this is.
+fn process_number() -> u32 {
+    FORKS.load(Ordering::Relaxed)
+}
+
 /// Guards an object whose threads live in one process: in a forked child it is leaked instead of dropped, since
 /// dropping would end connections and touch locks that belong to the parent.
 pub struct Owned<T> {
-    pid: u32,
+    number: u32,
     value: std::mem::ManuallyDrop<T>,
 }
 
 impl<T> Owned<T> {
     pub fn new(value: T) -> Self {
-        Self { pid: std::process::id(), value: std::mem::ManuallyDrop::new(value) }
+        Self { number: process_number(), value: std::mem::ManuallyDrop::new(value) }
     }
 
     /// The object. Errors: RuntimeError in a forked child.
     pub fn get(&self) -> PyResult<&T> {
-        if self.pid == std::process::id() {
+        if self.number == process_number() {
             return Ok(&self.value);
         }
         Err(PyRuntimeError::new_err("this fs3 object was made before a fork; connect again in the child process"))
@@ -97,7 +118,7 @@ impl<T> Owned<T> {
 
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
-        if self.pid == std::process::id() {
+        if self.number == process_number() {
             // SAFETY: dropped once, here.
             unsafe { std::mem::ManuallyDrop::drop(&mut self.value) }
         }
