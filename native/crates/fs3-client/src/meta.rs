@@ -86,9 +86,12 @@ pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
     let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
     let mut failures = 0;
     let mut sent = false;
+    // Says more than the time-out of a last try that was cut short by the deadline.
+    let mut telling: Option<Error> = None;
     loop {
         let (at, address) = metas.pick();
-        let attempt = (Instant::now() + limits.attempt).min(limits.deadline);
+        let (now, cut) = (Instant::now(), Instant::now() + limits.attempt > limits.deadline);
+        let attempt = if cut { limits.deadline } else { now + limits.attempt };
         let error = match wire.call(&address, method, request.clone(), attempt).await {
             Ok(reply) => {
                 return Resp::decode(reply)
@@ -106,10 +109,12 @@ pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
         failures += 1;
         // One quick round over all services, then with pauses.
         let pause = if failures < metas.count() { Duration::ZERO } else { backoff.next() };
+        let error = if cut && error.code == Code::Timeout { telling.take().unwrap_or(error) } else { error };
         if Instant::now() + pause >= limits.deadline {
             return Err(give_up(error, sent));
         }
         tracing::debug!(%address, ?method, error = %error, "metadata call failed; trying again");
+        telling = Some(error);
         tokio::time::sleep(pause).await;
     }
 }

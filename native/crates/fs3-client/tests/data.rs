@@ -260,6 +260,69 @@ async fn sync_reaches_every_chain_written_since_the_last_one() {
 }
 
 #[tokio::test]
+async fn a_failed_sync_is_an_error_and_done_again_by_the_next() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(1, 2 * K)).await.unwrap();
+    cluster.faults(|faults| faults.sync_error = Some(Code::Internal));
+    assert_eq!(file.sync().await.unwrap_err().code, Code::Internal);
+    cluster.faults(|faults| faults.sync_error = None);
+    file.sync().await.unwrap();
+    assert_eq!(cluster.state.log.lock().syncs.len(), 2);
+}
+
+#[tokio::test]
+async fn no_sync_returns_before_the_one_that_does_its_work() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(1, 4 * K)).await.unwrap();
+    cluster.faults(|faults| faults.hung.extend(NODES));
+    let syncs: Vec<_> = (0..3)
+        .map(|_| {
+            let file = file.clone();
+            tokio::spawn(async move { file.sync().await })
+        })
+        .collect();
+    common::eventually("the first sync is on its way", || cluster.state.log.lock().hanging == 4).await;
+    // Longer than a sync without work takes.
+    client.stat(&Caller::default(), at_path(b"f", false)).await.unwrap();
+    assert!(syncs.iter().all(|sync| !sync.is_finished()));
+    cluster.faults(|faults| faults.hung.clear());
+    for sync in syncs {
+        sync.await.unwrap().unwrap();
+    }
+    assert_eq!(cluster.state.log.lock().syncs.len(), 4);
+}
+
+#[tokio::test]
+async fn a_truncate_waits_for_the_writes_on_their_way() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    cluster.faults(|faults| faults.hung.extend(NODES));
+    let writing = tokio::spawn({
+        let file = file.clone();
+        async move { write(&file, 0, &pattern(1, K)).await }
+    });
+    common::eventually("the write is on its way", || cluster.state.log.lock().hanging == 1).await;
+    let truncating = tokio::spawn({
+        let file = file.clone();
+        async move { file.truncate(10).await }
+    });
+    // Longer than a truncate that does not wait takes to be sent.
+    client.stat(&Caller::default(), at_path(b"f", false)).await.unwrap();
+    let truncates = || cluster.state.log.lock().metas.iter().filter(|m| m.0 == Method::MetaTruncate).count();
+    assert_eq!(truncates(), 0);
+    cluster.faults(|faults| faults.hung.clear());
+    writing.await.unwrap().unwrap();
+    assert_eq!(truncating.await.unwrap().unwrap().length, 10);
+    assert_eq!((truncates(), file.length()), (1, 10));
+    assert_eq!(read(&file, 0, 100).await.unwrap(), pattern(1, 10));
+}
+
+#[tokio::test]
 async fn sync_through_a_new_open_covers_what_was_written_before_it() {
     let cluster = FakeCluster::start().await;
     let client = cluster.client().await;

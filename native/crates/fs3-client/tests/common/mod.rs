@@ -36,6 +36,8 @@ pub struct Faults {
     pub damage: usize,
     /// All writes fail with this.
     pub write_error: Option<Code>,
+    /// All syncs fail with this.
+    pub sync_error: Option<Code>,
 }
 
 #[derive(Default)]
@@ -49,6 +51,8 @@ pub struct Log {
     pub syncs: Vec<u32>,
     pub closes: Vec<CloseRequest>,
     pub reports: Vec<WriteReport>,
+    /// Requests that met a hung node.
+    pub hanging: usize,
 }
 
 pub struct State {
@@ -197,6 +201,7 @@ impl Service for Fake {
 
     async fn handle(&self, request: Request) -> Result<Response> {
         let hung = || self.state.faults.lock().hung.contains(&self.node);
+        self.state.log.lock().hanging += usize::from(hung());
         while hung() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -320,6 +325,9 @@ impl Fake {
     fn sync(&self, body: &[u8]) -> Result<Response> {
         let request = SyncChainRequest::decode(body).unwrap();
         self.admit(request.chain_id, request.chain_version, request.target_id)?;
+        if let Some(code) = self.state.faults.lock().sync_error {
+            return Err(Error::new(code, "as told"));
+        }
         self.state.log.lock().syncs.push(request.chain_id);
         reply(SyncChainResponse::default())
     }
