@@ -81,6 +81,13 @@ class AsyncFile:
         """Write all of a contiguous buffer at byte `offset`; returns after every serving replica has it."""
         return await self.native.pwrite(data, offset)
 
+    async def append(self, data: ReadableBuffer) -> int:
+        """Write all of a contiguous buffer at the end of the file; returns the end afterwards.
+
+        Appends of one client never overlap, through whichever of its open files; those of different clients may.
+        """
+        return await self.native.append(data)
+
     async def truncate(self, size: int) -> None:
         """Cut or extend (with zeros) to `size` bytes."""
         await self.native.truncate(size)

@@ -67,7 +67,7 @@ class RawFile(io.RawIOBase):
         self._file = file
         self._parsed = mode
         self._position = 0
-        # Appends find out the end and write there; calls that move the position must not mix either.
+        # Calls that move the position take turns.
         self._turn = threading.Lock()
         self._pid = os.getpid()
         self.name = name
@@ -163,11 +163,15 @@ class RawFile(io.RawIOBase):
         return data
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write all of `data` at the position, or at the end of the file in append mode, and move the position."""
+        """Write all of `data` at the position and move it; in append mode, at the end of the file.
+
+        Appends of one client never overlap, through whichever of its open files; those of different clients may.
+        """
         self._check_writable()
         with self._turn:
             if self._parsed.action == "a":
-                self._position = self._file.length
+                self._position = self._file.append(data).wait()
+                return memoryview(data).nbytes
             count = self._file.pwrite(data, self._position).wait()
             self._position += count
         return count

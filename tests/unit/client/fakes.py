@@ -80,6 +80,10 @@ class FakeFile:
         self.node.data[offset:end] = view
         return Done(len(view))
 
+    def append(self, data: Any) -> Done[int]:
+        self.pwrite(data, self.length)
+        return Done(self.length)
+
     def truncate(self, length: int) -> Done[FakeNode]:
         del self.node.data[length:]
         self.node.data.extend(bytes(length - len(self.node.data)))

@@ -151,6 +151,17 @@ impl OpenFile {
         }
     }
 
+    /// Write all of `data` at the end of the file, as this client knows it; returns the end afterwards. Appends of
+    /// one client to one inode never overlap, through whichever open files; those of different clients may.
+    /// Otherwise like [`OpenFile::write`].
+    pub async fn append(&self, data: Region) -> Result<u64> {
+        let turn = tokio::time::timeout(self.client().inner().config.op_timeout, self.state().append_turn.lock()).await;
+        let _turn = turn.map_err(|_| Error::new(Code::Timeout, "an earlier append did not end in time"))?;
+        let offset = self.length();
+        let count = self.write(offset, data).await?;
+        Ok(offset + count as u64)
+    }
+
     /// Make every acknowledged write of this client to the inode survive power loss, and publish length and mtime.
     /// An error means that some of them may not: they count as unsynced until a later sync succeeds.
     pub async fn sync(&self) -> Result<Attr> {

@@ -12,6 +12,8 @@ pub(crate) struct InodeState {
     /// Writes share it, truncates and closes have it alone: the acknowledged end of a write belongs to exactly
     /// one truncate version.
     pub gate: tokio::sync::RwLock<()>,
+    /// Held by the append that runs.
+    pub append_turn: tokio::sync::Mutex<()>,
     /// Held by the sync that runs.
     pub sync_turn: tokio::sync::Mutex<()>,
     known: Mutex<Known>,
@@ -48,6 +50,7 @@ impl InodeState {
         Self {
             inode: known.attr.inode,
             gate: Default::default(),
+            append_turn: Default::default(),
             sync_turn: Default::default(),
             known: Mutex::new(known),
         }

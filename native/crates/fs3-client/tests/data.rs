@@ -260,6 +260,26 @@ async fn sync_reaches_every_chain_written_since_the_last_one() {
 }
 
 #[tokio::test]
+async fn appends_through_different_open_files_never_overlap() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    create(&client, "f").await.close().await.unwrap();
+    let options = OpenOptions { write: true, ..Default::default() };
+    let mut appends = tokio::task::JoinSet::new();
+    for byte in 1..=20u8 {
+        let file = client.open(&Caller::default(), at_path(b"f", false), options).await.unwrap();
+        appends.spawn(async move { file.append(Region::from_vec(vec![byte; 1000])).await.unwrap() });
+    }
+    let mut ends = appends.join_all().await;
+    ends.sort_unstable();
+    assert_eq!(ends, (1..=20).map(|i| i * 1000).collect::<Vec<_>>());
+    let file = client.open(&Caller::default(), at_path(b"f", false), options).await.unwrap();
+    let mut seen: Vec<_> = read(&file, 0, 30_000).await.unwrap().chunks(1000).map(|c| (c[0], c.to_vec())).collect();
+    seen.sort_unstable();
+    assert_eq!(seen, (1..=20).map(|byte| (byte, vec![byte; 1000])).collect::<Vec<_>>());
+}
+
+#[tokio::test]
 async fn a_failed_sync_is_an_error_and_done_again_by_the_next() {
     let cluster = FakeCluster::start().await;
     let client = cluster.client().await;

@@ -88,6 +88,16 @@ impl File {
         }))
     }
 
+    /// Write a contiguous buffer at the end of the file; the end afterwards. Appends of one client never overlap.
+    fn append(&self, buffer: &Bound<'_, PyAny>) -> PyResult<Operation> {
+        let (file, region) = (self.open_file()?, readable(buffer)?);
+        let work = async move { (file.append(region.clone()).await, region) };
+        Ok(Operation::with(work, |py, (result, region)| {
+            drop(region);
+            result.map_err(|error| crate::errors::to_python(py, &error))
+        }))
+    }
+
     /// Make acknowledged writes survive power loss of all nodes; publish length and mtime.
     fn sync(&self) -> PyResult<Operation> {
         self.attr_operation(|file| async move { file.sync().await })
