@@ -42,10 +42,10 @@ def marked_processes() -> dict[int, str]:
     return found
 
 
-def fuse_mounts() -> set[str]:
-    """Mount points of file systems of ours."""
-    lines = Path("/proc/mounts").read_text().splitlines()
-    return {fields[1] for fields in map(str.split, lines) if fields[2].startswith("fuse.fs3") or fields[0] == "fs3"}
+def mounts_below(directory: Path) -> set[str]:
+    """Mount points below `directory`."""
+    mounted = (line.split()[1] for line in Path("/proc/mounts").read_text().splitlines())
+    return {path for path in mounted if path.startswith(f"{directory}/")}
 
 
 def lasting(thread: threading.Thread) -> bool:
@@ -55,15 +55,16 @@ def lasting(thread: threading.Thread) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail a test that leaves something running, and end it."""
-    threads, processes, mounts = set(threading.enumerate()), set(marked_processes()), fuse_mounts()
+    base = tmp_path_factory.getbasetemp()
+    threads, processes, mounts = set(threading.enumerate()), set(marked_processes()), mounts_below(base)
     yield
     deadline = time.monotonic() + SETTLE_S
     while True:
         left_threads = [t for t in threading.enumerate() if t not in threads and not lasting(t)]
         left_processes = {pid: c for pid, c in marked_processes().items() if pid not in processes}
-        left_mounts = fuse_mounts() - mounts
+        left_mounts = mounts_below(base) - mounts
         if not (left_threads or left_processes or left_mounts) or time.monotonic() > deadline:
             break
         time.sleep(0.02)

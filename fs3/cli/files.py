@@ -244,7 +244,7 @@ def _usage(fs: FileSystem, path: str) -> tuple[int, int, int]:
 def du_command(paths: tuple[str, ...], exact: bool, as_json: bool, **where: Any) -> None:
     """Sum up the lengths of files at and below paths."""
     parsed = _parse(paths or ("/",), where)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with connected(parsed) as fs:
         for remote in parsed:
             total, files, directories = _usage(fs, remote.path)
