@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +12,8 @@ import pytest
 import fs3
 from fs3.core.errors import Fs3Error
 from fs3.testing.cluster import ClusterSpec, LocalCluster
+from tests.cluster.command import fs3_command as run
 from tests.cluster.conftest import MakeCluster
-
-COMMAND_S = 120
-
-
-def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the `fs3` command."""
-    result = subprocess.run(
-        [sys.executable, "-m", "fs3", *arguments], capture_output=True, text=True, timeout=COMMAND_S, check=False
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    if check:
-        assert result.returncode == 0, result.stderr
-    return result
 
 
 def test_all_data_survives_down_and_up(cluster: LocalCluster) -> None:
