@@ -274,3 +274,8 @@ def mount_small_files(directory: Path, *, jobs: int, operations: int, pids: Sequ
         list(pool.map(_unlinks, [(str(directory), 1000 + n, 1) for n in range(jobs)]))
     directory.rmdir()
     return found
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,188 @@
+"""Limits of this machine, then fs3 on it, as ratios measured in one run. `make bench` runs it.
+
+Starts a cluster of its own (three replicas, durable metadata, checksums verified) in a temporary directory, warms it,
+measures, stops it. `--json FILE` keeps the figures, `--markdown` prints the table of `benchmarks/RESULTS.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import fs3
+from fs3.fuse import MountOptions, mount, umount
+from fs3.testing import measure
+from fs3.testing.cluster import ClusterSpec, LocalCluster
+from fs3.testing.measure import MIB, Measured
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure against a limit, or against a floor in its own unit."""
+
+    name: str
+    figure: Measured
+    limit: Measured | None
+    against: str
+    floor: float
+
+    @property
+    def rate(self) -> str:
+        """MB/s or operations per second."""
+        return f"{self.figure.mb_per_s:,.0f} MB/s" if self.figure.bytes else f"{self.figure.per_s:,.0f}/s"
+
+    @property
+    def ratio(self) -> float:
+        """What is compared with the floor."""
+        if self.limit is None:
+            return self.figure.mb_per_s if self.figure.bytes else self.figure.per_s
+        if self.figure.bytes:
+            return self.figure.mb_per_s / self.limit.mb_per_s
+        return self.figure.per_s / self.limit.per_s
+
+    def cells(self) -> list[str]:
+        """For the table."""
+        cost = (
+            f"{self.figure.cpu_s_per_gib:.2f} CPU-s/GiB"
+            if self.figure.bytes
+            else f"{1e6 * self.figure.cpu_seconds / self.figure.operations:.0f} CPU-µs"
+        )
+        compared = f"{self.ratio:.2f} × {self.against}" if self.limit else "-"
+        floor = f"{self.floor:g}" + ("" if self.limit else " MB/s" if self.figure.bytes else "/s")
+        return [self.name, self.rate, cost, compared, floor, "yes" if self.ratio >= self.floor else "NO"]
+
+
+HEADER = ["work", "rate", "cost", "ratio", "floor", "met"]
+
+
+def say(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def measure_native(cluster: LocalCluster, size: int, files: int, limits: dict[str, Measured]) -> list[Row]:
+    """The native client's rows."""
+    pids = cluster.pids()
+    with fs3.connect(cluster.url, token=cluster.token) as fs:
+        say("native writes")
+        for name in ("/warm", "/large"):
+            written = measure.native_write(fs, name, size, pids=pids)
+        fs.remove("/warm")
+        say("native reads")
+        for _ in range(3):
+            read = measure.native_read(fs, "/large", size, pids=pids)
+        say("native random reads")
+        one = measure.native_random_read(fs, "/large", file_bytes=size, batch=1, operations=10_000, pids=pids)
+        many = measure.native_random_read(fs, "/large", file_bytes=size, batch=256, operations=200_000, pids=pids)
+        say("native metadata")
+        names = measure.native_metadata(fs, "/names", operations=files, in_flight=32, pids=pids)
+    return [
+        Row("large reads, native", read, limits["tcp_2_streams"], "TCP, 2 streams", 0.4),
+        Row("large writes, native", written, limits["bare_chain"], "bare chain", 0.6),
+        Row("random 4 KiB reads, native, one at a time", one, limits["ping_pong"], "ping-pong", 0.0),
+        Row("random 4 KiB reads, native, batches of 256", many, limits["ping_pong_32"], "ping-pong, 32 in flight", 0.0),
+        Row("create, native, 32 in flight", names["create"], None, "", 0.0),
+        Row("stat, native, 32 in flight", names["stat"], None, "", 5000.0),
+        Row("unlink, native, 32 in flight", names["unlink"], None, "", 0.0),
+    ]
+
+
+def measure_mount(
+    cluster: LocalCluster, mountpoint: Path, daemon: int, size: int, files: int, limits: dict[str, Measured]
+) -> list[Row]:
+    """The mount's rows."""
+    pids = [*cluster.pids(), daemon]
+    say("writes through the mount")
+    for _ in range(2):
+        written = measure.mount_write(mountpoint / "file", size, pids=pids)
+    say("reads through the mount")
+    for _ in range(3):
+        read = measure.mount_read(mountpoint / "file", size, pids=pids)
+    rows = [
+        Row("large reads, mount", read, None, "", 600.0),
+        Row("large writes + fsync, mount", written, limits["bare_chain"], "bare chain", 0.4),
+    ]
+    for jobs, floor in ((1, 0.0), (8, 700.0)):
+        say(f"small files through the mount, {jobs} jobs")
+        found = measure.mount_small_files(mountpoint / "small", jobs=jobs, operations=files, pids=pids)
+        word = "1 job" if jobs == 1 else f"{jobs} jobs"
+        rows.append(Row(f"create + write 4 KiB + close, mount, {word}", found["create_write_close"], None, "", floor))
+        rows.append(Row(f"stat, mount, {word}", found["stat"], None, "", 0.0))
+        rows.append(Row(f"unlink, mount, {word}", found["unlink"], None, "", 0.0))
+    return rows
+
+
+def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str, Measured], list[Row]]:
+    """All measurements, on a cluster in `directory`."""
+    say("limits of this machine")
+    limits = measure.limits(directory, scale=scale)
+    cluster = LocalCluster.create(directory / "cluster", ClusterSpec())
+    mountpoint, pid_file = directory / "mnt", directory / "mount.pid"
+    mountpoint.mkdir()
+    mounted = False
+    try:
+        cluster.up()
+        rows = measure_native(cluster, size, files, limits)
+        options = MountOptions(pid_file=str(pid_file), log_file=str(directory / "mount.log"))
+        mount(cluster.url, str(mountpoint), token=cluster.token, options=options)
+        mounted = True
+        daemon = json.loads(pid_file.read_text())["pid"]
+        rows += measure_mount(cluster, mountpoint, daemon, size, files, limits)
+    finally:
+        if mounted:
+            umount(str(mountpoint), pid_file=str(pid_file))
+        cluster.down()
+    return limits, rows
+
+
+def show(limits: dict[str, Measured], rows: list[Row], markdown: bool) -> None:
+    """Print both tables."""
+    measured = []
+    for name, m in limits.items():
+        cost = f"{m.cpu_s_per_gib:.2f} CPU-s/GiB" if m.bytes else f"p50 {m.p50_us:.0f} µs"
+        measured.append([name, f"{m.mb_per_s:,.0f} MB/s" if m.bytes else f"{m.per_s:,.0f}/s", cost])
+    for header, table in ((["limit", "rate", "cost"], measured), (HEADER, [r.cells() for r in rows])):
+        widths = [max(len(r[i]) for r in [header, *table]) for i in range(len(header))]
+        lines = [[c.ljust(w) for c, w in zip(r, widths, strict=True)] for r in [header, *table]]
+        if markdown:
+            lines.insert(1, ["-" * w for w in widths])
+        for line in lines:
+            print("| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip())
+        print()
+
+
+def main() -> int:
+    """Exit status 1 when a floor is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size-mib", type=int, default=1024, help="size of the large files")
+    parser.add_argument("--files", type=int, default=4000, help="number of small files")
+    parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter measurements of the limits")
+    parser.add_argument("--dir", help="where to work")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    arguments = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="fs3-bench-", dir=arguments.dir))
+    try:
+        limits, rows = run(directory, arguments.size_mib * MIB, arguments.files, arguments.scale)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    show(limits, rows, arguments.markdown)
+    if arguments.json:
+        record = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{platform.machine()}, {measure.cores()} cores, Linux {platform.release()}",
+            "limits": {name: m.record() for name, m in limits.items()},
+            "fs3": {row.name: {**row.figure.record(), "ratio": round(row.ratio, 3)} for row in rows},
+        }
+        Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
+    return 0 if all(row.ratio >= row.floor for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
