@@ -17,6 +17,8 @@ log = logging.getLogger("fs3.meta.background")
 
 GC_IDLE_S: Final = 5.0
 GC_RETRY_S: Final = 0.5
+# The first removed file waits this long for others, so that they go together.
+GC_GATHER_S: Final = 0.1
 TRUNCATION_S: Final = 3.0
 SWEEP_S: Final = 300.0
 REPORT_S: Final = 60.0
@@ -77,6 +79,7 @@ class Background:
                 log.info("gc: %d removed in all, %d waiting", collector.collected, collector.queued)
                 reported_s, reported = loop.time(), collector.collected
             await collector.wait(GC_RETRY_S if collector.queued else GC_IDLE_S)
+            await asyncio.sleep(GC_GATHER_S)
 
 
 async def _every(seconds: float, step: Callable[[], Awaitable[object]]) -> None:

@@ -62,10 +62,12 @@ class Engine:
         self._counter_key = keys.counter(self.instance_id[0] % keys.COUNTER_SHARDS)
         self._ids = IdAllocator(store)
         self._sequence = 0
+        self._served = 0
         # Clients whose keepalive record this server has written lately, with the monotonic time.
         self._alive: OrderedDict[bytes, float] = OrderedDict()
         self.truncator = Truncator(store, chunk_store, clock, self.instance_id)
         self.collector = Collector(store, chunk_store, clock, self.context, delay_ms=gc_delay_ms)
+        self.collector.served = lambda: self._served
         self.reaper = Reaper(
             store, chunk_store, clock, self.context, self.truncator, self.collector, session_ms=session_ms
         )
@@ -114,8 +116,9 @@ class Engine:
 
         Durable when it returns. A repeated OpId gets the first answer. Raises Fs3Error.
         """
+        self._served += 1
         try:
-            if operation.mutates:
+            if operation.mutates and not (operation.only_reads and operation.only_reads(request)):
                 return await self._mutate(operation, request, self._limit(ends_s))
             return await self._read(operation, request, ends_s)
         except KvError as exc:

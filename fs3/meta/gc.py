@@ -2,13 +2,16 @@
 
 It fails closed: an inode's record and queue entry go only after every chain of its stripe has removed the chunks.
 What is done twice, by two servers or after a crash, is harmless: inode ids are never used again.
+
+Files go in batches, two transactions each, and while clients are served the collector rests between batches: removed
+names are durable already, so only the space waits, URGENT_S at most before it is worked off at full speed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from fs3.core.clock import Clock
@@ -28,7 +31,14 @@ SCAN_ROWS: Final = 256
 CHILDREN_MAX: Final = 256
 # After so many transactions a huge directory waits for the next pass, so that others get their turn.
 EXPAND_PAGES_MAX: Final = 64
+# Files whose records go in one transaction, and files and directories that are worked on at a time.
+BATCH_FILES: Final = 64
 PARALLEL_MAX: Final = 16
+# A batch during which clients were served is followed by a rest of so many times its duration.
+REST_FACTOR: Final = 3.0
+REST_S_MAX: Final = 0.5
+# Entries older than this are not kept waiting for clients.
+URGENT_S: Final = 30.0
 REMOVE_S: Final = 10.0
 BACKOFF_S_MIN: Final = 1.0
 BACKOFF_S_MAX: Final = 60.0
@@ -56,6 +66,8 @@ class Collector:
         self._new_context = new_context
         self._delay_ns = delay_ms * 1_000_000
         self.owns: Callable[[int], bool] = lambda inode: True
+        # Counts the requests of clients, so that it can be told whether any came meanwhile.
+        self.served: Callable[[], int] = lambda: 0
         self._backoff: dict[int, tuple[float, float]] = {}
         self._event = asyncio.Event()
         self.collected = 0
@@ -82,11 +94,11 @@ class Collector:
             ready = [(keys.inode_of(key), model.decode_gc(value)) for key, value in rows]
             ready = [(inode, entry) for inode, entry in ready if self._ready(inode, entry)]
             left += len(rows) - len(ready)
-            for at in range(0, len(ready), PARALLEL_MAX):
-                batch = ready[at : at + PARALLEL_MAX]
-                done = await asyncio.gather(*(self._attempt(inode, entry) for inode, entry in batch))
-                finished += sum(done)
-                left += len(done) - sum(done)
+            for at in range(0, len(ready), BATCH_FILES):
+                batch = ready[at : at + BATCH_FILES]
+                done = await self._batch(batch)
+                finished += done
+                left += len(batch) - done
         self.collected += finished
         self.queued = left
         return finished
@@ -99,46 +111,65 @@ class Collector:
             return False
         return self._backoff.get(inode, (0.0, 0.0))[0] <= monotonic_s(self._clock)
 
-    async def _attempt(self, inode: int, entry: GcRecord) -> bool:
-        try:
-            if entry.type == model.DIRECTORY:
-                return await self._expand(inode)
-            await self._collect(inode)
-        except (Fs3Error, KvError) as exc:
-            self._postpone(inode)
-            log.warning("removing inode %#x waits for the next attempt: %s", inode, exc)
-            return False
-        self._backoff.pop(inode, None)
-        return True
+    async def _batch(self, batch: list[tuple[int, GcRecord]]) -> int:
+        """Work on a few entries, then rest if clients were served meanwhile; returns how many are finished."""
+        started_s, served = monotonic_s(self._clock), self.served()
+        files = [inode for inode, entry in batch if entry.type != model.DIRECTORY]
+        done = await self._collect(files) if files else 0
+        directories = [inode for inode, entry in batch if entry.type == model.DIRECTORY]
+        done += sum(await self._each(directories, self._expand))
+        took_s = monotonic_s(self._clock) - started_s
+        oldest_ns = min(entry.time_ns for _, entry in batch)
+        urgent = self._clock.wall_ns() - oldest_ns > self._delay_ns + URGENT_S * 1e9
+        if took_s > 0 and not urgent and self.served() != served:
+            await self._clock.sleep(min(took_s * REST_FACTOR, REST_S_MAX))
+        return done
 
-    def _postpone(self, inode: int) -> None:
+    async def _each(self, inodes: list[int], work: Callable[[int], Awaitable[bool]]) -> list[bool]:
+        """`work` on every inode, PARALLEL_MAX at a time; False for those that it is not done with."""
+        turns = asyncio.Semaphore(PARALLEL_MAX)
+
+        async def attempt(inode: int) -> bool:
+            async with turns:
+                try:
+                    done = await work(inode)
+                except (Fs3Error, KvError) as exc:
+                    self._postpone(inode, exc)
+                    return False
+            self._backoff.pop(inode, None)
+            return done
+
+        return await asyncio.gather(*map(attempt, inodes))
+
+    def _postpone(self, inode: int, exc: Exception) -> None:
+        log.warning("removing inode %#x waits for the next attempt: %s", inode, exc)
         pause_s = min(max(self._backoff.get(inode, (0.0, 0.0))[1] * 2, BACKOFF_S_MIN), BACKOFF_S_MAX)
         if len(self._backoff) >= BACKOFF_ENTRIES_MAX:
             self._backoff.clear()
         self._backoff[inode] = (monotonic_s(self._clock) + pause_s, pause_s)
 
-    async def _collect(self, inode: int) -> None:
-        """Remove the chunks of a file, then its records."""
+    async def _collect(self, inodes: list[int]) -> int:
+        """Remove the chunks of files, then their records; returns how many are gone."""
+        ctx = self._new_context()
+        try:
+            records, refused = await retry.run(self._store, lambda tr: _check(tr, inodes), idempotent=True)
+            cut = await self._each(list(records), lambda inode: self._cut(inode, records[inode]))
+            gone = [inode for inode, done in zip(records, cut, strict=True) if done]
+            gone, late = await retry.run(self._store, lambda tr: _finish(tr, ctx, gone), idempotent=True)
+        except KvError as exc:
+            for inode in inodes:
+                self._postpone(inode, exc)
+            return 0
+        for inode, refusal in (refused | late).items():
+            self._postpone(inode, refusal)
+        return len(gone)
 
-        async def check(tr: Transaction) -> InodeRecord | None:
-            return await _collectable(tr, inode)
-
-        record = await retry.run(self._store, check, idempotent=True)
+    async def _cut(self, inode: int, record: InodeRecord | None) -> bool:
         if record is not None and record.attr.type == model.FILE:
-            layout = record.attr.layout
             extent = None if record.loose or record.truncating else record.extent_bytes
             ends_s = monotonic_s(self._clock) + REMOVE_S
-            await chunks.cut(self._chunks, inode, layout, 0, extent, ends_s=ends_s)
-
-        async def finish(tr: Transaction) -> None:
-            # Queued inodes do not come back, but nothing is taken on trust here.
-            again = await _collectable(tr, inode)
-            if again is not None:
-                tree.erase(tr, self._new_context(), again)
-                tr.clear(keys.truncation(inode))
-            tr.clear(keys.gc(inode))
-
-        await retry.run(self._store, finish, idempotent=True)
+            await chunks.cut(self._chunks, inode, record.attr.layout, 0, extent, ends_s=ends_s)
+        return True
 
     async def _expand(self, inode: int) -> bool:
         """Take a detached directory apart, CHILDREN_MAX entries in a transaction; True when it is gone."""
@@ -163,6 +194,30 @@ async def _collectable(tr: Transaction, inode: int) -> InodeRecord | None:
     if record.attr.nlink or await tree.has_sessions(tr, inode):
         raise error(Code.CODE_INTERNAL, f"inode {inode:#x} is queued for removal and in use: it stays")
     return record
+
+
+async def _check(tr: Transaction, inodes: list[int]) -> tuple[dict[int, InodeRecord | None], dict[int, Fs3Error]]:
+    """The records of those that may go, and why the others may not."""
+    records: dict[int, InodeRecord | None] = {}
+    refused: dict[int, Fs3Error] = {}
+    for inode in inodes:
+        try:
+            records[inode] = await _collectable(tr, inode)
+        except Fs3Error as exc:
+            refused[inode] = exc
+    return records, refused
+
+
+async def _finish(tr: Transaction, ctx: OpContext, inodes: list[int]) -> tuple[list[int], dict[int, Fs3Error]]:
+    """Erase the records of files whose chunks are gone; returns which, and why the others stay."""
+    # Queued inodes do not come back, but nothing is taken on trust here.
+    records, refused = await _check(tr, inodes)
+    for inode, record in records.items():
+        if record is not None:
+            tree.erase(tr, ctx, record)
+            tr.clear(keys.truncation(inode))
+        tr.clear(keys.gc(inode))
+    return list(records), refused
 
 
 async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:

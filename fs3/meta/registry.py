@@ -41,8 +41,9 @@ Prepare: TypeAlias = Callable[[KvStore, Any], Awaitable[None]]
 class Operation:
     """One operation. `name` is its gRPC method.
 
-    ``mutates``: it carries an OpId and its answer is stored. ``cuts``: it may leave a pending truncation of the
-    inode it answers with. ``prepare`` runs before the transaction, outside of it.
+    ``mutates``: it carries an OpId and its answer is stored, unless ``only_reads`` says of a request that no run
+    of it can write anything. ``cuts``: it may leave a pending truncation of the inode it answers with. ``prepare``
+    runs before the transaction, outside of it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Operation:
     mutates: bool = False
     cuts: bool = False
     prepare: Prepare | None = None
+    only_reads: Callable[[Any], bool] | None = None
 
 
 _M = Method
@@ -63,7 +65,16 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("BatchStat", _M.METHOD_META_BATCH_STAT, pb.BatchStatRequest, pb.BatchStatResponse, batch_stat.run),
     Operation("List", _M.METHOD_META_LIST, pb.ListRequest, pb.ListResponse, list.run),
     Operation("Create", _M.METHOD_META_CREATE, pb.CreateRequest, pb.OpenResponse, create.run, mutates=True, cuts=True),
-    Operation("Open", _M.METHOD_META_OPEN, pb.OpenRequest, pb.OpenResponse, open.run, mutates=True, cuts=True),
+    Operation(
+        "Open",
+        _M.METHOD_META_OPEN,
+        pb.OpenRequest,
+        pb.OpenResponse,
+        open.run,
+        mutates=True,
+        cuts=True,
+        only_reads=open.only_reads,
+    ),
     Operation("Close", _M.METHOD_META_CLOSE, pb.CloseRequest, pb.AttrResponse, close.run, mutates=True),
     Operation("Sync", _M.METHOD_META_SYNC, pb.SyncRequest, pb.AttrResponse, sync.run, mutates=True),
     Operation("Mkdir", _M.METHOD_META_MKDIR, pb.MkdirRequest, pb.AttrResponse, mkdir.run, mutates=True),

@@ -8,6 +8,11 @@ from fs3.meta.context import OpContext
 from fs3.v1.meta_pb2 import OpenRequest, OpenResponse
 
 
+def only_reads(request: OpenRequest) -> bool:
+    """Without a session and a truncation nothing is written, so that doing it twice is as good as once."""
+    return not request.write and not request.truncate
+
+
 async def run(tr: Transaction, request: OpenRequest, ctx: OpContext) -> OpenResponse:
     """Check permissions; make a write session; truncate. Raises NOT_FOUND, ACCESS, IS_DIRECTORY, STALE_HANDLE."""
     record = await walk.target(tr, request.at, request.caller)
