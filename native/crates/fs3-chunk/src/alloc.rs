@@ -118,6 +118,8 @@ impl Drop for Block {
 struct ClassState {
     blocks: u32,
     free: Vec<u32>,
+    // By block: neither free nor in quarantine. A block freed twice would get two owners.
+    taken: Vec<bool>,
     // (log position from which the block is safe to reuse once durable, block)
     quarantine: std::collections::VecDeque<(u64, u32)>,
 }
@@ -144,7 +146,9 @@ impl Allocator {
 
     /// A free block of `class`, the one freed last first (its extent is written and warm).
     pub fn take(&mut self, class: u8) -> Option<Location> {
-        let index = self.class(class).free.pop()?;
+        let state = self.class(class);
+        let index = state.free.pop()?;
+        state.taken[index as usize] = true;
         Some(Location { class, index })
     }
 
@@ -167,25 +171,31 @@ impl Allocator {
         let old = state.blocks;
         state.free.extend((old..blocks).rev());
         state.blocks = blocks.max(old);
+        state.taken.resize(state.blocks as usize, false);
     }
 
     /// At open: the file of `class` has `blocks` blocks, of which `used` (ascending) are referred to.
     pub fn rebuild(&mut self, class: u8, blocks: u32, used: &[u32]) {
-        let mut used = used.iter().copied().peekable();
-        let mut free = Vec::new();
-        for index in 0..blocks {
-            if used.next_if_eq(&index).is_none() {
-                free.push(index);
-            }
-        }
-        free.reverse();
-        *self.class(class) = ClassState { blocks, free, quarantine: Default::default() };
+        let mut taken = vec![false; blocks as usize];
+        used.iter().for_each(|&index| taken[index as usize] = true);
+        let free = (0..blocks).rev().filter(|&index| !taken[index as usize]).collect();
+        let state = self.class(class);
+        let waiting = state.quarantine.len() as u64;
+        *state = ClassState { blocks, free, taken, quarantine: Default::default() };
+        self.quarantined_bytes -= waiting << class;
     }
 
-    /// Nobody refers to the block since log position `position`.
-    pub fn quarantine(&mut self, location: Location, position: u64) {
-        self.class(location.class).quarantine.push_back((position, location.index));
+    /// Nobody refers to the block since log position `position`. `false`, and nothing is changed: it was not taken,
+    /// which is a bug of the caller.
+    #[must_use]
+    pub fn quarantine(&mut self, location: Location, position: u64) -> bool {
+        let state = self.class(location.class);
+        if !std::mem::take(&mut state.taken[location.index as usize]) {
+            return false;
+        }
+        state.quarantine.push_back((position, location.index));
         self.quarantined_bytes += 1 << location.class;
+        true
     }
 
     /// The log is durable up to `position`: frees what was quarantined until then.
@@ -228,13 +238,25 @@ mod tests {
         alloc.grown(20, 1);
         let location = alloc.take(20).unwrap();
         assert!(alloc.take(20).is_none());
-        alloc.quarantine(location, 100);
+        assert!(alloc.quarantine(location, 100));
         alloc.release(99);
         assert!(alloc.take(20).is_none());
         assert_eq!(alloc.quarantined_bytes(), 1 << 20);
         alloc.release(100);
         assert_eq!(alloc.take(20), Some(location));
         assert_eq!(alloc.quarantined_bytes(), 0);
+    }
+
+    #[test]
+    fn a_block_that_is_not_taken_cannot_be_freed_again() {
+        let mut alloc = Allocator::default();
+        alloc.rebuild(16, 2, &[1]);
+        let location = Location { class: 16, index: 1 };
+        assert!(alloc.quarantine(location, 1));
+        assert!(!alloc.quarantine(location, 2));
+        assert!(!alloc.quarantine(Location { class: 16, index: 0 }, 2));
+        alloc.release(2);
+        assert_eq!(std::iter::from_fn(|| alloc.take(16)).count(), 2);
     }
 
     #[test]

@@ -37,6 +37,8 @@ struct State {
     names_unsynced: Vec<BTreeMap<String, u64>>,
     next_file: u64,
     boot: u64,
+    // Open files of former processes are dead.
+    process: u64,
     random: u64,
     fault: Option<(Fault, u64)>,
     halted: bool,
@@ -53,7 +55,7 @@ struct FileState {
 struct FaultFile {
     disk: Arc<Mutex<State>>,
     file: u64,
-    boot: u64,
+    process: u64,
     access: Access,
 }
 
@@ -66,6 +68,7 @@ impl FaultDisk {
             names_unsynced: vec![BTreeMap::new()],
             next_file: 1,
             boot: 1,
+            process: 1,
             random: seed.wrapping_mul(2).wrapping_add(1),
             fault: None,
             halted: false,
@@ -89,6 +92,7 @@ impl FaultDisk {
         let mut state = self.0.lock();
         let state = &mut *state;
         state.boot += 1;
+        state.process += 1;
         state.fault = None;
         state.halted = false;
         let pick = draw(&mut state.random) as usize % state.names_unsynced.len();
@@ -111,6 +115,13 @@ impl FaultDisk {
         let mut state = self.0.lock();
         state.fault = None;
         state.halted = false;
+    }
+
+    /// The process is killed, whatever its threads are doing, and started again on the same running machine: nothing
+    /// that was written is lost, and open files of before are dead.
+    pub fn kill(&self) {
+        self.restart();
+        self.0.lock().process += 1;
     }
 
     /// Flip one bit of a file.
@@ -208,8 +219,8 @@ impl Disk for FaultDisk {
                 file
             }
         };
-        let boot = state.boot;
-        Ok(Arc::new(FaultFile { disk: self.0.clone(), file, boot, access }))
+        let process = state.process;
+        Ok(Arc::new(FaultFile { disk: self.0.clone(), file, process, access }))
     }
 
     fn list(&self) -> io::Result<Vec<String>> {
@@ -251,7 +262,7 @@ impl Disk for FaultDisk {
 impl FaultFile {
     fn with<T>(&self, run: impl FnOnce(&mut State) -> io::Result<T>) -> io::Result<T> {
         let mut state = self.disk.lock();
-        if state.boot != self.boot {
+        if state.process != self.process {
             return Err(eio());
         }
         run(&mut state)

@@ -150,7 +150,12 @@ impl TargetStore {
         // Whatever freed them is in the log before this position.
         let position = self.log.end();
         let mut alloc = self.alloc.lock();
-        returned.into_iter().for_each(|location| alloc.quarantine(location, position));
+        for location in returned {
+            if !alloc.quarantine(location, position) {
+                debug_assert!(false, "{location:?} was freed twice");
+                tracing::error!(?location, "a disk block was freed twice; it is not used twice");
+            }
+        }
     }
 
     pub(crate) fn sync_blocking(&self) -> Result<()> {

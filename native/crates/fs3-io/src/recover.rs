@@ -59,7 +59,7 @@ pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<Tar
         closed: AtomicBool::new(false),
         disk,
     });
-    let rolled_back = lost_power && store.roll_back_lost(marked)?;
+    let rolled_back = store.roll_back_lost(marked, lost_power)?;
     store.settle(rolled_back || segments >= SEGMENTS_MAX || log_bytes > LOG_BYTES_MAX)?;
     Ok(store)
 }
@@ -146,7 +146,13 @@ fn rebuild_allocator(table: &Table, files: &DataFiles, names: &[String], alloc: 
 impl TargetStore {
     /// After a power loss the log may have kept records whose data were lost. Those chunks go back to the
     /// state that was synced, whose blocks were not reused since. Returns whether there were any.
-    fn roll_back_lost(&self, marked: Marked) -> Result<bool> {
+    ///
+    /// Takes `marked` whether power was lost or not: no handle of a former version may outlive this, as `settle`
+    /// declares its block free, and dropped later it would free the block again, under its next owner.
+    fn roll_back_lost(&self, marked: Marked, lost_power: bool) -> Result<bool> {
+        if !lost_power {
+            return Ok(false);
+        }
         let mut rolled_back = false;
         for (id, state) in marked {
             let versions: Vec<Arc<Version>> = {
