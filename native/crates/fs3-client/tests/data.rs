@@ -120,7 +120,9 @@ async fn many_reads_come_back_in_order_with_few_requests() {
     }
     let reads = cluster.state.log.lock().reads.clone();
     assert!(reads.len() <= 6, "200 small reads took {} requests", reads.len());
-    // A chunk is always read from the same replica, and all nodes take part.
+    // All nodes take part, and not only with the heads of their chains; a chunk always has the same replica.
+    let targets = cluster.state.log.lock().read_targets.clone();
+    assert!(targets.len() > common::CHAINS as usize && targets.len() <= 8, "{targets:?}");
     assert_eq!(reads.iter().map(|(node, _)| node).collect::<std::collections::HashSet<_>>().len(), 3);
 }
 
@@ -166,6 +168,33 @@ async fn a_dead_node_is_read_and_written_around() {
     assert_eq!(write.await.unwrap().unwrap(), again.len());
     assert!(read(&file, 0, 6 * K).await.unwrap() == again);
     assert_eq!(client.routing_version(), 2);
+}
+
+#[tokio::test]
+async fn a_read_waits_for_replicas_that_serve_again() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, b"patience").await.unwrap();
+    cluster.faults(|faults| faults.read_error = Some(Code::NotServing));
+    let reading = tokio::spawn({
+        let file = file.clone();
+        async move { read(&file, 0, 8).await }
+    });
+    common::eventually("every replica is asked twice", || cluster.state.log.lock().reads.len() > 6).await;
+    cluster.faults(|faults| faults.read_error = None);
+    assert_eq!(reading.await.unwrap().unwrap(), b"patience");
+}
+
+#[tokio::test]
+async fn what_no_replica_can_read_is_an_error_at_once() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 0, b"gone").await.unwrap();
+    cluster.faults(|faults| faults.read_error = Some(Code::DiskError));
+    assert_eq!(read(&file, 0, 4).await.unwrap_err().code, Code::DiskError);
+    assert_eq!(cluster.state.log.lock().reads.len(), 3);
 }
 
 #[tokio::test]

@@ -36,6 +36,8 @@ pub struct Faults {
     pub damage: usize,
     /// All writes fail with this.
     pub write_error: Option<Code>,
+    /// All reads of chunks fail with this.
+    pub read_error: Option<Code>,
     /// All syncs fail with this.
     pub sync_error: Option<Code>,
 }
@@ -48,6 +50,7 @@ pub struct Log {
     pub applied_writes: usize,
     /// (node, number of ops) of every read request.
     pub reads: Vec<(u32, usize)>,
+    pub read_targets: HashSet<u64>,
     pub syncs: Vec<u32>,
     pub closes: Vec<CloseRequest>,
     pub reports: Vec<WriteReport>,
@@ -252,7 +255,11 @@ impl Fake {
 
     fn read(&self, body: &[u8]) -> Result<Response> {
         let request = ReadRequest::decode(body).unwrap();
-        self.state.log.lock().reads.push((self.node, request.ops.len()));
+        {
+            let mut log = self.state.log.lock();
+            log.reads.push((self.node, request.ops.len()));
+            log.read_targets.extend(request.ops.iter().map(|op| op.target_id));
+        }
         let (mut results, mut payload) = (Vec::new(), Vec::new());
         for op in &request.ops {
             assert!(op.offset % 4096 == 0 && op.length % 4096 == 0);
@@ -275,6 +282,9 @@ impl Fake {
     fn read_one(&self, op: &ReadOp) -> Result<(ReadResult, Vec<u8>)> {
         self.admit(op.chain_id, op.chain_version, op.target_id)?;
         let faults = self.state.faults.lock();
+        if let Some(code) = faults.read_error {
+            return Err(Error::new(code, "as told"));
+        }
         if faults.rotten.contains(&self.node) {
             return Err(Error::new(Code::ChecksumMismatch, "rotten"));
         }
