@@ -10,6 +10,6 @@ newest=$(find native proto pyproject.toml -type f -not -path '*/target/*' -newer
 if [ -n "$newest" ] || ! ls fs3/_native*.so >/dev/null 2>&1; then
     touch "$stamp.new"
     echo "building the native module (release)"
-    VIRTUAL_ENV=$venv "$venv/bin/maturin" develop -q --release
+    PIP_QUIET=1 VIRTUAL_ENV=$venv "$venv/bin/maturin" develop -q --release
     mv "$stamp.new" "$stamp"
 fi
