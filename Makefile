@@ -41,6 +41,9 @@ test-rust: build
 test-python: build
 	@$(VENV)/bin/pytest
 
+sim: setup ## seeded simulation of the replication machine: make sim RUNS=5000, or SEED=7 to replay one
+	@cd native && FS3_CHAIN_SEEDS=$(or $(RUNS),2000) $(if $(SEED),FS3_CHAIN_SEED=$(SEED)) $(CARGO) test --release -p fs3-chain --test simulation -- --nocapture
+
 bench: build ## limits of this machine, then fs3, as ratios
 	@$(PY) benchmarks/run.py $(ARGS)
 
