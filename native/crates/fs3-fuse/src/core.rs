@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 
 use crate::attrs::{Version, file_attr};
 use crate::caller::superuser;
+use crate::dirattrs::DirAttrs;
 use crate::dirs::DirStream;
 use crate::inode::Inode;
 use crate::io::{DIRTY_AGE_MAX, Io};
@@ -81,6 +82,7 @@ pub(crate) struct Core {
     told: Recent<(u64, i64)>,
     /// Inodes of files that the kernel was told, by (parent, name).
     names: Recent<u64>,
+    pub dir_attrs: DirAttrs,
     tasks: Arc<Tasks>,
 }
 
@@ -124,6 +126,7 @@ impl Core {
             next_handle: AtomicU64::new(1),
             told: Recent::new(RECENT_PLACES, options.attr_timeout),
             names: Recent::new(RECENT_PLACES, options.entry_timeout),
+            dir_attrs: DirAttrs::new(options.attr_timeout),
             tasks: Arc::default(),
             options,
         }

@@ -103,8 +103,10 @@ impl Filesystem for Fs {
     fn getattr(&self, _request: &Request, inode: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let core = self.core.clone();
         self.core.spawn(async move {
-            let result = core.getattr(inode.0).await;
-            answer_attr(&core, reply, result);
+            match core.getattr_for(inode.0).await {
+                Ok((attr, life)) => reply.attr(&life, &attr),
+                Err(error) => reply.error(errno(&error)),
+            }
         });
     }
 

@@ -12,6 +12,7 @@ mod buffers;
 mod caller;
 mod core;
 mod data;
+mod dirattrs;
 mod dirs;
 mod event;
 mod filesystem;

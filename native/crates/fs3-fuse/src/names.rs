@@ -1,6 +1,7 @@
 //! Operations on names and attributes, and opening.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use fs3_client::{
     Attr, Code, CreateOptions, DirEntry, Error, FileType, OpenFile, OpenOptions, Result, Setattr, at_child, at_inode,
@@ -61,8 +62,30 @@ impl Core {
     }
 
     pub async fn getattr(&self, inode: u64) -> Result<FileAttr> {
-        let attr = self.client.stat(&superuser(), at_inode(inode)).await?;
-        Ok(self.tell(attr))
+        Ok(self.getattr_for(inode).await?.0)
+    }
+
+    /// Attributes and how long the kernel may keep them. Those of a directory may come from memory: the kernel
+    /// asks again after each of its own changes inside, which are known here.
+    pub async fn getattr_for(&self, inode: u64) -> Result<(FileAttr, Duration)> {
+        if let Some((attr, left)) = self.dir_attrs.get(inode) {
+            return Ok((self.tell(attr), left));
+        }
+        let asked = self.dir_attrs.ask();
+        let mut attr = self.client.stat(&superuser(), at_inode(inode)).await?;
+        if attr.r#type() == FileType::Directory {
+            self.dir_attrs.answered(asked, &mut attr);
+        }
+        Ok((self.tell(attr), self.options.attr_timeout))
+    }
+
+    /// `child`, no directory, was made in or removed from `parent`; an error may hide that it was.
+    fn entry_changed(&self, parent: u64, child: &Result<Attr>) {
+        match child {
+            // The attributes of an open file are merged with times of this machine's clock.
+            Ok(child) if self.inode(child.inode).is_none() => self.dir_attrs.changed(parent, child.ctime_ns),
+            _ => self.dir_attrs.forget(parent),
+        }
     }
 
     pub async fn readlink(&self, inode: u64) -> Result<Vec<u8>> {
@@ -74,6 +97,15 @@ impl Core {
     }
 
     pub async fn setattr(&self, who: Who, inode: u64, change: Change) -> Result<FileAttr> {
+        let result = self.set_attributes(who, inode, change).await;
+        self.dir_attrs.forget(inode);
+        match result? {
+            Some(attr) => Ok(self.tell(attr)),
+            None => self.getattr(inode).await,
+        }
+    }
+
+    async fn set_attributes(&self, who: Who, inode: u64, change: Change) -> Result<Option<Attr>> {
         let open = self.inode(inode);
         if let Some(open) = open.as_ref().filter(|o| o.is_dirty()) {
             // What was written before must not overtake the change: neither its bytes nor its time.
@@ -90,10 +122,7 @@ impl Core {
         if change.other != Setattr::default() {
             attr = Some(self.change(who, inode, change.other).await?);
         }
-        match attr {
-            Some(attr) => Ok(self.tell(attr)),
-            None => self.getattr(inode).await,
-        }
+        Ok(attr)
     }
 
     async fn truncate(&self, who: Who, inode: u64, length: u64, handle: Option<u64>) -> Result<Attr> {
@@ -139,34 +168,39 @@ impl Core {
             .run(|c| async move {
                 self.client.mknod(&c, at_child(parent, name), mode & 0o7777, kind, u64::from(rdev)).await
             })
-            .await?;
-        Ok(self.tell_entry(parent, name, attr))
+            .await;
+        self.entry_changed(parent, &attr);
+        Ok(self.tell_entry(parent, name, attr?))
     }
 
     pub async fn mkdir(&self, who: Who, parent: u64, name: &[u8], mode: u32) -> Result<FileAttr> {
         let attr = who
             .run(|c| async move { self.client.mkdir(&c, at_child(parent, name), mode & 0o7777, false, None).await })
-            .await?;
-        Ok(self.tell_entry(parent, name, attr))
+            .await;
+        self.dir_attrs.forget(parent);
+        Ok(self.tell_entry(parent, name, attr?))
     }
 
     pub async fn symlink(&self, who: Who, parent: u64, name: &[u8], target: &[u8]) -> Result<FileAttr> {
-        let attr = who.run(|c| async move { self.client.symlink(&c, at_child(parent, name), target).await }).await?;
-        Ok(self.tell_entry(parent, name, attr))
+        let attr = who.run(|c| async move { self.client.symlink(&c, at_child(parent, name), target).await }).await;
+        self.entry_changed(parent, &attr);
+        Ok(self.tell_entry(parent, name, attr?))
     }
 
     pub async fn link(&self, who: Who, inode: u64, parent: u64, name: &[u8]) -> Result<FileAttr> {
         let attr =
-            who.run(|c| async move { self.client.link(&c, at_inode(inode), at_child(parent, name)).await }).await?;
-        Ok(self.tell_entry(parent, name, attr))
+            who.run(|c| async move { self.client.link(&c, at_inode(inode), at_child(parent, name)).await }).await;
+        self.dir_attrs.forget(parent);
+        Ok(self.tell_entry(parent, name, attr?))
     }
 
     pub async fn unlink(&self, who: Who, parent: u64, name: &[u8]) -> Result<()> {
         let known = self.known_inode(parent, name);
         self.unpark(known).await?;
         self.forget_name(parent, name);
-        let attr = who.run(|c| async move { self.client.unlink(&c, at_child(parent, name), known).await }).await?;
-        self.lost_name(&attr);
+        let attr = who.run(|c| async move { self.client.unlink(&c, at_child(parent, name), known).await }).await;
+        self.entry_changed(parent, &attr);
+        self.lost_name(&attr?);
         Ok(())
     }
 
@@ -179,8 +213,16 @@ impl Core {
     }
 
     pub async fn rmdir(&self, who: Who, parent: u64, name: &[u8]) -> Result<()> {
+        let known = self.known_inode(parent, name);
         self.forget_name(parent, name);
-        who.run(|c| async move { self.client.rmdir(&c, at_child(parent, name)).await }).await
+        let result = who.run(|c| async move { self.client.rmdir(&c, at_child(parent, name)).await }).await;
+        self.dir_attrs.forget(parent);
+        // The directory itself has no links any more.
+        match known {
+            Some(inode) => self.dir_attrs.forget(inode),
+            None => self.dir_attrs.forget_all(),
+        }
+        result
     }
 
     pub async fn rename(&self, who: Who, from: (u64, &[u8]), to: (u64, &[u8]), flags: u32) -> Result<()> {
@@ -200,7 +242,11 @@ impl Core {
             .run(|c| async move {
                 self.client.rename(&c, source.clone(), target.clone(), no_replace, exchange, known).await
             })
-            .await?;
+            .await;
+        self.dir_attrs.forget(from.0);
+        self.dir_attrs.forget(to.0);
+        let done = done.inspect_err(|_| self.dir_attrs.forget_all())?;
+        done.attr.iter().chain(&done.replaced).for_each(|moved| self.dir_attrs.forget(moved.inode));
         if let Some(replaced) = done.replaced.as_ref().filter(|_| !exchange) {
             self.lost_name(replaced);
         }
@@ -257,7 +303,13 @@ impl Core {
         let options = CreateOptions { mode, exclusive, truncate, read, write, layout: None };
         let options = &options;
         let file =
-            who.run(|c| async move { self.client.create(&c, at_child(parent, name), options.clone()).await }).await?;
+            who.run(|c| async move { self.client.create(&c, at_child(parent, name), options.clone()).await }).await;
+        match &file {
+            Ok(file) if !file.created() => {}
+            Ok(file) => self.entry_changed(parent, &Ok(file.attr())),
+            Err(_) => self.dir_attrs.forget(parent),
+        }
+        let file = file?;
         let shown = self.tell_entry(parent, name, file.attr());
         let opened = self.opened(file, flags, OpenOptions { read, write, truncate });
         Ok((shown, opened))
