@@ -1,3 +1,5 @@
+import asyncio
+
 from fs3.core.clock import VirtualClock
 from fs3.meta import keys
 from fs3.meta.background import owner_of
@@ -70,10 +72,59 @@ def test_delay_keeps_chunks() -> None:
     run(main())
 
 
+def test_one_file_that_fails_does_not_hold_up_its_batch() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock)
+        for i in range(8):
+            made = await meta.create(f"/f{i}", open_write=True)
+            meta.chunks.write(made.attr, CHUNK)
+            report = pb.WriteReport(wrote=True, length=CHUNK)
+            await meta.do("Close", inode=made.attr.inode, session=made.session, report=report)
+            await meta.do("Unlink", f"/f{i}")
+        meta.chunks.down = {CHAINS[0]}
+        waiting = sum(chain == CHAINS[0] for chain, _, _ in meta.chunks.chunks)
+        assert 0 < waiting < 8
+        assert await meta.engine.collector.step() == 8 - waiting
+        assert len(await meta.rows(keys.GC)) == waiting
+        meta.chunks.down = set()
+        await clock.advance(2)
+        assert await meta.engine.collector.step() == waiting
+        assert meta.chunks.chunks == {}
+        await audit(meta)
+
+    run(main())
+
+
+def test_the_collector_rests_while_clients_are_served_and_entries_are_young() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock)
+        steps = []
+        for age_s in (0, 40):
+            await removed(meta)
+            await clock.advance(age_s)
+
+            async def busy(*_: object) -> None:
+                await meta.stat("/")
+                await clock.advance(0.1)
+
+            meta.chunks.before_call = busy
+            started_ns = clock.monotonic_ns()
+            step = asyncio.create_task(meta.engine.collector.step())
+            while not step.done():
+                await clock.advance(0.01)
+            assert step.result() == 1
+            meta.chunks.before_call = None
+            steps.append((clock.monotonic_ns() - started_ns) / 1e9)
+        # A file of 6 chunks costs as many calls as the stripe has chains, 0.1 s each; the rest comes on top.
+        assert steps[0] > steps[1] + 0.3
+
+    run(main())
+
+
 def test_two_collectors_at_once_do_no_harm() -> None:
     async def main() -> None:
-        import asyncio
-
         meta = await Meta.start()
         peer = await meta.peer()
         for i in range(40):
