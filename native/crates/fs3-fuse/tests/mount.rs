@@ -119,6 +119,29 @@ fn a_small_file_costs_one_write_and_no_more_metadata_calls_than_it_needs() {
 }
 
 #[test]
+fn files_made_in_one_directory_do_not_ask_for_its_attributes_each_time() {
+    let Some(bed) = Bed::new() else { return };
+    fs::create_dir(bed.path("d")).unwrap();
+    bed.cluster.take_log();
+    let began = Instant::now();
+    for i in 0..50 {
+        let path = bed.path(&format!("d/{i}"));
+        File::create(&path).unwrap();
+        let (dir, file) = (fs::metadata(bed.path("d")).unwrap(), fs::metadata(&path).unwrap());
+        let time = |m: &fs::Metadata| (m.ctime(), m.ctime_nsec());
+        assert!(time(&dir) >= time(&file), "the change shows at once");
+        fs::remove_file(&path).unwrap();
+    }
+    // What is known counts for a second; the directory and the root are asked for.
+    let most = 2 * (1 + began.elapsed().as_secs() as usize);
+    let asked = bed.cluster.take_log().count(Method::MetaStat);
+    assert!(asked <= most, "asked {asked} times");
+    fs::set_permissions(bed.path("d"), fs::Permissions::from_mode(0o711)).unwrap();
+    File::create(bed.path("d/last")).unwrap();
+    assert_eq!(fs::metadata(bed.path("d")).unwrap().mode() & 0o777, 0o711);
+}
+
+#[test]
 fn close_returns_after_other_mounts_can_see_the_data() {
     let Some(mut bed) = Bed::new() else { return };
     let other = bed.mount(MountOptions::default());

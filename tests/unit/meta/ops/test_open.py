@@ -15,6 +15,19 @@ def test_only_opens_for_writing_make_sessions() -> None:
     run(main())
 
 
+def test_opens_for_reading_alone_store_nothing() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        await meta.create("/f")
+        before = await meta.rows(b"F")
+        await meta.do("Open", "/f", read=True)
+        assert await meta.rows(b"F") == before
+        await meta.do("Open", "/f", write=True)
+        assert await meta.rows(b"F") != before
+
+    run(main())
+
+
 def test_open_checks_permission_bits_and_type() -> None:
     async def main() -> None:
         meta = await Meta.start()

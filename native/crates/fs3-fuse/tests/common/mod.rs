@@ -316,6 +316,7 @@ impl Fake {
                 let id = names.child(place.0, &place.1)?;
                 names.entries.remove(&place);
                 let attr = names.drop_link(id, &r.hold_session);
+                names.touch(place.0, attr.ctime_ns);
                 self.collect(names, id);
                 reply(UnlinkResponse { attr: Some(attr) })
             }
@@ -413,9 +414,17 @@ impl Names {
         }
         let attr = Attr { inode: self.next, ..new };
         self.next += 1;
+        self.touch(parent, attr.ctime_ns);
         self.entries.insert((parent, name), attr.inode);
         self.inodes.insert(attr.inode, attr.clone());
         Ok(attr)
+    }
+
+    /// An entry of a directory changed.
+    fn touch(&mut self, directory: u64, at_ns: i64) {
+        if let Some(attr) = self.inodes.get_mut(&directory) {
+            (attr.mtime_ns, attr.ctime_ns) = (at_ns, at_ns);
+        }
     }
 
     fn open(&mut self, id: u64, session: &Bytes) {
@@ -444,6 +453,7 @@ impl Names {
     fn drop_link(&mut self, id: u64, hold: &Bytes) -> Attr {
         let a = self.inodes.get_mut(&id).unwrap();
         a.nlink = if a.r#type() == FileType::Directory { 0 } else { a.nlink - 1 };
+        a.ctime_ns = now_ns();
         let attr = a.clone();
         if attr.nlink == 0 {
             self.open(id, hold);
