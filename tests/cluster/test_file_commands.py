@@ -93,6 +93,7 @@ def test_copies_of_what_is_not_there_or_not_asked_for_are_refused(fs3_on: str, t
         (["cp", str(tree / "absent"), f":{fs3_on}/d"], "absent"),
         (["cp", "a", "b"], "local"),
         (["cp", f":{fs3_on}/absent", str(tmp_path / "d")], "absent"),
+        (["cat", "/"], "a directory"),
         (["cp", str(tree / "link"), str(tree / "a" / "empty"), f":{fs3_on}/no-directory"], "not a directory"),
     ]:
         result = fs3_command(*arguments, check=False)

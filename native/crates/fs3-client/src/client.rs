@@ -399,8 +399,10 @@ impl Client {
 
     fn opened(&self, caller: &Caller, response: OpenResponse, write: bool) -> Result<Arc<OpenFile>> {
         let attr = response.attr.ok_or_else(no_attr)?;
-        if attr.r#type() == FileType::File {
-            check_layout(&attr.layout.unwrap_or_default())?;
+        match attr.r#type() {
+            FileType::File => check_layout(&attr.layout.unwrap_or_default())?,
+            FileType::Directory => return Err(Error::new(Code::IsDirectory, "a directory cannot be read as a file")),
+            _ => {}
         }
         if write && response.session.is_empty() {
             return Err(Error::new(Code::Protocol, "the service opened a file for writing without a session"));
