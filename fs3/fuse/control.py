@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from fs3.core.errors import Fs3Error, error
+from fs3.core.process import last_line
 from fs3.fuse import serve
 from fs3.fuse.options import MountOptions, parse_url
 from fs3.fuse.table import Daemon, Mounted, default_file, mounted_at, real_path
@@ -172,7 +173,7 @@ def _await_ready(
         raise error(Code.CODE_TIMEOUT, f"the mount was not ready in time (log: {parameters.log_file})") from None
     if said is None:
         child.wait()
-        last = _last_line(Path(parameters.log_file))
+        last = last_line(Path(parameters.log_file))
         raise error(
             Code.CODE_UNAVAILABLE, f"the mount daemon ended: {last or 'no output'} (log: {parameters.log_file})"
         )
@@ -213,13 +214,6 @@ def _abandon(child: subprocess.Popen[bytes], mountpoint: str) -> None:
     if there is not None and there.is_fs3:
         with contextlib.suppress(Fs3Error):
             _detach(mountpoint, lazy=True)
-
-
-def _last_line(log: Path) -> str:
-    with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else ""
-    return ""
 
 
 def _detach(mountpoint: str, *, lazy: bool) -> None:

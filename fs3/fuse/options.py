@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fs3.client import url as client_url
 from fs3.core.config import LOG_LEVELS
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
 
-SCHEME = "fs3://"
 MEMORY_BYTES_MIN = 16 << 20
 
 # What `mount -o` calls some of them, and options of mount(8) that mean nothing here.
@@ -126,14 +126,7 @@ def parse_options(text: str, **given: Any) -> MountOptions:
 
 def parse_url(url: str) -> list[str]:
     """The meta services that a URL ``fs3://host:port[,host:port...]/`` names. Raises INVALID_ARGUMENT."""
-    hosts, _, path = url.removeprefix(SCHEME).partition("/")
-    metas = [host.strip() for host in hosts.split(",") if host.strip()]
-    if not url.startswith(SCHEME) or not metas:
-        raise _invalid(f"{url!r} is not a cluster; write fs3://host:port[,host:port]/")
-    for meta in metas:
-        host, colon, port = meta.rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise _invalid(f"{meta!r} in {url!r} is not host:port")
-    if path.strip("/"):
-        raise _invalid(f"{url!r} names a directory; only the whole file system can be mounted: fs3://{hosts}/")
-    return metas
+    parsed = client_url.parse_url(url)
+    if parsed.base:
+        raise _invalid(f"{url!r} names a directory; only the whole file system can be mounted")
+    return list(parsed.metas)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fs3.core.errors import Fs3Error, error
+from fs3.core.process import start_ticks
 from fs3.fuse.options import MountOptions
-from fs3.fuse.table import Daemon, default_file, start_ticks
+from fs3.fuse.table import Daemon, default_file
 from fs3.v1.frame_pb2 import Code
 
 

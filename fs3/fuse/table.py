@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fs3.core.process import start_ticks
+
 FSTYPE = "fuse.fs3"
 
 
@@ -80,16 +82,6 @@ def default_file(mountpoint: str, suffix: str) -> Path:
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", mountpoint).strip("-")[-80:] or "root"
     return run_directory() / f"mount-{name}-{digest}{suffix}"
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when it is gone or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 @dataclass(frozen=True)

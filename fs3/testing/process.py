@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fs3.core.process import start_ticks
+
 POLL_S = 0.02
 
 
@@ -22,16 +24,6 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {timeout_s:g} s")
         time.sleep(POLL_S)
-
-
-def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None when there is none or it is a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 @dataclass(frozen=True)
@@ -108,15 +100,6 @@ def spawn(argv: list[str], *, log: Path, env: dict[str, str] | None = None) -> P
     ticks = start_ticks(child.pid)
     child.returncode = 0  # it is watched by pid from here on; Popen must not warn that it still runs
     return ProcessRef(child.pid, ticks if ticks is not None else -1)
-
-
-def last_line(log: Path) -> str:
-    """The last line a process wrote, for error messages."""
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return ""
-    return lines[-1] if lines else ""
 
 
 def process_cpu_seconds(pid: int) -> float:

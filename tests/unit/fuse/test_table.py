@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fs3.fuse.table import Daemon, Mounted, default_file, mounted_at, parse_mountinfo, real_path, start_ticks
+from fs3.core.process import start_ticks
+from fs3.fuse.table import Daemon, Mounted, default_file, mounted_at, parse_mountinfo, real_path
 
 TABLE = """\
 22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
