@@ -1,4 +1,4 @@
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN};
@@ -55,6 +55,7 @@ impl Blocks {
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
             high_water: AtomicU32::new(0),
             changes: AtomicU64::new(0),
+            rotten: AtomicBool::new(false),
             blocks: self.clone(),
         })
     }
@@ -78,6 +79,7 @@ pub struct Block {
     pub generation: u64,
     high_water: AtomicU32,
     changes: AtomicU64,
+    rotten: AtomicBool,
     blocks: Arc<Blocks>,
 }
 
@@ -102,6 +104,16 @@ impl Block {
     /// To be called before and after an in-place change.
     pub fn note_change(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether bytes in it were found not to match their checksums. Forgotten when the process ends.
+    pub fn is_rotten(&self) -> bool {
+        self.rotten.load(Ordering::Acquire)
+    }
+
+    /// Remember that; returns whether it was known.
+    pub fn note_rot(&self) -> bool {
+        self.rotten.swap(true, Ordering::AcqRel)
     }
 }
 

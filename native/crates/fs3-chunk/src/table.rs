@@ -72,6 +72,7 @@ impl Chunk {
             committed: self.committed.as_ref().map(|v| v.info.clone()),
             pending: self.pending.as_ref().map(|p| p.version.info.clone()),
             writers: self.writers.clone(),
+            rotten: self.committed.as_ref().and_then(|v| v.block.as_ref()).is_some_and(|b| b.is_rotten()),
         }
     }
 

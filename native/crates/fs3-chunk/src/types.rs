@@ -76,6 +76,9 @@ pub struct ChunkMeta {
     pub pending: Option<VersionInfo>,
     /// Exactly-once records of committed updates.
     pub writers: Vec<WriterRecord>,
+    /// Stored bytes of the committed version were found damaged since the target was opened; the chunk needs to be
+    /// replaced.
+    pub rotten: bool,
 }
 
 /// Number of crc blocks in `length` bytes.

@@ -6,6 +6,7 @@ use fs3_chunk::{BLOCK_BYTES, Block, Version, block_count};
 use fs3_core::{ChunkId, Code, Error, Region, Result, crc32c};
 
 use crate::cache::{PAGE_BLOCKS, PAGE_BYTES, page_region};
+use crate::maintain::DataFiles;
 use crate::pool::PooledBuf;
 use crate::store::{ReadOut, TargetStore};
 
@@ -34,10 +35,35 @@ impl Piece {
 impl TargetStore {
     pub(crate) fn read_blocking(&self, id: ChunkId, offset: u32, length: u32) -> Result<ReadOut> {
         let version = self.readable(id, offset, length)?;
-        self.read_version(&version, offset, length).map_err(|e| Error {
+        let read = self.read_version(&version, offset, length).inspect_err(|e| self.note_rot(id, &version, e));
+        read.map_err(|e| Error {
             message: format!("chunk {id} version {}: {}", version.info.update_version, e.message).into(),
             ..e
         })
+    }
+
+    /// If `error` says that stored bytes of `version` are rotten, remember it, and log once what a hunt for the cause
+    /// needs.
+    pub(crate) fn note_rot(&self, id: ChunkId, version: &Version, error: &Error) {
+        let Some(block) = version.block.as_ref().filter(|_| error.code == Code::ChecksumMismatch) else { return };
+        if block.note_rot() {
+            return;
+        }
+        let pending = self.chunk(id).and_then(|m| m.pending).map(|p| p.update_version.0);
+        tracing::error!(
+            chunk = %id,
+            version = version.info.update_version.0,
+            chain_version = version.info.chain_version.0,
+            pending,
+            length = version.info.length,
+            high_water = block.high_water(),
+            patches = ?version.patches.keys(),
+            file = DataFiles::name(block.location.class),
+            file_offset = block.location.offset(),
+            block_generation = block.generation,
+            log_position = self.log.end(),
+            "rot: {}", error.message
+        );
     }
 
     /// The read if all its bytes are in memory.
@@ -121,11 +147,15 @@ fn verify(version: &Version, piece: &Piece, page: &[u8]) -> Result<()> {
         }
         let at = (bit * BLOCK_BYTES) as usize;
         let len = (version.info.length - block * BLOCK_BYTES).min(BLOCK_BYTES) as usize;
-        if crc32c(&page[at..at + len]) != version.crcs[block as usize] {
+        let (found, expected) = (crc32c(&page[at..at + len]), version.crcs[block as usize]);
+        if found != expected {
             let from = block * BLOCK_BYTES;
             return Err(Error::new(
                 Code::ChecksumMismatch,
-                format!("the stored bytes at {from} do not match their checksum; another replica may be right"),
+                format!(
+                    "the stored bytes at {from} do not match their checksum ({found:08x}, not {expected:08x}); another \
+                     replica may be right"
+                ),
             ));
         }
     }

@@ -66,16 +66,21 @@ impl TargetStore {
         let mut writers = None;
         let built = match update.change {
             Change::Write { offset, data, crcs } => {
-                self.build_write(base.as_deref(), Input::verified(offset, data, crcs)?)?
+                self.build_write(base.as_deref(), Input::verified(offset, data, crcs)?)
             }
             Change::Replace { data, crcs, writers: mut records } => {
                 records.drain(..records.len().saturating_sub(WRITERS_MAX));
                 writers = Some(records);
-                self.build_whole(Input::verified(0, data, crcs)?)?
+                self.build_whole(Input::verified(0, data, crcs)?)
             }
-            Change::Truncate { length } => self.build_cut(base.as_deref(), length)?,
-            Change::Remove => Built { body: Body::Tombstone, length: 0, block: None },
+            Change::Truncate { length } => self.build_cut(base.as_deref(), length),
+            Change::Remove => Ok(Built { body: Body::Tombstone, length: 0, block: None }),
         };
+        let built = built.inspect_err(|e| {
+            if let Some(base) = &base {
+                self.note_rot(id, base, e);
+            }
+        })?;
         let prepare = Prepare {
             id,
             chunk_bytes: update.chunk_bytes,

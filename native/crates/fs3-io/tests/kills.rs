@@ -195,11 +195,12 @@ impl Rig {
     fn live(&mut self) {
         // A version that was pending at the kill goes on like any other.
         for chunk in 0..CHUNKS {
-            if let Some(made) = self.model[chunk as usize].pending.pop()
+            let model = &mut self.model[chunk as usize];
+            if let Some(made) = model.pending.first().cloned()
                 && self.random.random_range(0..2) == 0
             {
                 self.runtime.block_on(self.store.commit(id(chunk), UpdateVersion(made.version))).unwrap();
-                self.model[chunk as usize].committed = Some(made);
+                *model = Model { committed: Some(made), ..Model::default() };
             }
         }
         self.check();
