@@ -23,7 +23,7 @@ impl Replica {
         view: &dyn ChunkView,
         out: &mut Vec<Effect>,
     ) {
-        let head = self.is_serving_head();
+        let (head, alone) = (self.is_serving_head(), self.is_alone());
         let Some(op) = self.op_mut(id, chunk) else { return };
         if op.phase == Phase::Zombie {
             if result.is_ok() && head {
@@ -41,8 +41,11 @@ impl Replica {
         }
         match result {
             Ok(outcome) => op.local = Local::Ready(outcome),
-            // The base here is rotten; upstream can send the whole chunk.
-            Err(Code::ChecksumMismatch) if !head => op.local = Local::Failed(Code::ChecksumMismatch),
+            // The base here is rotten; upstream can send the whole chunk. A head fails, so that a resync from another
+            // replica restores the chunk; where there is no other, only this update is refused.
+            Err(Code::ChecksumMismatch) if !head || (alone && !op.carried_over) => {
+                op.local = Local::Failed(Code::ChecksumMismatch)
+            }
             Err(code) if is_definite(code) => op.local = Local::Failed(code),
             Err(code) => return self.fail(chunk, code, out),
         }
@@ -58,7 +61,7 @@ impl Replica {
         view: &dyn ChunkView,
         out: &mut Vec<Effect>,
     ) {
-        let config = self.config;
+        let (config, alone) = (self.config, self.is_alone());
         let Some(op) = self.op_mut(id, chunk).filter(|op| op.phase == Phase::Working) else { return };
         let current = |l: &crate::chunk::Leg| l.to == to && l.attempt == attempt && l.state == LegState::Running;
         let Some(at) = op.legs.iter().position(current) else { return };
@@ -70,6 +73,9 @@ impl Replica {
                 LegState::Refused(Code::PayloadChecksum)
             }
             Err(code) if is_definite(code) && !leg.uncertain => LegState::Refused(code),
+            // The chunk that was to be sent is rotten here.
+            Err(Code::ChecksumMismatch) if alone && !op.carried_over => LegState::Refused(Code::ChecksumMismatch),
+            Err(Code::ChecksumMismatch) => return self.fail(chunk, Code::ChecksumMismatch, out),
             Err(code) => {
                 // Unknown outcome, or a passing one: the same update again until the chain changes (invariant 1).
                 if code == Code::PayloadChecksum {
@@ -116,6 +122,14 @@ impl Replica {
             }
         }
         let Some(op) = self.chunks.get_mut(&chunk).and_then(|c| c.active.as_mut()) else { return };
+        if head && op.local == Local::Failed(Code::ChecksumMismatch) {
+            // A syncing successor may hold it already, and may not serve before it equals what is here.
+            let refusal = Refusal { code: Code::ChecksumMismatch, maybe_applied: !op.legs.is_empty() };
+            if op.carried_over || op.legs.iter().any(|l| !l.syncing) {
+                return self.fail(chunk, Code::ChecksumMismatch, out);
+            }
+            return self.finish(now_ns, chunk, Err(refusal), view, out);
+        }
         if diverged {
             return self.repair(now_ns, chunk, head, view, out);
         }
@@ -234,6 +248,11 @@ impl Replica {
             let refusal = Refusal::new(Code::NotServing);
             out.extend(chunk.readers.into_iter().map(|id| Effect::Reply { id, result: Err(refusal) }));
         }
+    }
+
+    /// Whether this is the only serving replica.
+    fn is_alone(&self) -> bool {
+        self.is_serving_head() && self.routing.successors.iter().all(|s| s.syncing)
     }
 
     pub(crate) fn is_serving_head(&self) -> bool {

@@ -351,6 +351,37 @@ fn a_diverged_successor_is_overwritten_under_a_version_above_both() {
 }
 
 #[test]
+fn a_rotten_base_takes_a_head_with_successors_offline_and_makes_the_only_replica_refuse() {
+    let rotten = |rig: &mut Rig| {
+        rig.write(1);
+        let mut effects = rig.acked(1, 1, Ok(outcome(5)));
+        effects.extend(rig.step(Event::Prepared { op: 1, chunk: CHUNK, result: Err(Code::ChecksumMismatch) }));
+        effects
+    };
+    let mut rig = Rig::with_chunk(place(1, true, &[(2, false)]), 4);
+    assert!(matches!(rotten(&mut rig)[0], Effect::Fatal { code: Code::ChecksumMismatch, .. }));
+    for successors in [&[][..], &[(2, true)]] {
+        let mut rig = Rig::with_chunk(place(1, true, successors), 4);
+        assert_eq!(replies(&rotten(&mut rig)), [Err(Code::ChecksumMismatch)]);
+        assert!(!rig.replica.has_failed());
+        assert!(!rig.replica.is_synced(NEXT, CHUNK));
+        assert!(is_prepare(&rig.write(2)[0], 5));
+    }
+}
+
+#[test]
+fn a_chunk_that_is_too_rotten_to_be_sent_ends_the_resync_of_the_only_replica_and_takes_others_offline() {
+    let mut only = Rig::with_chunk(place(1, true, &[(2, true)]), 4);
+    only.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);
+    assert_eq!(replies(&only.acked(1, 1, Err(Code::ChecksumMismatch))), [Err(Code::ChecksumMismatch)]);
+    assert!(!only.replica.has_failed());
+    let mut tail = Rig::with_chunk(place(1, false, &[(2, true)]), 4);
+    tail.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);
+    tail.acked(1, 1, Err(Code::ChecksumMismatch));
+    assert!(tail.replica.has_failed());
+}
+
+#[test]
 fn resync_mirrors_one_chunk_to_one_syncing_successor_only() {
     let mut rig = Rig::with_chunk(place(1, true, &[(2, true), (3, true)]), 4);
     let effects = rig.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use fs3_chain::Event;
 use fs3_core::{BufferPool, Code, Error, Result};
@@ -15,6 +16,13 @@ use parking_lot::{Mutex, RwLock};
 use crate::disks::Disks;
 use crate::routing::RoutingState;
 use crate::target::Target;
+
+/// How often a target may come back in one process after it gave up.
+const LIVES_MAX: u32 = 16;
+/// How long the disk work of a target that gave up may take to end.
+const CHANGES_PATIENCE: Duration = Duration::from_secs(60);
+/// How often that is looked at.
+const CHANGES_POLL: Duration = Duration::from_millis(10);
 
 /// A target that routing assigns to this node.
 #[derive(Clone)]
@@ -155,22 +163,53 @@ impl Core {
     fn open_target(self: &Arc<Self>, target_id: u64, chain_id: u32, disk_uuid: &[u8]) {
         let opened = self.open_store(target_id, disk_uuid);
         let _turn = self.applying.lock();
-        let slot = match opened {
+        match opened {
             Ok((store, created)) => {
                 let version = self.routing().chain(chain_id).map_or(0, |c| c.version);
                 // A new target of a new chain has everything there is. Any other one waits until routing shows that
                 // the manager has seen this start.
-                let target = Target::new(target_id, chain_id, store, self.clone(), created && version == 1);
-                target.drive(Event::Lease { serve_until_ns: self.serve_until_ns.load(Ordering::SeqCst) });
-                target.reroute();
-                Slot::Open(target)
+                self.enter(Target::new(target_id, chain_id, store, self.clone(), created && version == 1));
             }
             Err(error) => {
                 tracing::error!(target_id, "cannot open the target: {error}");
-                Slot::Failed { chain_id, error: error.to_string() }
+                self.targets.write().insert(target_id, Slot::Failed { chain_id, error: error.to_string() });
             }
-        };
-        self.targets.write().insert(target_id, slot);
+        }
+    }
+
+    /// After a target gave up, let it come back by a resync, if its disk and metadata are sound: what it cannot be
+    /// trusted with, such as a rotten chunk, is then replaced from another replica.
+    pub async fn begin_next_life(self: Arc<Self>, former: Arc<Target>) {
+        let deadline = Instant::now() + CHANGES_PATIENCE;
+        // Updates of a chunk take turns, those of the next life too.
+        while former.is_changing() {
+            if Instant::now() > deadline {
+                tracing::error!(target_id = former.id, "a disk does not answer; the target stays offline");
+                return;
+            }
+            tokio::time::sleep(CHANGES_POLL).await;
+        }
+        if former.store.failed().is_some() {
+            return;
+        }
+        if former.lives >= LIVES_MAX {
+            tracing::error!(target_id = former.id, "the target gave up too often and stays offline; check its disk");
+            return;
+        }
+        let _turn = self.applying.lock();
+        let current = matches!(self.targets.read().get(&former.id), Some(Slot::Open(t)) if Arc::ptr_eq(t, &former));
+        if current {
+            let next = former.next_life();
+            tracing::warn!(target_id = next.id, life = next.lives, "the target comes back");
+            self.enter(next);
+        }
+    }
+
+    /// Make a target known that has just begun to live. The caller holds `applying`.
+    fn enter(&self, target: Arc<Target>) {
+        target.drive(Event::Lease { serve_until_ns: self.serve_until_ns.load(Ordering::SeqCst) });
+        target.reroute();
+        self.targets.write().insert(target.id, Slot::Open(target));
     }
 
     fn open_store(&self, target_id: u64, disk_uuid: &[u8]) -> Result<(Arc<TargetStore>, bool)> {

@@ -24,8 +24,12 @@ pub(crate) struct Target {
     pub chain_id: u32,
     pub store: Arc<TargetStore>,
     pub core: Arc<Core>,
+    /// Number of this life of the target within the process, from 1.
+    pub lives: u32,
     machine: Mutex<Machine>,
     pub life: Mutex<Life>,
+    /// Held by every task that changes the store.
+    changing: Arc<()>,
 }
 
 /// What the target tells the manager of itself.
@@ -35,6 +39,8 @@ pub(crate) struct Life {
     pub ready: bool,
     pub uptodate: bool,
     pub error: Option<String>,
+    /// Why the life before ended, if that was in this process.
+    pub former_error: Option<String>,
     pub resync_done_chunks: u64,
     pub resync_total_chunks: u64,
 }
@@ -49,6 +55,10 @@ struct Machine {
 
 impl Target {
     pub fn new(id: u64, chain_id: u32, store: Arc<TargetStore>, core: Arc<Core>, ready: bool) -> Arc<Self> {
+        Self::begin(id, chain_id, store, core, 1, Life { ready, ..Life::default() })
+    }
+
+    fn begin(id: u64, chain_id: u32, store: Arc<TargetStore>, core: Arc<Core>, lives: u32, life: Life) -> Arc<Self> {
         let machine = Machine {
             replica: Replica::new(Config::default()),
             jobs: HashMap::new(),
@@ -56,8 +66,20 @@ impl Target {
             readers: HashMap::new(),
             next_request: 1,
         };
-        let life = Life { ready, ..Life::default() };
-        Arc::new(Self { id, chain_id, store, core, machine: Mutex::new(machine), life: Mutex::new(life) })
+        let (machine, life, changing) = (Mutex::new(machine), Mutex::new(life), Arc::default());
+        Arc::new(Self { id, chain_id, store, core, lives, machine, life, changing })
+    }
+
+    /// The target after it gave up: it takes part again once the manager has seen that, like after a restart of the
+    /// process. Call it when nothing changes the store any more.
+    pub fn next_life(&self) -> Arc<Self> {
+        let life = Life { former_error: self.life.lock().error.clone(), ..Life::default() };
+        Self::begin(self.id, self.chain_id, self.store.clone(), self.core.clone(), self.lives + 1, life)
+    }
+
+    /// Whether disk work of this life is still going on.
+    pub fn is_changing(&self) -> bool {
+        Arc::strong_count(&self.changing) > 1
     }
 
     /// Feed one event and carry out what follows from it.
@@ -71,6 +93,7 @@ impl Target {
 
     fn carry_out(self: &Arc<Self>, machine: &mut Machine, effect: Effect) {
         let this = self.clone();
+        let changing = self.changing.clone();
         match effect {
             Effect::Prepare { op, chunk, version, content } => {
                 let chain_version = machine.replica.routing().chain_version;
@@ -78,18 +101,21 @@ impl Target {
                 self.core.spawn(async move {
                     let result = this.prepare(&job, version, chain_version, content).await;
                     let result = result.map(|v| outcome_of(&v)).map_err(|e| this.note(chunk, &e));
+                    drop(changing);
                     this.drive(Event::Prepared { op, chunk, result });
                 });
             }
             Effect::Commit { op, chunk, version } => self.core.spawn(async move {
                 let result = this.store.commit(chunk, UpdateVersion(version)).await;
                 let result = result.map(drop).map_err(|e| this.note(chunk, &e));
+                drop(changing);
                 this.drive(Event::Committed { op, chunk, result });
             }),
             Effect::Abort { op, chunk, version } => self.core.spawn(async move {
                 if let Err(e) = this.store.abort(chunk, UpdateVersion(version)).await {
                     this.note(chunk, &e);
                 }
+                drop(changing);
                 this.drive(Event::Aborted { op, chunk });
             }),
             Effect::Forward { op, chunk, to, attempt, chain_version, version, base, content, delay_ns } => {
@@ -126,6 +152,7 @@ impl Target {
                 let mut life = self.life.lock();
                 let known = life.error.get_or_insert_with(|| format!("chunk {chunk}: {code:?}"));
                 tracing::error!(target_id = self.id, "the target goes offline: {known}");
+                self.core.spawn(self.core.clone().begin_next_life(this));
             }
         }
     }
@@ -279,7 +306,9 @@ impl Target {
         let life = self.life.lock();
         match &life.error {
             _ if !failed && !life.ready => {
-                (LocalState::Offline, Some("waiting for the manager to see the restart".into()))
+                let waiting = "waiting for the manager to see the restart";
+                let former = life.former_error.as_ref();
+                (LocalState::Offline, Some(former.map_or(waiting.into(), |e| format!("{waiting} after: {e}"))))
             }
             error if failed => (LocalState::Offline, error.clone()),
             _ if life.uptodate => (LocalState::Uptodate, None),

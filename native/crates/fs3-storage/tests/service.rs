@@ -312,6 +312,44 @@ fn rotten_bytes_are_refused_by_that_replica_and_served_by_the_others() {
     c.assert_replicas_equal(&[0, 1, 2]);
 }
 
+#[test]
+fn a_head_with_a_rotten_chunk_comes_back_and_gets_it_from_another_replica() {
+    let mut c = Cluster::start();
+    let data = bytes_of(7, 50_000);
+    c.write(0, chunk(0), 0, &data).unwrap();
+    c.write(0, chunk(1), 0, &data[..100]).unwrap();
+    assert!(flip(c.dir(0), &data[20_000..20_064]) > 0, "the data file was not found");
+    // It needs the rotten bytes for the merge. The write is the next head's.
+    assert_eq!(code_of(c.write(0, chunk(0), 20_100, b"small")), Code::NotServing);
+    c.wait_state(0, LocalState::Offline);
+    let why = || c.status(0).unwrap().error;
+    wait_until("the next life", || why().contains("waiting for the manager"));
+    assert!(why().contains("do not match their checksum"), "{}", why());
+    assert_eq!(c.read(0, chunk(1), 0, 4096).unwrap().result.code, Code::NotServing as u32);
+    c.let_in(0, &[1, 2]);
+    c.write_retrying(1, chunk(0), 30_000, b"more");
+    let expected = c.read(1, chunk(0), 0, CHUNK_BYTES).unwrap().data;
+    let read = c.read(0, chunk(0), 0, CHUNK_BYTES).unwrap();
+    assert_eq!(read.result.code, 0, "{}", read.result.message);
+    assert!(read.data == expected);
+    c.assert_replicas_equal(&[0, 1, 2]);
+}
+
+#[test]
+fn the_only_replica_refuses_writes_over_rot_and_serves_everything_else() {
+    let mut c = Cluster::start();
+    let data = bytes_of(7, 50_000);
+    c.reroute(&[(0, PublicState::Serving), (1, PublicState::Offline), (2, PublicState::Offline)]);
+    c.write(0, chunk(0), 0, &data).unwrap();
+    c.write(0, chunk(1), 0, &data[..100]).unwrap();
+    assert!(flip(c.dir(0), &data[20_000..20_064]) > 0, "the data file was not found");
+    assert_eq!(code_of(c.write(0, chunk(0), 20_100, b"small")), Code::ChecksumMismatch);
+    assert_eq!(c.read(0, chunk(0), 20_480, 4096).unwrap().result.code, 0);
+    assert_eq!(c.read(0, chunk(1), 0, 4096).unwrap().data, data[..100]);
+    c.write(0, chunk(0), 0, &data).unwrap();
+    assert!(c.read(0, chunk(0), 0, CHUNK_BYTES).unwrap().data == data);
+}
+
 /// Invert the byte after every place in the files under `dir` that hold `pattern`; returns how many there are.
 fn flip(dir: &std::path::Path, pattern: &[u8]) -> usize {
     let mut flipped = 0;

@@ -108,7 +108,8 @@ pub(crate) fn info(id: ChunkId, meta: &ChunkMeta) -> Option<ChunkInfo> {
             pending_version,
             chain_version: c.chain_version.0,
             length: c.length,
-            chunk_crc32c: c.chunk_crc32c,
+            // A chunk whose bytes are damaged equals no other, so that a resync replaces it.
+            chunk_crc32c: if meta.rotten { !c.chunk_crc32c } else { c.chunk_crc32c },
             chunk_bytes: c.chunk_bytes,
         },
         None => ChunkInfo { chunk_id, pending_version, ..ChunkInfo::default() },

@@ -250,12 +250,17 @@ impl Cluster {
     /// Manager's part of a node's way back: seen offline, then waiting, then syncing until it is up to date, then
     /// serving at the end of the chain.
     pub fn bring_back(&mut self, node: usize, serving: &[usize]) {
+        self.start_node(node);
+        self.let_in(node, serving);
+    }
+
+    /// As [`Cluster::bring_back`], for a node that runs.
+    pub fn let_in(&mut self, node: usize, serving: &[usize]) {
         let with = |state| {
             let mut targets: Vec<_> = serving.iter().map(|n| (*n, PublicState::Serving)).collect();
             targets.push((node, state));
             targets
         };
-        self.start_node(node);
         self.reroute(&with(PublicState::Offline));
         self.wait_state(node, LocalState::Online);
         self.reroute(&with(PublicState::Syncing));
