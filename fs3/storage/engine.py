@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from fs3.core.errors import error
+from fs3.core.errors import Fs3Error, error
 from fs3.storage.disks import DiskIdentity
 from fs3.v1.frame_pb2 import Code
 
@@ -64,11 +65,20 @@ def engine_config(
 
 def native_engine(config_json: str) -> StorageEngine:
     """Make the engine of the native module. Raises NOT_SUPPORTED when the module is not built."""
+    engine: StorageEngine = _native().StorageEngine(config_json)
+    return engine
+
+
+def log_engine(level: str) -> None:
+    """Send what engines of this process log at `level` and above to stderr. Harmless twice, and without the module."""
+    with contextlib.suppress(Fs3Error, RuntimeError):  # RuntimeError: the process has done so already
+        _native().init_logging({"warning": "warn"}.get(level, level))
+
+
+def _native() -> Any:
     try:
-        native = importlib.import_module("fs3.native")
+        return importlib.import_module("fs3.native")
     except ImportError as exc:
         raise error(
             Code.CODE_NOT_SUPPORTED, f"the native module is not there ({exc}); build it with `make build`"
         ) from exc
-    engine: StorageEngine = native.StorageEngine(config_json)
-    return engine

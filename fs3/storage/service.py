@@ -15,7 +15,7 @@ from fs3.core.config import StorageConfig
 from fs3.core.service import run_service, write_ready
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.storage.disks import NodeIdentity, open_node
-from fs3.storage.engine import EngineFactory, StorageEngine, engine_config, native_engine
+from fs3.storage.engine import EngineFactory, StorageEngine, engine_config, log_engine, native_engine
 from fs3.v1.mgmtd_pb2 import TargetReport
 from fs3.v1.routing_pb2 import Disk, LocalState, Node, Routing
 from fs3.v1.storage_pb2 import EngineStatus
@@ -202,6 +202,7 @@ class StorageService:
 
 def run(config: StorageConfig) -> int:
     """Run a storage service until SIGTERM or SIGINT; returns the exit code. To be called from the main thread."""
+    log_engine(config.log_level)
     return run_service(
         lambda stop: StorageService(config).run(stop),
         name="storage",
