@@ -108,10 +108,11 @@ def measure_mount(
         Row("large reads, mount", read, None, "", 600.0),
         Row("large writes + fsync, mount", written, limits["bare_chain"], "bare chain", 0.4),
     ]
-    for jobs, floor in ((1, 0.0), (8, 700.0)):
-        say(f"small files through the mount, {jobs} jobs")
-        found = measure.mount_small_files(mountpoint / "small", jobs=jobs, operations=files, pids=pids)
-        word = "1 job" if jobs == 1 else f"{jobs} jobs"
+    for jobs, shared, floor in ((1, False, 0.0), (8, False, 700.0), (8, True, 0.0)):
+        word = "1 job" if jobs == 1 else f"{jobs} jobs in one directory" if shared else f"{jobs} jobs"
+        say(f"small files through the mount, {word}")
+        home = mountpoint / "small"
+        found = measure.mount_small_files(home, jobs=jobs, operations=files, shared=shared, pids=pids)
         rows.append(Row(f"create + write 4 KiB + close, mount, {word}", found["create_write_close"], None, "", floor))
         rows.append(Row(f"stat, mount, {word}", found["stat"], None, "", 0.0))
         rows.append(Row(f"unlink, mount, {word}", found["unlink"], None, "", 0.0))

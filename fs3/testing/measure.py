@@ -258,20 +258,30 @@ def _unlinks(job: tuple[str, int, int]) -> int:
     return count
 
 
-def mount_small_files(directory: Path, *, jobs: int, operations: int, pids: Sequence[int] = ()) -> dict[str, Measured]:
-    """Create + write 4 KiB + close, stat, unlink of `operations` files in all, by `jobs` processes."""
-    directory.mkdir(exist_ok=True)
-    work = [(str(directory), number, operations // jobs) for number in range(jobs)]
+def mount_small_files(
+    directory: Path, *, jobs: int, operations: int, shared: bool = False, pids: Sequence[int] = ()
+) -> dict[str, Measured]:
+    """Create + write 4 KiB + close, stat, unlink of `operations` files in all, by `jobs` processes.
+
+    Each job has a directory of its own; with `shared` they all use one, where the kernel lets one create at a time.
+    """
+    homes = [directory if shared else directory / f"job-{number}" for number in range(jobs)]
+    for home in homes:
+        home.mkdir(parents=True, exist_ok=True)
+    work = [(str(home), number, operations // jobs) for number, home in enumerate(homes)]
+    warm = [(str(home), 1000 + number, 1) for number, home in enumerate(homes)]
     found = {}
     with ProcessPoolExecutor(jobs) as pool:
-        list(pool.map(_small_files, [(str(directory), 1000 + n, 1) for n in range(jobs)]))
+        list(pool.map(_small_files, warm))
         children = list(pool._processes or {})
         for label, call in (("create_write_close", _small_files), ("stat", _stats), ("unlink", _unlinks)):
             meter = Meter([*pids, *children])
             with meter:
                 done = sum(pool.map(call, work))
             found[label] = meter.result(operations=done)
-        list(pool.map(_unlinks, [(str(directory), 1000 + n, 1) for n in range(jobs)]))
+        list(pool.map(_unlinks, warm))
+    for home in {*homes} - {directory}:
+        home.rmdir()
     directory.rmdir()
     return found
 
