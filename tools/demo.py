@@ -70,11 +70,11 @@ class Progress:
 
 
 def tree_files(root: Path) -> list[Path]:
-    """Regular files below `root`, relative, without caches of byte code."""
+    """Regular files below `root`, relative, without what was installed beside the standard library."""
     return sorted(
         p.relative_to(root)
         for p in root.rglob("*")
-        if p.is_file() and not p.is_symlink() and "__pycache__" not in p.parts and "site-packages" not in p.parts
+        if p.is_file() and not p.is_symlink() and not {"site-packages", "dist-packages"} & set(p.parts)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from fs3.cli.target import DEFAULT_DIRECTORY, cluster_options, default_target
 from fs3.client import FileSystem
 from fs3.core.errors import error
 from fs3.core.units import parse_bytes
+from fs3.fuse.table import Daemon, default_file, mounted_at, real_path
 from fs3.testing import measure
 from fs3.testing.cluster import LocalCluster
 from fs3.testing.measure import Measured
@@ -71,6 +73,23 @@ def _size(text: str) -> int:
     return size
 
 
+@contextmanager
+def _scratch_on_mount(mountpoint: str) -> Iterator[tuple[Path, list[int]]]:
+    """A directory on a mount that is removed afterwards, and the pids of daemon and local services."""
+    path = real_path(mountpoint)
+    if mounted_at(path) is None:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"{mountpoint} is not a mountpoint; mount a cluster there first")
+    daemon = Daemon.load(default_file(path, ".pid"))
+    local = Path(os.environ.get("FS3_CLUSTER") or DEFAULT_DIRECTORY)
+    pids = LocalCluster(local).pids() if (local / "cluster.toml").exists() else []
+    directory = Path(tempfile.mkdtemp(prefix=".fs3-bench-", dir=path))
+    try:
+        yield directory, pids + ([daemon.pid] if daemon else [])
+    finally:
+        shutil.rmtree(directory)
+
+
+mount_option = click.option("--mount", "mountpoint", metavar="DIR", help="Through this mount instead of natively.")
 size_option = click.option("--size", default="1GiB", show_default=True, help="How much to move.")
 
 
@@ -89,11 +108,17 @@ def limits_command(directory: str | None, scale: float, as_json: bool) -> None:
 
 @bench_command.command("write")
 @size_option
+@mount_option
 @cluster_options
 @json_option
-def write_command(size: str, as_json: bool, **where: Any) -> None:
-    """Write one large file with the native client; the second of two runs counts."""
+def write_command(size: str, mountpoint: str | None, as_json: bool, **where: Any) -> None:
+    """Write one large file, natively or through a mount (then with fsync); the second of two runs counts."""
     total = _size(size)
+    if mountpoint:
+        with _scratch_on_mount(mountpoint) as (home, daemons):
+            measure.mount_write(home / "file", total)
+            _show({"write (mount)": measure.mount_write(home / "file", total, pids=daemons)}, as_json)
+        return
     with _scratch(where) as (fs, directory, pids):
         measure.native_write(fs, f"{directory}/warm", total, pids=pids)
         fs.remove(f"{directory}/warm")
@@ -103,11 +128,20 @@ def write_command(size: str, as_json: bool, **where: Any) -> None:
 
 @bench_command.command("read")
 @size_option
+@mount_option
 @cluster_options
 @json_option
-def read_command(size: str, as_json: bool, **where: Any) -> None:
-    """Read one large file, and random 4 KiB blocks of it, with the native client; servers are warm."""
+def read_command(size: str, mountpoint: str | None, as_json: bool, **where: Any) -> None:
+    """Read one large file, and natively also random 4 KiB blocks of it; servers are warm."""
     total = _size(size)
+    if mountpoint:
+        with _scratch_on_mount(mountpoint) as (home, daemons):
+            measure.mount_write(home / "file", total)
+            first = measure.mount_read(home / "file", total, pids=daemons)
+            measure.mount_read(home / "file", total)
+            again = measure.mount_read(home / "file", total, pids=daemons)
+            _show({"first read (mount)": first, "read (mount)": again}, as_json)
+        return
     with _scratch(where) as (fs, directory, pids):
         path = f"{directory}/file"
         measure.native_write(fs, path, total, pids=pids)
@@ -125,12 +159,20 @@ def read_command(size: str, as_json: bool, **where: Any) -> None:
 @bench_command.command("meta")
 @click.option("--files", default=5_000, show_default=True, help="How many files to make.")
 @click.option("--in-flight", default=32, show_default=True, help="Calls at a time.")
+@click.option("--jobs", default=8, show_default=True, help="With --mount: processes, each in its own directory.")
+@mount_option
 @cluster_options
 @json_option
-def meta_command(files: int, in_flight: int, as_json: bool, **where: Any) -> None:
-    """Creations, stats and removals of empty files with the native client."""
-    if files < 1 or in_flight < 1:
-        raise error(Code.CODE_INVALID_ARGUMENT, "--files and --in-flight must be at least 1")
+def meta_command(files: int, in_flight: int, jobs: int, mountpoint: str | None, as_json: bool, **where: Any) -> None:
+    """Creations, stats and removals of files: empty ones natively, of 4 KiB through a mount."""
+    if files < 1 or in_flight < 1 or not 1 <= jobs <= files:
+        raise error(
+            Code.CODE_INVALID_ARGUMENT, "--files, --in-flight and --jobs must be at least 1, jobs at most files"
+        )
+    if mountpoint:
+        with _scratch_on_mount(mountpoint) as (home, daemons):
+            _show(measure.mount_small_files(home / "d", jobs=jobs, operations=files, pids=daemons), as_json)
+        return
     with _scratch(where) as (fs, directory, pids):
         found = measure.native_metadata(fs, f"{directory}/d", operations=files, in_flight=in_flight, pids=pids)
     _show(found, as_json)

@@ -11,6 +11,7 @@ import pytest
 
 from fs3.testing.cluster import LocalCluster
 from tests.cluster.command import fs3_command
+from tests.cluster.mounts import mounted
 
 
 @pytest.fixture
@@ -113,6 +114,20 @@ def test_the_benchmarks_run_and_print_json(fs3_on: str, tmp_path: Path) -> None:
     meta = json.loads(fs3_command("bench", "meta", "--files", "100", "--json").stdout)
     assert set(meta) == {"create", "stat", "unlink"}
     assert fs3_command("ls", "/").stdout.find("fs3-bench") == -1
+
+
+def test_the_benchmarks_run_through_a_mount(fs3_on: str, shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    with mounted(shared_cluster, tmp_path / "m") as path:
+        where = ("--mount", str(path), "--json")
+        write = json.loads(fs3_command("bench", "write", "--size", "8MiB", *where).stdout)
+        assert write["write (mount)"]["mb_per_s"] > 0
+        read = json.loads(fs3_command("bench", "read", "--size", "8MiB", *where).stdout)
+        assert read["read (mount)"]["mb_per_s"] > 0
+        meta = json.loads(fs3_command("bench", "meta", "--files", "32", *where).stdout)
+        assert set(meta) == {"create_write_close", "stat", "unlink"}
+        assert [p.name for p in path.iterdir() if p.name.startswith(".fs3-bench")] == []
+    refused = fs3_command("bench", "write", "--mount", str(tmp_path), check=False)
+    assert "not a mountpoint" in refused.stderr
 
 
 def test_the_doctor_finds_this_machine_fit(tmp_path: Path) -> None:
