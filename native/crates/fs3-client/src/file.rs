@@ -60,6 +60,11 @@ impl OpenFile {
         &self.handle.state
     }
 
+    /// Whether it was closed; every use then fails with StaleHandle.
+    pub fn is_closed(&self) -> bool {
+        self.handle.closed.load(Ordering::Acquire)
+    }
+
     pub(crate) fn check_open(&self) -> Result<()> {
         self.handle.check_open()
     }

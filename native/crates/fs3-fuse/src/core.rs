@@ -21,6 +21,9 @@ use crate::mount::MountOptions;
 use crate::readahead::Stream;
 use crate::tables::Recent;
 
+/// How often one operation may find its file closed early. A handle is closed early at most once, so it is a bug beyond.
+const EARLY_CLOSES_MAX: usize = 8;
+
 /// Places in the tables of what the kernel was told lately.
 const RECENT_PLACES: usize = 1 << 14;
 
@@ -322,6 +325,23 @@ impl Core {
             file.close().await?;
         }
         Ok(kept)
+    }
+
+    /// Use the open file of a handle; again with a new one if it was closed early in the middle of that: by the
+    /// `close(2)` of a copy of the descriptor, as a child process makes it when it starts a program.
+    pub async fn with_file<T, F: Future<Output = Result<T>>>(
+        &self,
+        handle: &Arc<Handle>,
+        mut use_file: impl FnMut(Arc<OpenFile>) -> F,
+    ) -> Result<T> {
+        for _ in 0..EARLY_CLOSES_MAX {
+            let file = self.file(handle).await?;
+            match use_file(file.clone()).await {
+                Err(e) if e.code == Code::StaleHandle && file.is_closed() => tokio::task::yield_now().await,
+                result => return result,
+            }
+        }
+        Err(Error::new(Code::Busy, "the file was closed again and again while it was being used"))
     }
 
     fn unlist_parked(&self, handle: &Arc<Handle>) {

@@ -47,12 +47,13 @@ impl Core {
         }
         let reply = reply.expect("not answered yet");
         inode.settle(&self.io, offset, offset + len as u64).await;
-        let result = match self.file(&handle).await {
-            Err(error) => Err(error),
-            Ok(file) => match self.read_blocks(&handle, &file, offset, len, plan).await {
-                Some(bytes) => Ok(bytes),
-                None => self.read_exact(&file, offset, len).await,
-            },
+        let blocks = match self.file(&handle).await {
+            Ok(file) => self.read_blocks(&handle, &file, offset, len, plan).await,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        let result = match blocks {
+            Some(bytes) => Ok(bytes),
+            None => self.with_file(&handle, |file| async move { self.read_exact(&file, offset, len).await }).await,
         };
         match result {
             Ok(bytes) => reply.data(&bytes),
@@ -193,9 +194,15 @@ impl Core {
         if let Some(error) = inode.new_error(&handle.errors_seen) {
             return Err(error);
         }
-        let file = self.file(handle).await?;
-        // A handle that only reads has no session to publish a length with.
-        inode.writer().unwrap_or(file).sync().await?;
+        self.with_file(handle, |file| async move {
+            // A handle that only reads has no session to publish a length with.
+            let writer = inode.writer().unwrap_or_else(|| file.clone());
+            match writer.sync().await {
+                Err(e) if e.code == Code::StaleHandle && writer.is_closed() => file.sync().await,
+                result => result,
+            }
+        })
+        .await?;
         // What sync published need not be published again; this only takes note of it.
         inode.publish(None, false).await.map(drop)
     }

@@ -127,7 +127,7 @@ impl Core {
 
     async fn truncate(&self, who: Who, inode: u64, length: u64, handle: Option<u64>) -> Result<Attr> {
         match handle.and_then(|h| self.handle(h)).filter(|h| h.write) {
-            Some(handle) => self.file(&handle).await?.truncate(length).await,
+            Some(handle) => self.with_file(&handle, |file| async move { file.truncate(length).await }).await,
             None => who.run(|c| async move { self.client.truncate(&c, at_inode(inode), length).await }).await,
         }
     }

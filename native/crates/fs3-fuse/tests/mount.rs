@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::FakeCluster;
@@ -19,7 +20,13 @@ struct Bed {
     cluster: FakeCluster,
     mounts: Vec<(MountHandle, tempfile::TempDir)>,
     runtime: Runtime,
+    /// Dropped last.
+    _alone: MutexGuard<'static, ()>,
 }
+
+/// One test at a time: a child process that one of them starts closes its copies of the others' descriptors, and the
+/// mounts of the others see that.
+static ALONE: Mutex<()> = Mutex::new(());
 
 impl Bed {
     fn new() -> Option<Self> {
@@ -27,9 +34,10 @@ impl Bed {
             eprintln!("skipped: /dev/fuse cannot be opened");
             return None;
         }
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let cluster = runtime.block_on(FakeCluster::start());
-        let mut bed = Self { cluster, mounts: Vec::new(), runtime };
+        let mut bed = Self { cluster, mounts: Vec::new(), runtime, _alone: alone };
         bed.mount(MountOptions::default());
         Some(bed)
     }
@@ -416,6 +424,26 @@ fn a_failed_background_write_is_told_by_close_or_sync_once() {
     file.sync_all().unwrap();
     drop(file);
     assert_eq!(fs::read(bed.path("f")).unwrap(), b"kept");
+}
+
+#[test]
+fn a_file_goes_on_while_children_close_their_copies_of_its_descriptor() {
+    let Some(bed) = Bed::new() else { return };
+    for round in 0..100u64 {
+        let mut file = open_rw(&bed.path(&format!("f{round}")));
+        // Starting a program closes the child's copies, each with a FLUSH of its own.
+        let child = std::thread::spawn(|| std::process::Command::new("true").status());
+        for number in 0..20u64 {
+            file.write_all_at(&number.to_le_bytes(), 8 * number).unwrap();
+            file.sync_data().unwrap();
+            assert_eq!(file.metadata().unwrap().len(), 8 * (number + 1));
+        }
+        file.set_len(80).unwrap();
+        let mut all = Vec::new();
+        file.read_to_end(&mut all).unwrap();
+        assert_eq!(all, (0..10u64).flat_map(u64::to_le_bytes).collect::<Vec<_>>());
+        assert!(child.join().unwrap().unwrap().success());
+    }
 }
 
 #[test]
