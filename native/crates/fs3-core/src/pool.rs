@@ -70,6 +70,12 @@ impl BufferPool {
         Some(unsafe { RegionMut::from_raw(ptr, len, owner) })
     }
 
+    /// As [`BufferPool::get`], but never refused: at the limit, or beyond the largest buffer, the memory is fresh and
+    /// is given back to the system. For work that must go on under memory pressure and is bounded otherwise.
+    pub fn take(&self, len: usize) -> RegionMut {
+        self.get(len).unwrap_or_else(|| RegionMut::zeroed(len))
+    }
+
     /// Bytes (in use, idle).
     pub fn usage(&self) -> (usize, usize) {
         let state = self.0.lock();
@@ -183,6 +189,18 @@ mod tests {
         drop(part);
         assert_eq!(pool.usage(), (0, 1 << 20));
         assert_eq!(pool.get(8192).unwrap().as_ptr(), start);
+    }
+
+    #[test]
+    fn a_buffer_taken_at_the_limit_is_not_kept() {
+        let pool = BufferPool::new(1 << 20);
+        let held = pool.get(1 << 20).unwrap();
+        let fresh = pool.take(10_000);
+        assert_eq!((fresh.len(), pool.usage()), (10_000, (1 << 20, 0)));
+        assert!(fresh.as_ptr().addr().is_multiple_of(AlignedBuf::ALIGN));
+        drop(fresh);
+        drop(held);
+        assert_eq!(pool.usage(), (0, 1 << 20));
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fs3_core::{AlignedBuf, ChainVersion, ChunkId, InodeId, Region, UpdateVersion, crc_blocks};
-use fs3_io::{BufferPool, Change, ReadCache, StoreOptions, TargetStore, Update};
+use fs3_core::{AlignedBuf, BufferPool, ChainVersion, ChunkId, InodeId, Region, UpdateVersion, crc_blocks};
+use fs3_io::{Change, ReadCache, StoreOptions, TargetStore, Update};
 
 const CHUNK: u32 = 1 << 20;
 const CHUNKS: u32 = 512;

@@ -3,10 +3,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use fs3_chunk::Block;
-use fs3_core::Region;
+use fs3_core::{BufferPool, Region, RegionMut};
 use parking_lot::Mutex;
-
-use crate::pool::{BufferPool, PooledBuf, shared_region};
 
 /// Bytes of a page.
 pub(crate) const PAGE_BYTES: usize = 64 << 10;
@@ -19,7 +17,7 @@ pub(crate) const PAGE_BLOCKS: u32 = (PAGE_BYTES / fs3_core::CRC_BLOCK_BYTES) as 
 /// Pages are 64 KiB of recycled memory and may be valid in part, per 4 KiB. Eviction is CLOCK.
 pub struct ReadCache {
     state: Mutex<State>,
-    pool: Arc<BufferPool>,
+    pool: BufferPool,
     pages_max: usize,
 }
 
@@ -33,7 +31,7 @@ struct State {
 
 struct Slot {
     key: (u64, u32),
-    page: Option<Arc<PooledBuf>>,
+    page: Option<Region>,
     // Bit b: crc block b of the page holds the disk's bytes.
     valid: u16,
     used: AtomicBool,
@@ -42,17 +40,19 @@ struct Slot {
 impl ReadCache {
     /// A cache of at most `bytes_max` bytes. Memory is taken when it is first needed.
     pub fn new(bytes_max: usize) -> Arc<Self> {
-        let pool = BufferPool::new(bytes_max.clamp(PAGE_BYTES, 64 << 20));
-        Arc::new(Self { state: Mutex::default(), pool, pages_max: (bytes_max / PAGE_BYTES).max(1) })
+        let pages_max = (bytes_max / PAGE_BYTES).max(1);
+        // Pages that were evicted while they are being sent need memory too; beyond this it is not recycled.
+        let pool = BufferPool::new(pages_max * PAGE_BYTES + (pages_max * PAGE_BYTES / 8).max(4 << 20));
+        Arc::new(Self { state: Mutex::default(), pool, pages_max })
     }
 
     /// An empty page to read into.
-    pub(crate) fn page(&self) -> PooledBuf {
+    pub(crate) fn page(&self) -> RegionMut {
         self.pool.take(PAGE_BYTES)
     }
 
     /// For each of `pages` (page, wanted blocks): the page if all wanted blocks are valid.
-    pub(crate) fn get(&self, generation: u64, pages: &[(u32, u16)]) -> Vec<Option<Arc<PooledBuf>>> {
+    pub(crate) fn get(&self, generation: u64, pages: &[(u32, u16)]) -> Vec<Option<Region>> {
         let state = self.state.lock();
         pages
             .iter()
@@ -69,7 +69,7 @@ impl ReadCache {
 
     /// Keep pages whose blocks in the mask were read from disk and verified, unless the block was changed
     /// in place since `changes` was taken (before the read).
-    pub(crate) fn insert(&self, block: &Block, changes: u64, pages: Vec<(u32, u16, Arc<PooledBuf>)>) {
+    pub(crate) fn insert(&self, block: &Block, changes: u64, pages: Vec<(u32, u16, Region)>) {
         let mut state = self.state.lock();
         if block.changes() != changes {
             return;
@@ -101,7 +101,7 @@ impl ReadCache {
 }
 
 impl State {
-    fn insert(&mut self, pages_max: usize, key: (u64, u32), valid: u16, buf: Arc<PooledBuf>) {
+    fn insert(&mut self, pages_max: usize, key: (u64, u32), valid: u16, buf: Region) {
         if let Some(&at) = self.index.get(&key) {
             let slot = &mut self.slots[at];
             let missing = valid & !slot.valid;
@@ -151,17 +151,12 @@ impl State {
     }
 }
 
-fn copy_block(from: &PooledBuf, to: &Arc<PooledBuf>, block: usize) {
+fn copy_block(from: &Region, to: &Region, block: usize) {
     let at = block * fs3_core::CRC_BLOCK_BYTES;
     let bytes = &from[at..at + fs3_core::CRC_BLOCK_BYTES];
     // SAFETY: the block is not valid in `to` yet, so no region covers it, and the cache's lock is held, so
     // nobody else fills it. The buffers are distinct.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.as_ptr().add(at).cast_mut(), bytes.len()) }
-}
-
-/// A window of a page.
-pub(crate) fn page_region(page: &Arc<PooledBuf>, start: usize, len: usize) -> Region {
-    shared_region(page, start, len)
 }
 
 #[cfg(test)]
@@ -173,10 +168,10 @@ mod tests {
         Arc::new(Blocks::default()).handle(Location { class: 20, index: 0 })
     }
 
-    fn page(cache: &ReadCache, fill: u8) -> Arc<PooledBuf> {
+    fn page(cache: &ReadCache, fill: u8) -> Region {
         let mut page = cache.page();
         page.fill(fill);
-        Arc::new(page)
+        page.freeze()
     }
 
     #[test]

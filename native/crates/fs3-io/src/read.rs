@@ -1,13 +1,11 @@
 use std::io::IoSliceMut;
 use std::ops::Range;
-use std::sync::Arc;
 
 use fs3_chunk::{BLOCK_BYTES, Block, Version, block_count};
-use fs3_core::{ChunkId, Code, Error, Region, Result, crc32c};
+use fs3_core::{ChunkId, Code, Error, Region, RegionMut, Result, crc32c};
 
-use crate::cache::{PAGE_BLOCKS, PAGE_BYTES, page_region};
+use crate::cache::{PAGE_BLOCKS, PAGE_BYTES};
 use crate::maintain::DataFiles;
-use crate::pool::PooledBuf;
 use crate::store::{ReadOut, TargetStore};
 
 /// The part of a read that lies in one page of a disk block.
@@ -17,7 +15,7 @@ struct Piece {
     blocks: Range<u32>,
     /// Those that come from the disk block, as bits of the page; the others have patches.
     wanted: u16,
-    memory: Option<Arc<PooledBuf>>,
+    memory: Option<Region>,
 }
 
 impl Piece {
@@ -123,13 +121,13 @@ impl TargetStore {
 
     /// Read neighbouring pages with one system call and verify them.
     fn read_run(&self, version: &Version, block: &Block, run: &mut [Piece]) -> Result<()> {
-        let mut pages: Vec<PooledBuf> = run.iter().map(|_| self.options.read_cache.page()).collect();
+        let mut pages: Vec<RegionMut> = run.iter().map(|_| self.options.read_cache.page()).collect();
         let mut slices: Vec<IoSliceMut> =
             pages.iter_mut().zip(&*run).map(|(page, piece)| IoSliceMut::new(&mut page[piece.window()])).collect();
         self.fail_on_disk_error(self.files.read(block, run[0].blocks.start * BLOCK_BYTES, &mut slices))?;
         for (page, piece) in pages.into_iter().zip(run) {
             verify(version, piece, &page)?;
-            piece.memory = Some(Arc::new(page));
+            piece.memory = Some(page.freeze());
         }
         Ok(())
     }
@@ -170,7 +168,7 @@ fn read_out(version: &Version, offset: u32, end: u32, pieces: &[Piece]) -> ReadO
         let mut at = piece.blocks.start;
         let from_page = |first: u32, after: u32| {
             let memory = piece.memory.as_ref().expect("pieces are complete");
-            page_region(memory, (first * BLOCK_BYTES - base) as usize, bytes_of(first, after) as usize)
+            memory.slice((first * BLOCK_BYTES - base) as usize, bytes_of(first, after) as usize)
         };
         for (&block, patch) in version.patches.range(piece.blocks.clone()) {
             if at < block {

@@ -6,14 +6,13 @@ use fs3_chunk::{
     Allocator, BLOCK_BYTES, Block, Blocks, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Chunk, ChunkMeta, Record, Table, Version,
     VersionInfo, WriterRecord,
 };
-use fs3_core::{ChainVersion, ChunkId, Code, Error, Region, Result, UpdateVersion};
+use fs3_core::{BufferPool, ChainVersion, ChunkId, Code, Error, Region, Result, UpdateVersion};
 use parking_lot::{Mutex, RwLock};
 
 use crate::cache::ReadCache;
 use crate::disk::{Disk, RealDisk};
 use crate::log::{Log, disk_error};
 use crate::maintain::DataFiles;
-use crate::pool::BufferPool;
 use crate::threads::IoThreads;
 
 /// How a target's store runs.
@@ -21,8 +20,8 @@ use crate::threads::IoThreads;
 pub struct StoreOptions {
     /// Shared by all targets of the process.
     pub read_cache: Arc<ReadCache>,
-    /// Shared by all targets of the process.
-    pub pool: Arc<BufferPool>,
+    /// Memory for what is not cached, shared by all targets of the process.
+    pub pool: BufferPool,
     /// Shared by all targets of the process.
     pub threads: Arc<IoThreads>,
     /// `prepare` and `commit` return only when they survive power loss.
@@ -42,7 +41,7 @@ pub struct StoreOptions {
 
 impl StoreOptions {
     /// Defaults: not durable per write, no capacity limit, tombstones for one hour.
-    pub fn new(read_cache: Arc<ReadCache>, pool: Arc<BufferPool>) -> Self {
+    pub fn new(read_cache: Arc<ReadCache>, pool: BufferPool) -> Self {
         Self {
             read_cache,
             pool,

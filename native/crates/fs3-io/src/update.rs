@@ -5,10 +5,9 @@ use fs3_chunk::{
     BLOCK_BYTES, Block, Body, Plan, Prepare, Record, Version, VersionInfo, WRITERS_MAX, block_count, class_of,
     plan_write,
 };
-use fs3_core::{Code, Error, Region, Result, crc32c, verify_crcs};
+use fs3_core::{Code, Error, Region, RegionMut, Result, crc32c, verify_crcs};
 
 use crate::cache::PAGE_BLOCKS;
-use crate::pool::PooledBuf;
 use crate::store::{Change, TargetStore, Update, check_update};
 
 /// A prepare's record content, and the handle of its new block.
@@ -120,14 +119,13 @@ impl TargetStore {
                 let base = base.expect("an append has a base");
                 let bytes = self.assemble(Some(base), &input, first, block_count(length))?;
                 let crcs = merged_crcs(Some(base), &input, first, block_count(length), &bytes);
-                let used = (block_count(length) - first) * BLOCK_BYTES;
-                self.write_in_place(base, first, &bytes[..used as usize])?;
+                self.write_in_place(base, first, &bytes)?;
                 Ok(Built { body: Body::Append { first, crcs }, length, block: None })
             }
             Plan::Patch { first, end } => {
                 let bytes = self.assemble(base, &input, first, end)?;
                 let crcs = merged_crcs(base, &input, first, end, &bytes);
-                let all = bytes.freeze(0, ((end - first) * BLOCK_BYTES) as usize);
+                let all = bytes.freeze();
                 let block = BLOCK_BYTES as usize;
                 let blocks = (0..(end - first) as usize).map(|b| all.slice(b * block, block)).collect();
                 Ok(Built { body: Body::Patch { first, crcs, blocks }, length, block: None })
@@ -162,7 +160,7 @@ impl TargetStore {
 
     /// The bytes of the crc blocks `first..end` after the write: verified old bytes, zeros in gaps and
     /// padding, and the new bytes.
-    fn assemble(&self, base: Option<&Version>, input: &Input, first: u32, end: u32) -> Result<PooledBuf> {
+    fn assemble(&self, base: Option<&Version>, input: &Input, first: u32, end: u32) -> Result<RegionMut> {
         let (from, to) = (first * BLOCK_BYTES, end * BLOCK_BYTES);
         let mut buf = self.options.pool.take((to - from) as usize);
         let old_end = base.map_or(0, |b| b.info.length).min(to);

@@ -1,7 +1,7 @@
 //! What an update carries, and whole chunks made of it.
 
 use fs3_chain::Content;
-use fs3_core::{BufferPool, ChunkId, Code, Error, Region, RegionMut, Result, crc_blocks};
+use fs3_core::{BufferPool, ChunkId, Code, Error, Region, Result, crc_blocks};
 use fs3_io::{Change, TargetStore, WriterRecord};
 
 /// The payload of one update, kept from its arrival until the machine is done with it.
@@ -106,7 +106,7 @@ impl Job {
             Body::Truncate { length } => old_length.min(*length),
             _ => return Err(Error::new(Code::Internal, "an update without content")),
         };
-        let mut buffer = buffer(pool, length as usize);
+        let mut buffer = pool.take(length as usize);
         let mut at = 0;
         for region in old.drain(..) {
             let n = region.len().min(length as usize - at);
@@ -137,16 +137,11 @@ async fn committed(store: &std::sync::Arc<TargetStore>, chunk: ChunkId) -> Resul
     }))
 }
 
-/// Memory from the pool, or fresh memory when the pool is at its limit: replication goes on under pressure.
-fn buffer(pool: &BufferPool, bytes: usize) -> RegionMut {
-    pool.get(bytes).unwrap_or_else(|| RegionMut::zeroed(bytes))
-}
-
 fn contiguous(mut data: Vec<Region>, length: u32, pool: &BufferPool) -> Region {
     if data.len() == 1 {
         return data.remove(0);
     }
-    let mut joined = buffer(pool, length as usize);
+    let mut joined = pool.take(length as usize);
     let mut at = 0;
     for region in data {
         joined[at..at + region.len()].copy_from_slice(&region);

@@ -20,8 +20,6 @@ use crate::{CONNECTIONS_PER_PEER, PAYLOAD_BYTES_HELD_MAX};
 
 /// How long running requests may finish in when the engine stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
-/// Buffers of disk work kept while unused, bytes.
-const IO_POOL_IDLE_BYTES: usize = 64 << 20;
 /// Threads that serve the network.
 const NETWORK_THREADS_MAX: usize = 4;
 
@@ -90,13 +88,14 @@ impl StorageEngine {
             token: config.token.clone(),
         };
         let cache = ReadCache::new(config.read_cache_bytes);
-        let mut options = StoreOptions::new(cache, fs3_io::BufferPool::new(IO_POOL_IDLE_BYTES));
+        let pool = BufferPool::new(PAYLOAD_BYTES_HELD_MAX);
+        let mut options = StoreOptions::new(cache, pool.clone());
         options.durable_writes = config.durable_writes;
         let core = Core::new(
             config.node_id,
             Disks::new(config.disks, &config.cluster_id),
             Peers::new(hello, CONNECTIONS_PER_PEER),
-            BufferPool::new(PAYLOAD_BYTES_HELD_MAX),
+            pool,
             options,
             runtime.handle().clone(),
         );

@@ -5,12 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fs3_core::{
-    ChainVersion, ChunkId, ClientId, Code, InodeId, Region, Result, UpdateVersion, crc_blocks, verify_crcs,
+    BufferPool, ChainVersion, ChunkId, ClientId, Code, InodeId, Region, Result, UpdateVersion, crc_blocks, verify_crcs,
 };
 use fs3_io::fault::FaultDisk;
-use fs3_io::{
-    BufferPool, Change, IoThreads, ReadCache, ReadOut, StoreOptions, TargetStore, Update, VersionInfo, WriterRecord,
-};
+use fs3_io::{Change, IoThreads, ReadCache, ReadOut, StoreOptions, TargetStore, Update, VersionInfo, WriterRecord};
 
 pub const CHUNK: u32 = 256 << 10;
 
