@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -25,7 +24,7 @@ async def run(
     idempotent: bool = False,
     rng: random.Random | None = None,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-    now_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
+    now_ms: Callable[[], float] = lambda: asyncio.get_running_loop().time() * 1000,
 ) -> T:
     """Run `fn` in a transaction and commit it; returns what `fn` returned once the commit is durable.
 

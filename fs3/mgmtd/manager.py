@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,6 +85,7 @@ class Manager:
         held: ManagerLease,
         state: ManagerState,
         records: Records,
+        rng: random.Random | None = None,
     ) -> None:
         self.config = config
         self.clock = clock
@@ -97,6 +99,7 @@ class Manager:
         self.lost = asyncio.Event()
         self.lock = asyncio.Lock()
         self._store = store
+        self._rng = rng
         self._published = asyncio.Event()
         self._kicked = asyncio.Event()
         self._dirty: set[int] = set(records.chains)
@@ -182,7 +185,7 @@ class Manager:
 
         try:
             # Twice is the same as once: the values are whole records, and nobody else writes while the lease holds.
-            await retry.run(self._store, write, deadline_ms=COMMIT_DEADLINE_MS, idempotent=True)
+            await retry.run(self._store, write, deadline_ms=COMMIT_DEADLINE_MS, idempotent=True, rng=self._rng)
         except KvError as exc:
             self.lose(f"the key-value store does not take changes: {exc}")
             raise error(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
+import random
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fs3.core.clock import Clock, RealClock
 from fs3.core.config import MgmtdConfig
 from fs3.core.errors import Fs3Error, error
 from fs3.core.service import run_service, write_ready
 from fs3.kv import retry
-from fs3.kv.api import KvError, KvStore, Transaction
+from fs3.kv.api import KvError, KvStore, Transaction, TransactionFn
 from fs3.kv.open import open_store
 from fs3.mgmtd import lease
 from fs3.mgmtd.manager import Manager
@@ -24,7 +24,7 @@ from fs3.mgmtd.ops.register import register
 from fs3.mgmtd.ops.unregister import unregister
 from fs3.mgmtd.ops.watch_routing import watch_routing
 from fs3.mgmtd.state import LEASE_KEY, load
-from fs3.rpc.grpc_server import listen, make_server
+from fs3.rpc.network import GrpcNetwork, Network
 from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import (
@@ -43,10 +43,13 @@ from fs3.v1.routing_pb2 import GetRoutingResponse
 
 log = logging.getLogger("fs3.mgmtd")
 
+T = TypeVar("T")
+
 TICK_S_MAX: Final = 0.5
 # Decisions that follow each other at once are at least so far apart.
 DECISION_PAUSE_S: Final = 0.005
 STOP_GRACE_S: Final = 0.5
+RELEASE_MS: Final = 1_000
 # Parts of the primary lease: how often a holder renews, how often an observer looks.
 RENEWALS_PER_LEASE: Final = 6
 LOOKS_PER_LEASE: Final = 8
@@ -84,15 +87,26 @@ class _Servicer(MgmtdServicer):
 class MgmtdService:
     """One manager process, primary or standby. Belongs to one event loop."""
 
-    def __init__(self, config: MgmtdConfig, *, store: KvStore | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: MgmtdConfig,
+        *,
+        store: KvStore | None = None,
+        clock: Clock | None = None,
+        network: Network | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Make a manager; the keywords replace what it has of the machine, for tests and simulation."""
         self.config = config
         self.clock: Clock = clock or RealClock()
+        self._network = network or GrpcNetwork()
+        self._rng = rng or random.SystemRandom()
         self.manager: Manager | None = None
         self.address = ""
         self.port = 0
         self._own_store = store is None
         self._store = store
-        self._holder = os.urandom(16)
+        self._holder = self._rng.randbytes(16)
         self._trust = lease.Trust(0)
         self._observed: lease.Observed | None = None
         self._lease_ns = config.primary_lease_ms * 1_000_000
@@ -129,10 +143,10 @@ class MgmtdService:
         token = config.secret()
         store = self._store or open_store(config.kv)
         self._store = store
-        server = make_server(token=token, cluster_id=config.cluster_id)
+        server = self._network.server(token=token, cluster_id=config.cluster_id)
         add_MgmtdServicer_to_server(_Servicer(self), server)
         try:
-            self.port = await listen(server, config.host, config.grpc_port)
+            self.port = await self._network.listen(server, config.host, config.grpc_port)
             self.address = f"{config.host}:{self.port}"
             log.info("cluster manager of %s on %s", config.cluster_id, self.address)
             ready = asyncio.create_task(self._write_ready())
@@ -196,10 +210,13 @@ class MgmtdService:
             tx.set(LEASE_KEY, held.SerializeToString())
             return held
 
-        held = await retry.run(store, attempt, deadline_ms=self.config.primary_lease_ms, idempotent=False)
+        held = await self._run(store, attempt, self.config.primary_lease_ms, idempotent=False)
         if held is not None:
             self._trust = lease.Trust(0).after_renewal(sent_ns, self._lease_ns)
         return held
+
+    async def _run(self, store: KvStore, fn: TransactionFn[T], deadline_ms: float, *, idempotent: bool) -> T:
+        return await retry.run(store, fn, deadline_ms=deadline_ms, idempotent=idempotent, rng=self._rng)
 
     async def _be_primary(self, store: KvStore, held: ManagerLease) -> None:
         tx = store.transaction()
@@ -207,7 +224,7 @@ class MgmtdService:
             state, records = await load(tx, self.config.cluster_id)
         finally:
             tx.cancel()
-        manager = Manager(self.config, store, self.clock, held, state, records)
+        manager = Manager(self.config, store, self.clock, held, state, records, self._rng)
         await manager.begin()
         self.manager = manager
         log.info("primary, epoch %d: %d nodes, %d chains", held.epoch, len(records.nodes), len(records.chains))
@@ -238,7 +255,7 @@ class MgmtdService:
                 return True
 
             try:
-                held = await retry.run(store, renew, deadline_ms=self.config.primary_lease_ms / 2, idempotent=True)
+                held = await self._run(store, renew, self.config.primary_lease_ms / 2, idempotent=True)
             except KvError as exc:
                 log.warning("the lease was not renewed: %s", exc)
                 continue
@@ -275,7 +292,7 @@ class MgmtdService:
                 tx.set(LEASE_KEY, lease.released(manager.held).SerializeToString())
 
         with contextlib.suppress(KvError):
-            await retry.run(store, give_back, deadline_ms=1000, idempotent=True)
+            await self._run(store, give_back, RELEASE_MS, idempotent=True)
 
 
 def run(config: MgmtdConfig) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-import grpc.aio
 
+from fs3.core.clock import Clock, RealClock
 from fs3.core.errors import Fs3Error, error
-from fs3.rpc.grpc_client import make_channel, metadata
+from fs3.rpc.grpc_client import metadata
 from fs3.rpc.grpc_common import from_rpc_error
+from fs3.rpc.network import GrpcNetwork, Network
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import (
     GetPrimaryRequest,
@@ -41,12 +41,15 @@ _ELSEWHERE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_TIMEOUT, Code.CO
 class MgmtdClient:
     """Calls to whichever manager is primary. Belongs to one event loop; any number of tasks may call."""
 
-    def __init__(self, addresses: Sequence[str], token: str, cluster_id: str) -> None:
+    def __init__(
+        self, addresses: Sequence[str], token: str, cluster_id: str, *, network: Network | None = None
+    ) -> None:
         if not addresses:
             raise error(Code.CODE_INVALID_ARGUMENT, "no address of a cluster manager is given")
         self._addresses = list(addresses)
         self._metadata = metadata(token, cluster_id)
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._network = network or GrpcNetwork()
+        self._channels: dict[str, Any] = {}
         self._stubs: dict[str, Any] = {}
         self._primary = self._addresses[0]
 
@@ -57,7 +60,7 @@ class MgmtdClient:
 
     def _stub(self, address: str) -> Any:
         if address not in self._stubs:
-            self._channels[address] = make_channel(address)
+            self._channels[address] = self._network.connect(address)
             self._stubs[address] = MgmtdStub(self._channels[address])
         return self._stubs[address]
 
@@ -164,8 +167,16 @@ class NodeHooks:
 class NodeSession:
     """Keeps one node registered: heartbeats, routing, registering again when the manager forgot it."""
 
-    def __init__(self, client: MgmtdClient, node: Node, disks: Sequence[Disk] = (), hooks: NodeHooks | None = None):
+    def __init__(
+        self,
+        client: MgmtdClient,
+        node: Node,
+        disks: Sequence[Disk] = (),
+        hooks: NodeHooks | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self.client = client
+        self.clock: Clock = clock or RealClock()
         self.node = node
         self.disks = list(disks)
         self.hooks = hooks or NodeHooks()
@@ -176,7 +187,7 @@ class NodeSession:
 
     async def register(self, *, timeout_s: float = 30.0) -> int:
         """Register; returns the node id, which stays the same for a uuid. Raises Fs3Error."""
-        sent_ns = time.monotonic_ns()
+        sent_ns = self.clock.monotonic_ns()
         response = await self.client.register(self.node, self.disks, timeout_s=timeout_s)
         self.node.node_id = response.node_id
         self.heartbeat_ms = response.heartbeat_ms or self.heartbeat_ms
@@ -228,7 +239,7 @@ class NodeSession:
     async def _heartbeat(self) -> None:
         targets, disks = self.hooks.report()
         self._sequence += 1
-        sent_ns = time.monotonic_ns()
+        sent_ns = self.clock.monotonic_ns()
         request = HeartbeatRequest(
             node_id=self.node.node_id,
             incarnation=self.node.incarnation,

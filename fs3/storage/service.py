@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
+from fs3.core.clock import Clock, RealClock
 from fs3.core.config import StorageConfig
 from fs3.core.service import run_service, write_ready
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
+from fs3.rpc.network import GrpcNetwork, Network
 from fs3.storage.disks import NodeIdentity, open_node
 from fs3.storage.engine import EngineFactory, StorageEngine, engine_config, log_engine, native_engine
 from fs3.v1.mgmtd_pb2 import TargetReport
@@ -36,6 +41,20 @@ def capacity(path: str) -> tuple[int, int]:
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a storage process has of its machine; tests and simulation replace it."""
+
+    make_engine: EngineFactory = native_engine
+    network: Network = field(default_factory=GrpcNetwork)
+    clock: Clock = field(default_factory=RealClock)
+    rng: random.Random = field(default_factory=random.SystemRandom)
+    open_node: Callable[[str, tuple[str, ...], str], NodeIdentity] = open_node
+    capacity: Callable[[str], tuple[int, int]] = capacity
+    pid: int = field(default_factory=os.getpid)
+    status_s: float = STATUS_S
+
+
 def _known(status: EngineStatus) -> dict[int, tuple[int, int]]:
     """Pick what there is to report: (local state, chain version) of every target that is open or has failed."""
     return {
@@ -48,11 +67,11 @@ def _known(status: EngineStatus) -> dict[int, tuple[int, int]]:
 class StorageService:
     """One storage node. Belongs to one event loop; the engine has threads of its own."""
 
-    def __init__(self, config: StorageConfig, make_engine: EngineFactory = native_engine) -> None:
+    def __init__(self, config: StorageConfig, surroundings: Surroundings | None = None) -> None:
         self.config = config
+        self._around = surroundings or Surroundings()
         self.ready = asyncio.Event()
         self.session: NodeSession | None = None
-        self._make_engine = make_engine
         self._engine: StorageEngine | None = None
         self._identity: NodeIdentity | None = None
         self._reported: dict[int, tuple[int, int]] = {}
@@ -61,10 +80,14 @@ class StorageService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`. Raises Fs3Error, OSError for what a person has to fix."""
         token = self.config.secret()
-        identity = self._identity = open_node(self.config.data_dir, self.config.disks, self.config.cluster_id)
-        client = MgmtdClient(self.config.mgmtd, token, self.config.cluster_id)
+        identity = self._identity = self._around.open_node(
+            self.config.data_dir, self.config.disks, self.config.cluster_id
+        )
+        client = MgmtdClient(self.config.mgmtd, token, self.config.cluster_id, network=self._around.network)
         try:
-            session = self.session = NodeSession(client, self._node(identity), self._disks(), self._hooks())
+            session = self.session = NodeSession(
+                client, self._node(identity), self._disks(), self._hooks(), self._around.clock
+            )
             starting = asyncio.create_task(self._start(session, token))
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -85,8 +108,8 @@ class StorageService:
             uuid=identity.uuid,
             role="storage",
             host=self.config.host,
-            incarnation=os.urandom(16),
-            pid=os.getpid(),
+            incarnation=self._around.rng.randbytes(16),
+            pid=self._around.pid,
         )
 
     def _hooks(self) -> NodeHooks:
@@ -96,7 +119,7 @@ class StorageService:
         assert self._identity is not None
         # Without a port nobody sends anything here; from now on the earlier life's targets are out of service.
         node_id = await session.register(timeout_s=REGISTER_S)
-        engine = self._make_engine(
+        engine = self._around.make_engine(
             engine_config(
                 node_id=node_id,
                 node_uuid=self._identity.uuid,
@@ -146,7 +169,7 @@ class StorageService:
         assert self._identity is not None
         out = []
         for disk in self._identity.disks:
-            total, free = capacity(disk.path)
+            total, free = self._around.capacity(disk.path)
             out.append(Disk(uuid=disk.uuid, path=disk.path, capacity_bytes=total, free_bytes=free))
         return out
 
@@ -195,7 +218,7 @@ class StorageService:
     async def _watch_engine(self, session: NodeSession) -> None:
         """Send a heartbeat early when a target's state changed: resync done, a disk failed."""
         while True:
-            await asyncio.sleep(STATUS_S)
+            await asyncio.sleep(self._around.status_s)
             if _known(self._status()) != self._reported:
                 session.kick()
 

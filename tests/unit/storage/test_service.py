@@ -16,7 +16,7 @@ from fs3.core.config import MgmtdConfig, StorageConfig
 from fs3.core.errors import Fs3Error
 from fs3.kv.memory import MemoryKv
 from fs3.mgmtd.service import MgmtdService
-from fs3.storage.service import StorageService
+from fs3.storage.service import StorageService, Surroundings
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import LocalState, PublicState, Routing
 from fs3.v1.storage_pb2 import EngineStatus
@@ -89,7 +89,7 @@ class World:
         return self.engines[-1]
 
     async def start(self, **changes: Any) -> tuple[asyncio.Task[None], asyncio.Event]:
-        service = StorageService(self.config(**changes), self.make)
+        service = StorageService(self.config(**changes), Surroundings(make_engine=self.make))
         stop = asyncio.Event()
         task = asyncio.create_task(service.run(stop))
         ready = asyncio.create_task(service.ready.wait())
@@ -214,7 +214,7 @@ def test_an_engine_that_does_not_start_is_an_error_and_leaves_no_lock(tmp_path: 
             engine.start = start  # type: ignore[method-assign]
             return engine
 
-        service = StorageService(world.config(), failing)
+        service = StorageService(world.config(), Surroundings(make_engine=failing))
         with pytest.raises(OSError, match="the port is taken"):
             await service.run(asyncio.Event())
         task, stop = await world.start()
