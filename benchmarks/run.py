@@ -20,7 +20,10 @@ import fs3
 from fs3.fuse import MountOptions, mount, umount
 from fs3.testing import measure
 from fs3.testing.cluster import ClusterSpec, LocalCluster
-from fs3.testing.measure import MIB, Measured
+from fs3.testing.measure import MIB, STORAGE_LIMITS, Measured
+
+# Of the rows of measure.storage, in their order: ratios, and overwrites per second.
+STORAGE_FLOORS = (0.6, 0.4, 0.25, 0.3, 2000.0)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,7 @@ class Row:
         """What is compared with the floor."""
         if self.limit is None:
             return self.figure.mb_per_s if self.figure.bytes else self.figure.per_s
-        if self.figure.bytes:
-            return self.figure.mb_per_s / self.limit.mb_per_s
-        return self.figure.per_s / self.limit.per_s
+        return self.figure.rate_of(self.limit)
 
     def cells(self) -> list[str]:
         """For the table."""
@@ -55,6 +56,8 @@ class Row:
             else f"{1e6 * self.figure.cpu_seconds / self.figure.operations:.0f} CPU-µs"
         )
         compared = f"{self.ratio:.2f} × {self.against}" if self.limit else "-"
+        if self.figure.write_amplification:
+            compared = f"{self.figure.write_amplification:.1f} bytes to disk per byte"
         floor = f"{self.floor:g}" + ("" if self.limit else " MB/s" if self.figure.bytes else "/s")
         return [self.name, self.rate, cost, compared, floor, "yes" if self.ratio >= self.floor else "NO"]
 
@@ -67,26 +70,26 @@ def say(text: str) -> None:
 
 
 def measure_native(cluster: LocalCluster, size: int, files: int, limits: dict[str, Measured]) -> list[Row]:
-    """The native client's rows."""
+    """The native client's rows: storage, then metadata."""
     pids = cluster.pids()
     with fs3.connect(cluster.url, token=cluster.token) as fs:
-        say("native writes")
-        for name in ("/warm", "/large"):
-            written = measure.native_write(fs, name, size, pids=pids)
-        fs.remove("/warm")
-        say("native reads")
-        for _ in range(3):
-            read = measure.native_read(fs, "/large", size, pids=pids)
-        say("native random reads")
-        one = measure.native_random_read(fs, "/large", file_bytes=size, batch=1, operations=10_000, pids=pids)
-        many = measure.native_random_read(fs, "/large", file_bytes=size, batch=256, operations=200_000, pids=pids)
+        storage = measure.storage(
+            fs,
+            "/large",
+            total_bytes=size,
+            replicas=cluster.spec.replicas,
+            pids=pids,
+            storage_pids=cluster.pids("storage"),
+            report=say,
+        )
         say("native metadata")
         names = measure.native_metadata(fs, "/names", operations=files, in_flight=32, pids=pids)
+    rows = [
+        Row(f"{name}, native", figure, limits.get(STORAGE_LIMITS.get(name, "")), STORAGE_LIMITS.get(name, ""), floor)
+        for (name, figure), floor in zip(storage.items(), STORAGE_FLOORS, strict=True)
+    ]
     return [
-        Row("large reads, native", read, limits["tcp_2_streams"], "TCP, 2 streams", 0.4),
-        Row("large writes, native", written, limits["bare_chain"], "bare chain", 0.6),
-        Row("random 4 KiB reads, native, one at a time", one, limits["ping_pong"], "ping-pong", 0.0),
-        Row("random 4 KiB reads, native, batches of 256", many, limits["ping_pong_32"], "ping-pong, 32 in flight", 0.0),
+        *rows,
         Row("create, native, 32 in flight", names["create"], None, "", 0.0),
         Row("stat, native, 32 in flight", names["stat"], None, "", 5000.0),
         Row("unlink, native, 32 in flight", names["unlink"], None, "", 0.0),

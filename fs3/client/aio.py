@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fs3 import native
-from fs3.client.calls import checked_counts, link_target, native_reads, open_operation, time_changes
+from fs3.client.calls import checked_counts, link_target, native_reads, native_writes, open_operation, time_changes
 from fs3.client.connection import Connection, connect_options
 from fs3.client.file import Mode, parse_mode
 from fs3.client.paths import StrPath, join
@@ -173,6 +173,12 @@ class AsyncFileSystem:
     ) -> list[int]:
         """Read many ranges in one go; see :meth:`FileSystem.read_many`."""
         return checked_counts(await self.client.read_many(native_reads(reads)), return_errors)
+
+    async def write_many(
+        self, writes: Iterable[tuple[AsyncFile, int, ReadableBuffer]], *, return_errors: bool = False
+    ) -> list[int]:
+        """Write many ranges in one go; see :meth:`FileSystem.write_many`."""
+        return checked_counts(await self.client.write_many(native_writes(writes)), return_errors)
 
     # ---- attributes
 

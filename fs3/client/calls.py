@@ -6,7 +6,7 @@ import io
 import os
 import stat as stat_module
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fs3 import native
 from fs3.client.connection import Connection
@@ -17,7 +17,9 @@ from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+B = TypeVar("B")
 
 
 def open_operation(
@@ -43,23 +45,32 @@ def open_operation(
 
 def native_reads(reads: Iterable[tuple[Any, int, WriteableBuffer]]) -> list[tuple[native.File, int, WriteableBuffer]]:
     """(file of any kind, offset, buffer) with the native files. Raises TypeError for files of something else."""
+    return _native_ops(reads, writing=False)
+
+
+def native_writes(writes: Iterable[tuple[Any, int, ReadableBuffer]]) -> list[tuple[native.File, int, ReadableBuffer]]:
+    """As :func:`native_reads`, of files open for writing."""
+    return _native_ops(writes, writing=True)
+
+
+def _native_ops(ops: Iterable[tuple[Any, int, B]], *, writing: bool) -> list[tuple[native.File, int, B]]:
     found = []
     last: Any = None
     native_file: Any = None
-    for file, offset, buffer in reads:
+    for file, offset, buffer in ops:
         # Many ranges of one file are the common case.
         if native_file is None or file is not last:
-            last, native_file = file, _native_file(file)
+            last, native_file = file, _native_file(file, writing)
         found.append((native_file, offset, buffer))
     return found
 
 
-def _native_file(file: Any) -> native.File:
+def _native_file(file: Any, writing: bool) -> native.File:
     raw = getattr(file, "raw", file)
     if not isinstance(getattr(raw, "native", None), native.File):
         raise TypeError(f"not an open file of fs3: {file!r}")
-    if isinstance(raw, RawFile) and not raw.readable():
-        raise io.UnsupportedOperation("not readable")
+    if isinstance(raw, RawFile) and not (raw.writable() if writing else raw.readable()):
+        raise io.UnsupportedOperation("not writable" if writing else "not readable")
     return cast(native.File, raw.native)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 from fs3 import native
-from fs3.client.calls import checked_counts, link_target, native_reads, open_operation, time_changes
+from fs3.client.calls import checked_counts, link_target, native_reads, native_writes, open_operation, time_changes
 from fs3.client.connection import Connection, connect_options
 from fs3.client.file import RawFile, check_arguments, parse_mode, wrap
 from fs3.client.paths import StrPath, join
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         OpenBinaryModeUpdating,
         OpenBinaryModeWriting,
         OpenTextMode,
+        ReadableBuffer,
         WriteableBuffer,
     )
 
@@ -197,6 +198,18 @@ class FileSystem:
         pinned until the call returns, and are undefined beyond the count.
         """
         results = self.client.read_many(native_reads(reads)).wait()
+        return checked_counts(results, return_errors)
+
+    def write_many(
+        self, writes: Iterable[tuple[BinaryFile, int, ReadableBuffer]], *, return_errors: bool = False
+    ) -> list[int]:
+        """Write many ranges in one go: (file, offset in bytes, contiguous buffer) each, all on their way together.
+
+        Returns the counts in the order given after every serving replica has every byte; power loss needs a sync.
+        Writes to the same bytes may be applied in any order. Errors and buffers as in :meth:`read_many`; what failed
+        may have been applied in part.
+        """
+        results = self.client.write_many(native_writes(writes)).wait()
         return checked_counts(results, return_errors)
 
     # ---- attributes

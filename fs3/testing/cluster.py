@@ -377,9 +377,10 @@ class LocalCluster:
                 tail = service.log.read_text(errors="replace").splitlines()[-lines:]
                 print(f"--- {service.name}", *tail, sep="\n", file=out)
 
-    def pids(self) -> list[int]:
-        """Of the running services."""
-        return [process.pid for service in self.services() if (process := service.process())]
+    def pids(self, kind: str = "") -> list[int]:
+        """Of the running services, of one kind ("storage", "meta", "mgmtd") if it is given."""
+        services = [service for service in self.services() if kind in ("", service.kind)]
+        return [process.pid for service in services if (process := service.process())]
 
 
 def unserving(routing: Routing) -> list[int]:

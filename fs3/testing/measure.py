@@ -6,18 +6,19 @@ and files are warmed first, for fs3 and for the limits alike.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fs3 import native
 from fs3.client import FileSystem
-from fs3.testing.process import process_cpu_seconds
+from fs3.testing.process import process_cpu_seconds, process_written_bytes
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -26,13 +27,17 @@ SMALL_FILE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Measured:
-    """What a measurement did in `seconds`, and what it cost. `p50_us` is 0 where latency was not measured."""
+    """What a measurement did in `seconds`, and what it cost. `p50_us` is 0 where latency was not measured.
+
+    `write_amplification`: bytes written to disks per byte and replica, 0 where it was not measured.
+    """
 
     bytes: int
     operations: int
     seconds: float
     cpu_seconds: float
     p50_us: float = 0.0
+    write_amplification: float = 0.0
 
     @property
     def mb_per_s(self) -> float:
@@ -49,6 +54,10 @@ class Measured:
         """CPU seconds per GiB moved; 0 where no bytes are counted."""
         return self.cpu_seconds / (self.bytes / GIB) if self.bytes else 0.0
 
+    def rate_of(self, limit: Measured) -> float:
+        """Part of the rate of `limit`: bytes where both count bytes, else operations."""
+        return self.mb_per_s / limit.mb_per_s if self.bytes and limit.bytes else self.per_s / limit.per_s
+
     def record(self) -> dict[str, float]:
         """For JSON."""
         result = {"seconds": round(self.seconds, 4), "cpu_seconds": round(self.cpu_seconds, 4)}
@@ -58,6 +67,8 @@ class Measured:
             result |= {"per_s": round(self.per_s, 1)}
         if self.p50_us:
             result["p50_us"] = round(self.p50_us, 1)
+        if self.write_amplification:
+            result["write_amplification"] = round(self.write_amplification, 2)
         return result
 
 
@@ -103,8 +114,14 @@ LIMITS = (
 )
 
 
-def limits(directory: Path, *, scale: float = 1.0, report: Callable[[str], None] | None = None) -> dict[str, Measured]:
-    """Measure the limits of LIMITS; files are made below `directory`. `scale` shortens everything."""
+def limits(
+    directory: Path,
+    *,
+    names: Iterable[str] = LIMITS,
+    scale: float = 1.0,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Measured]:
+    """Measure limits, those of LIMITS unless told; files are made below `directory`. `scale` shortens everything."""
     size = max(64 * MIB, int(scale * GIB))
     calls = max(1000, int(scale * 50_000))
     work: dict[str, Callable[[], tuple[int, int, float, float, float]]] = {
@@ -119,7 +136,7 @@ def limits(directory: Path, *, scale: float = 1.0, report: Callable[[str], None]
         "bare_chain": lambda: native.bench_bare_chain(directory, 4, 3, size),
     }
     found = {}
-    for name in LIMITS:
+    for name in names:
         if report:
             report(name)
         found[name] = Measured(*work[name]())
@@ -159,29 +176,137 @@ def native_read(
     return meter.result(bytes_=total_bytes)
 
 
+def _random_offsets(file_bytes: int, count: int, seed: int) -> list[int]:
+    blocks = random.Random(seed).choices(range(file_bytes // SMALL_FILE_BYTES), k=count)
+    return [block * SMALL_FILE_BYTES for block in blocks]
+
+
+def _timed(meter: Meter, calls: Iterable[Callable[[], object]]) -> float:
+    """Make all calls within `meter`; the median latency of one in µs."""
+    latencies = []
+    with meter:
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            latencies.append(time.perf_counter() - start)
+    return sorted(latencies)[len(latencies) // 2] * 1e6
+
+
 def native_random_read(
     fs: FileSystem, path: str, *, file_bytes: int, batch: int, operations: int, pids: Iterable[int] = ()
 ) -> Measured:
-    """Read random 4 KiB blocks, `batch` of them per call."""
-    rng = random.Random(7)
+    """Read random 4 KiB blocks, `batch` of them per call; p50_us is that of one call."""
     buffers = [memoryview(bytearray(SMALL_FILE_BYTES)) for _ in range(batch)]
-    latencies = []
-    meter = Meter(pids)
+    calls = max(1, operations // batch)
+    offsets = _random_offsets(file_bytes, calls * batch, seed=7)
     with fs.open(path, "rb", buffering=0) as file:
-        for warm in (True, False):
-            for _ in range(max(1, operations // batch // (10 if warm else 1))):
-                offsets = [rng.randrange(file_bytes // SMALL_FILE_BYTES) * SMALL_FILE_BYTES for _ in range(batch)]
-                triples = [(file, offset, buffer) for offset, buffer in zip(offsets, buffers, strict=True)]
-                if warm:
-                    fs.read_many(triples)
-                    continue
-                start = time.perf_counter()
-                with meter:
-                    fs.read_many(triples)
-                latencies.append(time.perf_counter() - start)
-    latencies.sort()
-    p50_us = latencies[len(latencies) // 2] * 1e6
-    return meter.result(operations=len(latencies) * batch, p50_us=p50_us)
+
+        def read(call: int) -> None:
+            if batch == 1:
+                file.pread_into(buffers[0], offsets[call])
+            else:
+                fs.read_many(zip([file] * batch, offsets[call * batch : (call + 1) * batch], buffers, strict=True))
+
+        for call in range(max(1, calls // 10)):
+            read(call)
+        meter = Meter(pids)
+        p50_us = _timed(meter, (functools.partial(read, call) for call in range(calls)))
+    return meter.result(operations=calls * batch, p50_us=p50_us)
+
+
+def native_random_overwrite(
+    fs: FileSystem,
+    path: str,
+    *,
+    file_bytes: int,
+    batch: int,
+    operations: int,
+    replicas: int,
+    pids: Iterable[int] = (),
+    storage_pids: Sequence[int] = (),
+) -> Measured:
+    """Overwrite random 4 KiB blocks, `batch` of them per call, and sync at the end; the sync counts.
+
+    With `storage_pids`, write_amplification is what these processes gave the disks to write, per byte and replica.
+    """
+    data = memoryview(os.urandom(SMALL_FILE_BYTES * batch))
+    blocks = [data[i * SMALL_FILE_BYTES :][:SMALL_FILE_BYTES] for i in range(batch)]
+    calls = max(1, operations // batch)
+    offsets = _random_offsets(file_bytes, calls * batch, seed=8)
+    with fs.open(path, "r+b", buffering=0) as file:
+
+        def write(call: int) -> None:
+            fs.write_many(zip([file] * batch, offsets[call * batch : (call + 1) * batch], blocks, strict=True))
+
+        write(0)
+        file.sync()
+        before = sum(map(process_written_bytes, storage_pids))
+        meter = Meter(pids)
+        p50_us = _timed(meter, (functools.partial(write, call) for call in range(calls)))
+        with meter:
+            file.sync()
+        written = sum(map(process_written_bytes, storage_pids)) - before
+    amplification = written / (calls * batch * SMALL_FILE_BYTES * replicas)
+    return replace(meter.result(operations=calls * batch, p50_us=p50_us), write_amplification=amplification)
+
+
+# The figure of `storage` that is compared by its latency.
+LATENCY = "random 4 KiB reads, one at a time"
+# What the figures of `storage` are compared with.
+STORAGE_LIMITS = {
+    "large writes": "bare_chain",
+    "large reads": "tcp_2_streams",
+    LATENCY: "ping_pong",
+    "random 4 KiB reads, batches of 256": "ping_pong_32",
+}
+
+
+def storage(
+    fs: FileSystem,
+    path: str,
+    *,
+    total_bytes: int,
+    operations: int = 100_000,
+    replicas: int = 3,
+    pids: Iterable[int] = (),
+    storage_pids: Sequence[int] = (),
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Measured]:
+    """The storage layer's figures on a new file: large writes and reads, random 4 KiB reads and overwrites.
+
+    `operations`: of the batched reads; the others do a fraction. Data are written and read once before it counts.
+    """
+    pids = list(pids)
+    size, batch = total_bytes, 256
+    work: dict[str, Callable[[], Measured]] = {
+        "large writes": lambda: native_write(fs, path, size, pids=pids),
+        "large reads": lambda: native_read(fs, path, size, pids=pids),
+        LATENCY: lambda: native_random_read(fs, path, file_bytes=size, batch=1, operations=operations // 10, pids=pids),
+        f"random 4 KiB reads, batches of {batch}": lambda: native_random_read(
+            fs, path, file_bytes=size, batch=batch, operations=operations, pids=pids
+        ),
+        f"random 4 KiB overwrites, batches of {batch}": lambda: native_random_overwrite(
+            fs,
+            path,
+            file_bytes=size,
+            batch=batch,
+            operations=operations // 4,
+            replicas=replicas,
+            pids=pids,
+            storage_pids=storage_pids,
+        ),
+    }
+    native_write(fs, f"{path}.warm", size)
+    fs.remove(f"{path}.warm")
+    found = {}
+    for name, measure in work.items():
+        if report:
+            report(name)
+        if name == "large reads":
+            for _ in range(2):
+                measure()
+        found[name] = measure()
+    return found
 
 
 def native_metadata(

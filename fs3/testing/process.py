@@ -110,3 +110,12 @@ def process_cpu_seconds(pid: int) -> float:
         return 0.0
     values = stat[stat.rindex(")") + 2 :].split()
     return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def process_written_bytes(pid: int) -> int:
+    """Bytes a process gave the disks to write; 0 when it is gone or belongs to another user."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fs3.testing import measure
 from fs3.testing.cluster import LocalCluster
 from tests.cluster.command import fs3_command
 from tests.cluster.mounts import mounted
@@ -111,6 +112,12 @@ def test_the_benchmarks_run_and_print_json(fs3_on: str, tmp_path: Path) -> None:
     assert write["write"]["mb_per_s"] > 0
     read = json.loads(fs3_command("bench", "read", "--size", "16MiB", "--json").stdout)
     assert read["random 4 KiB, 256 at a time"]["per_s"] > 0
+    storage = fs3_command("bench", "storage", "--size", "8MiB", "--operations", "1024", "--scale", "0.01", "--json")
+    found = json.loads(storage.stdout)["fs3"]
+    assert set(found) == {*measure.STORAGE_LIMITS, "random 4 KiB overwrites, batches of 256"}
+    assert all(found[name]["ratio"] > 0 for name in measure.STORAGE_LIMITS)
+    # Every replica of every byte goes to a disk.
+    assert found["random 4 KiB overwrites, batches of 256"]["write_amplification"] >= 1
     meta = json.loads(fs3_command("bench", "meta", "--files", "100", "--json").stdout)
     assert set(meta) == {"create", "stat", "unlink"}
     assert fs3_command("ls", "/").stdout.find("fs3-bench") == -1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fs3.client.calls import native_reads
+from fs3.client.calls import native_reads, native_writes
 from fs3.client.filesystem import FileSystem
 from fs3.client.records import DirEntry
 from fs3.core.errors import Fs3Error
@@ -173,6 +173,12 @@ def test_only_files_of_fs3_are_read_in_batches(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with open(tmp_path / "f", "rb") as file, pytest.raises(TypeError, match="not an open file of fs3"):
         native_reads([(file, 0, bytearray(1))])
+
+
+def test_only_files_open_for_writing_are_written_in_batches(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with open(tmp_path / "f", "wb") as file, pytest.raises(TypeError, match="not an open file of fs3"):
+        native_writes([(file, 0, b"x")])
 
 
 def test_a_closed_file_system_says_so(client: FakeClient) -> None:

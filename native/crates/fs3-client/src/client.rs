@@ -11,12 +11,14 @@ use fs3_proto::v1::{
     UnlinkRequest, UnlinkResponse,
 };
 
+use tokio::task::JoinSet;
+
 use crate::inner::{Inner, follow_routing, keep_sessions};
 use crate::meta::{CallLimits, Metas, call};
 use crate::routing::check_layout;
 use crate::types::is_special;
 use crate::wire::Wire;
-use crate::{ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats};
+use crate::{ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats, WriteOp};
 
 /// Items of one batch_stat request.
 const BATCH_STAT_MAX: usize = 1024;
@@ -385,6 +387,24 @@ impl Client {
     /// Many reads at once, batched per node; results in the order asked, each as [`OpenFile::read`].
     pub async fn read_many(&self, ops: Vec<ReadOp>) -> Vec<(Result<usize>, RegionMut)> {
         crate::read::read_many(self.inner(), ops).await
+    }
+
+    /// Many writes at once, on their way together; results in the order asked, each as [`OpenFile::write`]. Writes to
+    /// the same bytes may be applied in any order.
+    pub async fn write_many(&self, ops: Vec<WriteOp>) -> Vec<Result<usize>> {
+        let count = ops.len();
+        let mut tasks = JoinSet::new();
+        for (at, WriteOp { file, offset, data }) in ops.into_iter().enumerate() {
+            tasks.spawn(async move { (at, file.write(offset, data).await) });
+        }
+        let failed = || Err(Error::new(Code::Internal, "a write failed; see the log").maybe_applied());
+        let mut results: Vec<_> = (0..count).map(|_| failed()).collect();
+        while let Some(joined) = tasks.join_next().await {
+            if let Ok((at, result)) = joined {
+                results[at] = result;
+            }
+        }
+        results
     }
 
     /// What every target of every chain holds, for comparing replicas.

@@ -30,4 +30,6 @@ pub use fs3_proto::v1::{
     Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, PathAt, Routing,
     StatfsResponse as Statfs,
 };
-pub use types::{CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats, at_child, at_inode, at_path};
+pub use types::{
+    CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats, WriteOp, at_child, at_inode, at_path,
+};

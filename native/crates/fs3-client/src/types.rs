@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use fs3_core::RegionMut;
+use fs3_core::{Region, RegionMut};
 use fs3_proto::v1::{ChunkInfo, FileType, Layout, PathAt};
 
 use crate::OpenFile;
@@ -75,6 +75,16 @@ pub struct ReadOp {
     pub offset: u64,
     /// Filled from the start; its length is what is asked for.
     pub buf: RegionMut,
+}
+
+/// One write of [`crate::Client::write_many`].
+pub struct WriteOp {
+    /// The file, open for writing.
+    pub file: Arc<OpenFile>,
+    /// First byte.
+    pub offset: u64,
+    /// The bytes; they must not change until the call returns.
+    pub data: Region,
 }
 
 /// What one target holds, for audits.

@@ -4,7 +4,9 @@ mod common;
 use std::sync::Arc;
 
 use common::{CHUNK, FakeCluster, NODES, pattern};
-use fs3_client::{Caller, Client, CreateOptions, OpenFile, OpenOptions, ReadOp, Region, RegionMut, Result, at_path};
+use fs3_client::{
+    Caller, Client, CreateOptions, OpenFile, OpenOptions, ReadOp, Region, RegionMut, Result, WriteOp, at_path,
+};
 use fs3_core::Code;
 use fs3_proto::v1::Method;
 
@@ -124,6 +126,25 @@ async fn many_reads_come_back_in_order_with_few_requests() {
     let targets = cluster.state.log.lock().read_targets.clone();
     assert!(targets.len() > common::CHAINS as usize && targets.len() <= 8, "{targets:?}");
     assert_eq!(reads.iter().map(|(node, _)| node).collect::<std::collections::HashSet<_>>().len(), 3);
+}
+
+#[tokio::test]
+async fn many_writes_are_answered_in_order_each_with_its_own_result() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(5, 100 * 4096);
+    let op = |i: usize, offset: u64| WriteOp {
+        file: file.clone(),
+        offset,
+        data: Region::from_vec(data[i * 4096..(i + 1) * 4096].to_vec()),
+    };
+    let mut ops: Vec<_> = (0..100).map(|i| op(i, (i * 4096) as u64)).collect();
+    ops.push(op(0, u64::MAX - 1));
+    let results = client.write_many(ops).await;
+    assert!(results[..100].iter().all(|result| matches!(result, Ok(4096))));
+    assert_eq!(results[100].as_ref().unwrap_err().code, Code::FileTooLarge);
+    assert!(read(&file, 0, data.len()).await.unwrap() == data);
 }
 
 #[tokio::test]

@@ -4,14 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fs3_client::{
-    Caller, ClientConfig, CreateOptions, FileType, OpenOptions, PathAt, ReadOp, RegionMut, Result, Setattr,
+    Caller, ClientConfig, CreateOptions, FileType, OpenOptions, PathAt, ReadOp, Region, RegionMut, Result, Setattr,
+    WriteOp,
 };
 use prost::Message;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 
-use crate::buffer::writable;
+use crate::buffer::{readable, writable};
 use crate::errors::to_object;
 use crate::file::File;
 use crate::operation::Operation;
@@ -330,14 +331,24 @@ impl Client {
         let ops = ops.iter().map(read).collect::<PyResult<Vec<_>>>()?;
         let work = async move { client.read_many(ops).await };
         Ok(Operation::with(work, |py, results: Vec<(Result<usize>, RegionMut)>| {
-            let objects = results.into_iter().map(|(result, region)| {
-                drop(region);
-                match result {
-                    Ok(count) => Ok(count.into_pyobject(py)?.into_any().unbind()),
-                    Err(error) => Ok(to_object(py, &error)),
-                }
-            });
-            Ok(PyList::new(py, objects.collect::<PyResult<Vec<_>>>()?)?.unbind())
+            counts(py, results.into_iter().map(|(result, _region)| result))
+        }))
+    }
+
+    /// Many writes at once: (file, offset, contiguous buffer) each. Each result is the count or the error.
+    fn write_many(&self, ops: Vec<(Bound<'_, File>, u64, Bound<'_, PyAny>)>) -> PyResult<Operation> {
+        let client = self.native()?;
+        let (mut list, mut regions) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
+        for (file, offset, buffer) in &ops {
+            let data = readable(buffer)?;
+            regions.push(data.clone());
+            list.push(WriteOp { file: file.get().open_file()?, offset: *offset, data });
+        }
+        // The buffers go back where the interpreter is at hand.
+        let work = async move { (client.write_many(list).await, regions) };
+        Ok(Operation::with(work, |py, (results, regions): (Vec<Result<usize>>, Vec<Region>)| {
+            drop(regions);
+            counts(py, results)
         }))
     }
 
@@ -349,6 +360,15 @@ impl Client {
             listings.into_iter().map(replica).collect::<PyResult<Vec<_>>>()
         }))
     }
+}
+
+/// A list of counts and errors.
+fn counts(py: Python<'_>, results: impl IntoIterator<Item = Result<usize>>) -> PyResult<Py<PyList>> {
+    let objects = results.into_iter().map(|result| match result {
+        Ok(count) => Ok(count.into_pyobject(py)?.into_any().unbind()),
+        Err(error) => Ok(to_object(py, &error)),
+    });
+    Ok(PyList::new(py, objects.collect::<PyResult<Vec<_>>>()?)?.unbind())
 }
 
 /// A layout that only chooses the chunk size; the service fills in the rest.
