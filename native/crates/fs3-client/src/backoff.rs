@@ -15,7 +15,7 @@ impl Backoff {
     pub fn next(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(self.max);
-        pause.mul_f64(rand::random_range(0.5..=1.0))
+        pause.mul_f64(0.5 + fs3_rt::random_below(1 << 20) as f64 / f64::from(1 << 21))
     }
 }
 

@@ -2,9 +2,9 @@
 
 use fs3_core::{ClientId, Code, Error, Result};
 use fs3_proto::v1::WriterId;
+use fs3_rt::Instant;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::time::Instant;
 
 /// A bounded set of channels. At most one write is on its way per channel, and its sequence is greater than
 /// that of every earlier one of the channel: storage keeps one record per channel to know a repeated write.
@@ -37,7 +37,7 @@ impl Channels {
     /// A free channel, as soon as there is one. Errors: Timeout.
     pub async fn claim(&self, deadline: Instant) -> Result<Claim<'_>> {
         let busy = |_| Error::new(Code::Timeout, "too many writes were on their way already; raise write_channels");
-        let permit = tokio::time::timeout_at(deadline, self.permits.acquire()).await.map_err(busy)?;
+        let permit = fs3_rt::timeout_at(deadline, self.permits.acquire()).await.map_err(busy)?;
         let permit = permit.expect("the semaphore is never closed");
         let channel = self.free.lock().pop().expect("as many permits as channels");
         Ok(Claim { channels: self, number: channel.number, sequence: channel.sequence + 1, _permit: permit })

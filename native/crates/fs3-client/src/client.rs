@@ -32,13 +32,13 @@ pub struct Client {
 
 struct Shared {
     inner: Arc<Inner>,
-    tasks: Vec<tokio::task::AbortHandle>,
+    tasks: Vec<fs3_rt::AbortHandle>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
         self.inner.close();
-        self.tasks.iter().for_each(tokio::task::AbortHandle::abort);
+        self.tasks.iter().for_each(fs3_rt::AbortHandle::abort);
     }
 }
 
@@ -47,7 +47,7 @@ impl Client {
     /// Timeout or Unavailable when no meta service answered within `op_timeout`.
     pub async fn connect(config: ClientConfig) -> Result<Client> {
         config.validate()?;
-        let id = ClientId(rand::random());
+        let id = ClientId(fs3_rt::random_bytes());
         let routing = {
             let wire = Wire::new(id, &config, config.cluster_id.as_deref().unwrap_or_default());
             first_routing(&wire, &config).await?
@@ -60,8 +60,8 @@ impl Client {
         let wire = Wire::new(id, &config, &routing.cluster_id);
         let inner = Inner::new(id, config, wire, routing);
         let tasks = vec![
-            tokio::spawn(follow_routing(inner.clone())).abort_handle(),
-            tokio::spawn(keep_sessions(inner.clone())).abort_handle(),
+            fs3_rt::spawn(follow_routing(inner.clone())).abort_handle(),
+            fs3_rt::spawn(keep_sessions(inner.clone())).abort_handle(),
         ];
         Ok(Client { shared: Arc::new(Shared { inner, tasks }) })
     }
@@ -97,7 +97,7 @@ impl Client {
     }
 
     /// The tokio runtime this client lives on.
-    pub fn runtime(&self) -> &tokio::runtime::Handle {
+    pub fn runtime(&self) -> &fs3_rt::Handle {
         &self.inner().runtime
     }
 
@@ -115,7 +115,7 @@ impl Client {
     /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
     pub async fn close(&self) {
         self.inner().close();
-        self.shared.tasks.iter().for_each(tokio::task::AbortHandle::abort);
+        self.shared.tasks.iter().for_each(fs3_rt::AbortHandle::abort);
     }
 
     /// Attributes of entry `name` of directory `parent`; a symlink is not followed.
@@ -437,7 +437,7 @@ impl Client {
             Some(inode) => inodes.get(inode).is_some(),
             None => !inodes.is_empty(),
         };
-        may_be_open.then(rand::random)
+        may_be_open.then(fs3_rt::random_bytes)
     }
 
     /// The service has answered a request that offered `hold`.
@@ -467,7 +467,7 @@ impl Client {
 
 async fn first_routing(wire: &Wire, config: &ClientConfig) -> Result<Routing> {
     let metas = Metas::new(config.metas.clone());
-    let deadline = tokio::time::Instant::now() + config.op_timeout;
+    let deadline = fs3_rt::Instant::now() + config.op_timeout;
     let limits = CallLimits { deadline, attempt: config.meta_attempt_timeout };
     let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
     let response: GetRoutingResponse = call(wire, &metas, Method::GetRouting, &request, limits).await?;

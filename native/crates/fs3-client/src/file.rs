@@ -1,12 +1,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::v1::{Attr, AttrResponse, Caller, CloseRequest, Layout, Method, SyncRequest};
+use fs3_rt::Instant;
 use tokio::sync::Mutex;
-use tokio::time::Instant;
 
 use crate::inode::InodeState;
 use crate::{Client, at_inode};
@@ -146,7 +146,7 @@ impl OpenFile {
         let (end, count) = (offset.saturating_add(data.len() as u64), data.len());
         match crate::write::write(self.client().inner(), state, offset, data).await {
             Ok(()) => {
-                state.acknowledge_write(end, now_ns());
+                state.acknowledge_write(end, fs3_rt::wall_ns());
                 Ok(count)
             }
             Err(error) => {
@@ -160,7 +160,7 @@ impl OpenFile {
     /// one client to one inode never overlap, through whichever open files; those of different clients may.
     /// Otherwise like [`OpenFile::write`].
     pub async fn append(&self, data: Region) -> Result<u64> {
-        let turn = tokio::time::timeout(self.client().inner().config.op_timeout, self.state().append_turn.lock()).await;
+        let turn = fs3_rt::timeout(self.client().inner().config.op_timeout, self.state().append_turn.lock()).await;
         let _turn = turn.map_err(|_| Error::new(Code::Timeout, "an earlier append did not end in time"))?;
         let offset = self.length();
         let count = self.write(offset, data).await?;
@@ -279,9 +279,4 @@ impl Handle {
         }
         Ok(response.attr.map_or_else(|| self.state.merged(), |attr| self.state.merge(&attr)))
     }
-}
-
-/// Wall clock, nanoseconds since 1970.
-fn now_ns() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_nanos() as i64)
 }

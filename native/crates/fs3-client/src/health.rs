@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use fs3_rt::Instant;
 use parking_lot::Mutex;
-use tokio::time::Instant;
 
 /// A failed target is left alone for this long while its chain stays as it is.
 const SKIP: Duration = Duration::from_secs(3);

@@ -8,9 +8,9 @@ use fs3_core::{ClientId, Code, Error, Result};
 use fs3_proto::v1::{
     GetRoutingRequest, GetRoutingResponse, KeepaliveRequest, KeepaliveResponse, Method, OpId, Routing,
 };
+use fs3_rt::Instant;
 use prost::Message;
 use tokio::sync::{Mutex, Notify, Semaphore, SemaphorePermit, watch};
-use tokio::time::Instant;
 
 use crate::ClientConfig;
 use crate::backoff::Backoff;
@@ -41,7 +41,7 @@ pub(crate) struct Inner {
     pub read_budget: Semaphore,
     pub write_budget: Semaphore,
     pub counters: Counters,
-    pub runtime: tokio::runtime::Handle,
+    pub runtime: fs3_rt::Handle,
     sequence: AtomicU64,
     sessions: AtomicUsize,
     session_opened: Notify,
@@ -75,7 +75,7 @@ impl Inner {
             read_budget: Semaphore::new(config.read_bytes_in_flight),
             write_budget: Semaphore::new(config.write_bytes_in_flight),
             counters: Counters::default(),
-            runtime: tokio::runtime::Handle::current(),
+            runtime: fs3_rt::Handle::current(),
             sequence: AtomicU64::new(0),
             sessions: AtomicUsize::new(0),
             session_opened: Notify::new(),
@@ -98,7 +98,7 @@ impl Inner {
         limit: usize,
         deadline: Instant,
     ) -> Result<SemaphorePermit<'a>> {
-        match tokio::time::timeout_at(deadline, budget.acquire_many(bytes.min(limit) as u32)).await {
+        match fs3_rt::timeout_at(deadline, budget.acquire_many(bytes.min(limit) as u32)).await {
             Ok(permit) => Ok(permit.expect("budgets are never closed")),
             Err(_) => Err(Error::new(Code::Timeout, "too much was on its way already; raise the bytes in flight")),
         }
@@ -172,9 +172,10 @@ impl Inner {
             std::future::pending::<()>().await;
         };
         tokio::select! {
+            biased;
             () = newer => {}
             () = ask => {}
-            () = tokio::time::sleep(pause) => {}
+            () = fs3_rt::sleep(pause) => {}
         }
     }
 
@@ -222,10 +223,10 @@ pub(crate) async fn follow_routing(inner: Arc<Inner>) {
                 backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
             }
             // A service that does not hold the question must not be asked in a tight loop.
-            Ok(()) => tokio::time::sleep(backoff.next()).await,
+            Ok(()) => fs3_rt::sleep(backoff.next()).await,
             Err(error) => {
                 tracing::debug!(%error, "no routing");
-                tokio::time::sleep(backoff.next()).await;
+                fs3_rt::sleep(backoff.next()).await;
             }
         }
     }
@@ -252,6 +253,6 @@ pub(crate) async fn keep_sessions(inner: Arc<Inner>) {
                 1_000
             }
         };
-        tokio::time::sleep(Duration::from_millis(u64::from(pause))).await;
+        fs3_rt::sleep(Duration::from_millis(u64::from(pause))).await;
     }
 }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fs3_core::{Code, Error, Result};
+use fs3_rt::Instant;
 use parking_lot::RwLock;
 use prost::Message;
-use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 use crate::wire::Wire;
@@ -24,7 +24,7 @@ pub(crate) struct Metas {
 impl Metas {
     pub fn new(configured: Vec<String>) -> Self {
         // Clients start at different services.
-        let start = rand::random_range(0..configured.len().max(1));
+        let start = fs3_rt::random_below(configured.len().max(1) as u64) as usize;
         Self { list: RwLock::new(configured.clone()), configured, current: AtomicUsize::new(start) }
     }
 
@@ -115,7 +115,7 @@ pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
         }
         tracing::debug!(%address, ?method, error = %error, "metadata call failed; trying again");
         telling = Some(error);
-        tokio::time::sleep(pause).await;
+        fs3_rt::sleep(pause).await;
     }
 }
 

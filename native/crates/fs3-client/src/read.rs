@@ -8,9 +8,8 @@ use bytes::Bytes;
 use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result, crc32c};
 use fs3_net::Sink;
 use fs3_proto::v1::{Layout, Method, ReadOp as WireOp, ReadRequest, ReadResponse, ReadResult};
+use fs3_rt::{Instant, JoinSet};
 use prost::Message;
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 use crate::inner::Inner;

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, Region, Result};
 use fs3_net::{Hello, Peers, Reply, Sink};
 use fs3_proto::v1::{Method, Role};
+use fs3_rt::Instant;
 use prost::Message;
-use tokio::time::Instant;
 
 use crate::ClientConfig;
 

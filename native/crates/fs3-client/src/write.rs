@@ -9,9 +9,8 @@ use bytes::Bytes;
 use fs3_core::{Code, Error, Region, Result, crc_blocks, pack_crcs};
 use fs3_net::Sink;
 use fs3_proto::v1::{Layout, Method, SyncChainRequest, WriteRequest};
+use fs3_rt::{Instant, JoinSet};
 use prost::Message;
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 use crate::inner::Inner;
@@ -95,7 +94,7 @@ async fn locate(inner: &Inner, layout: &Layout, index: u64, deadline: Instant) -
 pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> Result<()> {
     let deadline = inner.deadline();
     // One at a time: a sync that finds nothing left to do must not return before the one that does it.
-    let turn = tokio::time::timeout_at(deadline, state.sync_turn.lock()).await;
+    let turn = fs3_rt::timeout_at(deadline, state.sync_turn.lock()).await;
     let _turn = turn.map_err(|_| Error::new(Code::Timeout, "another sync of the file did not end in time"))?;
     count_before(inner, state, deadline).await?;
     let mut unsynced = Unsynced { state, chains: state.take_unsynced() };
@@ -216,9 +215,10 @@ async fn unless_moved<T>(inner: &Inner, chain: &ChainView, call: impl Future<Out
         if changed.await.is_err() {
             std::future::pending::<()>().await;
         }
-        tokio::time::sleep(MOVED_GRACE).await;
+        fs3_rt::sleep(MOVED_GRACE).await;
     };
     tokio::select! {
+        biased;
         result = call => result,
         () = moved => Err(Error::new(Code::StaleChain, "the chain changed while its head was asked").maybe_applied()),
     }

@@ -352,5 +352,5 @@ pub(crate) fn check_update(update: &Update) -> Result<()> {
 
 /// Wall-clock milliseconds, for the age of tombstones only.
 pub(crate) fn now_ms() -> i64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+    fs3_rt::wall_ns() / 1_000_000
 }

@@ -1,6 +1,7 @@
 use crate::REQUESTS_IN_FLIGHT_MAX;
 use crate::hello::Hello;
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
@@ -67,13 +68,18 @@ impl Connection {
     /// `Unavailable` when nobody listens there or the connection broke, `Timeout`, or why the server refused the
     /// hello (`Unauthenticated`, `WrongCluster`, `Protocol`).
     pub async fn connect(addr: &str, hello: &Hello, timeout: Duration) -> Result<(Self, HelloResponse)> {
-        match tokio::time::timeout(timeout, Self::connect_and_greet(addr, hello, timeout)).await {
+        match fs3_rt::timeout(timeout, Self::connect_and_greet(addr, hello, timeout)).await {
             Ok(result) => result,
             Err(_) => Err(Error::new(Code::Timeout, format!("connecting to {addr} took longer than {timeout:?}"))),
         }
     }
 
     async fn connect_and_greet(addr: &str, hello: &Hello, timeout: Duration) -> Result<(Self, HelloResponse)> {
+        if fs3_rt::is_simulated() {
+            let (end, welcome) = sim::connect(addr, hello).await?;
+            let endpoint = end.start(|link| Arc::new(Caller { link, pending: Mutex::default() }));
+            return Ok((Self::new(endpoint), welcome));
+        }
         let unreachable = |e: std::io::Error| Error::new(Code::Unavailable, format!("cannot connect to {addr}: {e}"));
         let stream = tokio::net::TcpStream::connect(addr).await.map_err(unreachable)?;
         let socket = Socket::new(stream.into_std().map_err(unreachable)?).map_err(unreachable)?;
@@ -89,7 +95,11 @@ impl Connection {
         let welcome = HelloResponse::decode(body)
             .map_err(|_| Error::new(Code::Protocol, format!("the hello of {addr} cannot be read")))?;
         let endpoint = TcpLink::start(socket, |link| Arc::new(Caller { link, pending: Mutex::default() }));
-        Ok((Self(Arc::new(Handle { endpoint, permits: Semaphore::new(REQUESTS_IN_FLIGHT_MAX) })), welcome))
+        Ok((Self::new(endpoint), welcome))
+    }
+
+    fn new(endpoint: Arc<Caller>) -> Self {
+        Self(Arc::new(Handle { endpoint, permits: Semaphore::new(REQUESTS_IN_FLIGHT_MAX) }))
     }
 
     /// Make one call and wait for its response.
@@ -124,7 +134,7 @@ impl Connection {
             caller.link.send(message, if others { Flush::Soon } else { Flush::Now });
             poll_fn(|cx| slot.poll(cx.waker())).await
         };
-        match tokio::time::timeout(timeout, waited).await {
+        match fs3_rt::timeout(timeout, waited).await {
             Ok(result) => result,
             Err(_) => {
                 let message = format!("no answer to {} within {timeout:?}", method.as_str_name());
@@ -261,7 +271,7 @@ impl Drop for CancelOnDrop<'_> {
 
 /// The receiving side of a client connection.
 struct Caller {
-    link: Arc<TcpLink>,
+    link: Arc<dyn Link>,
     pending: Mutex<Pending>,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Callers see [`Connection`] / [`Peers`] on one side and [`Server`] / [`Service`] on the other. Both stand on the
 //! `Link` trait (`link.rs`), which moves whole messages and places incoming payload directly in its final
-//! memory; TCP is the transport there is.
+//! memory; TCP is the transport of processes, `sim` that of simulated ones.
 //!
 //! Everything runs on the tokio runtime in which it was created, and can be called from any thread; calls made by
 //! tasks of that runtime are fastest. Measured (`examples/netbench.rs`): large payloads want several connections and a
@@ -13,6 +13,7 @@ mod hello;
 mod link;
 mod peers;
 mod server;
+pub mod sim;
 mod tcp;
 
 pub use client::{Connection, Reply, Sink};

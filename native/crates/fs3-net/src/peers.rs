@@ -2,11 +2,12 @@ use crate::client::{Connection, Reply, Sink};
 use crate::hello::Hello;
 use fs3_core::{Code, Error, Region, Result};
 use fs3_proto::v1::Method;
+use fs3_rt::Instant;
 use parking_lot::Mutex;
 use prost::Message;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long connecting may take, hello included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -23,7 +24,7 @@ pub struct Peers(Arc<Shared>);
 struct Shared {
     hello: Hello,
     connections_per_peer: usize,
-    peers: Mutex<HashMap<String, Arc<Peer>>>,
+    peers: Mutex<BTreeMap<String, Arc<Peer>>>,
 }
 
 #[derive(Default)]
@@ -99,7 +100,7 @@ impl Peers {
 
     async fn connect(&self, addr: &str, peer: &Peer, timeout: Duration) -> Result<Connection> {
         let late = || Error::new(Code::Timeout, format!("connecting to {addr} took longer than {timeout:?}"));
-        let _turn = tokio::time::timeout(timeout, peer.connecting.lock()).await.map_err(|_| late())?;
+        let _turn = fs3_rt::timeout(timeout, peer.connecting.lock()).await.map_err(|_| late())?;
         // Somebody else may have connected, or failed to, while this caller waited for its turn.
         if let Some(connection) = peer.pick(self.0.connections_per_peer) {
             return Ok(connection);

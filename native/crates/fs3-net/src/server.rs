@@ -1,19 +1,21 @@
 use crate::hello::{HelloPolicy, PeerInfo};
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use crate::{CONNECTIONS_MAX, HELLO_TIMEOUT_MS, REQUESTS_IN_FLIGHT_MAX, UNAUTHENTICATED_CONNECTIONS_MAX};
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_to_detail};
 use fs3_proto::v1::Method;
+use fs3_rt::Instant;
 use parking_lot::Mutex;
 use prost::Message;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 
 /// A request's deadline when it names none.
@@ -72,7 +74,22 @@ pub trait Service: Send + Sync + 'static {
 pub struct Server {
     shared: Arc<Shared>,
     local_addr: SocketAddr,
-    accepting: tokio::task::JoinHandle<()>,
+    accepting: Accepting,
+}
+
+/// What brings connections; ends when it is dropped.
+enum Accepting {
+    Tcp(tokio::task::AbortHandle),
+    Simulated { _listening: sim::Listening },
+    Ended,
+}
+
+impl Accepting {
+    fn end(&mut self) {
+        if let Self::Tcp(task) = std::mem::replace(self, Self::Ended) {
+            task.abort();
+        }
+    }
 }
 
 struct Shared {
@@ -81,7 +98,7 @@ struct Shared {
     in_flight: AtomicUsize,
     idle: Notify,
     /// Live connections by a running number.
-    links: Mutex<HashMap<u64, Arc<TcpLink>>>,
+    links: Mutex<BTreeMap<u64, Arc<dyn Link>>>,
     unauthenticated: Semaphore,
 }
 
@@ -91,9 +108,6 @@ impl Server {
     /// # Errors
     /// `Unavailable` when the address cannot be listened on.
     pub async fn bind<S: Service>(addr: &str, policy: HelloPolicy, service: Arc<S>) -> Result<Self> {
-        let cannot = |e: std::io::Error| Error::new(Code::Unavailable, format!("cannot listen on {addr}: {e}"));
-        let listener = tokio::net::TcpListener::bind(addr).await.map_err(cannot)?;
-        let local_addr = listener.local_addr().map_err(cannot)?;
         let shared = Arc::new(Shared {
             policy,
             stopping: AtomicBool::new(false),
@@ -102,7 +116,14 @@ impl Server {
             links: Mutex::default(),
             unauthenticated: Semaphore::new(UNAUTHENTICATED_CONNECTIONS_MAX),
         });
-        let accepting = tokio::spawn(accept(listener, shared.clone(), service));
+        if fs3_rt::is_simulated() {
+            let (listening, local_addr) = listen_simulated(addr, shared.clone(), service)?;
+            return Ok(Self { shared, local_addr, accepting: Accepting::Simulated { _listening: listening } });
+        }
+        let cannot = |e: std::io::Error| Error::new(Code::Unavailable, format!("cannot listen on {addr}: {e}"));
+        let listener = tokio::net::TcpListener::bind(addr).await.map_err(cannot)?;
+        let local_addr = listener.local_addr().map_err(cannot)?;
+        let accepting = Accepting::Tcp(tokio::spawn(accept(listener, shared.clone(), service)).abort_handle());
         Ok(Self { shared, local_addr, accepting })
     }
 
@@ -113,8 +134,8 @@ impl Server {
 
     /// Stop accepting connections and requests (they are refused with `Unavailable`), wait up to `patience` for running
     /// handlers and their responses, then end all connections.
-    pub async fn shutdown(self, patience: Duration) {
-        self.accepting.abort();
+    pub async fn shutdown(mut self, patience: Duration) {
+        self.accepting.end();
         self.shared.stopping.store(true, Ordering::SeqCst);
         let quiet = async {
             loop {
@@ -125,13 +146,13 @@ impl Server {
                 idle.await;
             }
         };
-        let _ = tokio::time::timeout(patience, quiet).await;
+        let _ = fs3_rt::timeout(patience, quiet).await;
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.accepting.abort();
+        self.accepting.end();
         self.shared.stopping.store(true, Ordering::SeqCst);
         let links = std::mem::take(&mut *self.shared.links.lock());
         for link in links.into_values() {
@@ -166,24 +187,25 @@ async fn welcome<S: Service>(stream: tokio::net::TcpStream, number: u64, shared:
     let greeting = greet(&socket, &shared.policy);
     match tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), greeting).await {
         Ok(Ok(peer)) => {
-            TcpLink::start(socket, |link| {
-                shared.links.lock().insert(number, link.clone());
-                if shared.stopping.load(Ordering::SeqCst) {
-                    link.close();
-                }
-                Arc::new(Callee {
-                    number,
-                    link,
-                    peer,
-                    service,
-                    shared: shared.clone(),
-                    load: Arc::new(Load::default()),
-                })
-            });
+            TcpLink::start(socket, |link| Callee::begin(number, link, peer, service, &shared));
         }
         Ok(Err(error)) => tracing::debug!("a hello was refused: {error}"),
         Err(_) => tracing::debug!("a peer said no hello in time"),
     }
+}
+
+fn listen_simulated<S: Service>(
+    addr: &str,
+    shared: Arc<Shared>,
+    service: Arc<S>,
+) -> Result<(sim::Listening, SocketAddr)> {
+    let policy = shared.policy.clone();
+    let numbers = std::sync::atomic::AtomicU64::new(0);
+    let accept = move |end: sim::End, peer: PeerInfo| {
+        let number = numbers.fetch_add(1, Ordering::Relaxed) + 1;
+        end.start(|link| Callee::begin(number, link, peer, service.clone(), &shared));
+    };
+    sim::listen(addr, policy, Box::new(accept))
 }
 
 /// Read the hello and answer it.
@@ -271,7 +293,7 @@ impl Drop for Admission {
 /// The receiving side of a connection at the server.
 struct Callee<S: Service> {
     number: u64,
-    link: Arc<TcpLink>,
+    link: Arc<dyn Link>,
     peer: PeerInfo,
     service: Arc<S>,
     shared: Arc<Shared>,
@@ -329,6 +351,14 @@ impl<S: Service> Drop for Asked<S> {
 }
 
 impl<S: Service> Callee<S> {
+    fn begin(number: u64, link: Arc<dyn Link>, peer: PeerInfo, service: Arc<S>, shared: &Arc<Shared>) -> Arc<Self> {
+        shared.links.lock().insert(number, link.clone());
+        if shared.stopping.load(Ordering::SeqCst) {
+            link.close();
+        }
+        Arc::new(Self { number, link, peer, service, shared: shared.clone(), load: Arc::new(Load::default()) })
+    }
+
     fn method(&self, header: &Header) -> Result<Method> {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Error::new(Code::Unavailable, "the server is shutting down"));
@@ -393,7 +423,7 @@ impl<S: Service> Endpoint for Callee<S> {
         match handling.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => asked.respond(result, Flush::Batch),
             Poll::Pending => {
-                tokio::spawn(async move {
+                fs3_rt::spawn(async move {
                     let result = handling.await;
                     asked.respond(result, Flush::Soon);
                 });

@@ -499,7 +499,7 @@ fn read_once(mut stream: &TcpStream, buf: &mut [u8]) -> io::Result<Taken> {
 }
 
 /// Copy `source` into the windows in order; returns how much fitted.
-fn scatter(source: &[u8], windows: &mut [IoSliceMut<'_>]) -> usize {
+pub(crate) fn scatter(source: &[u8], windows: &mut [IoSliceMut<'_>]) -> usize {
     let mut at = 0;
     for window in windows {
         let n = window.len().min(source.len() - at);

@@ -2,18 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fs3_chain::Event;
 use fs3_core::{BufferPool, Code, Error, Result};
 use fs3_io::{StoreOptions, TargetStore};
 use fs3_net::Peers;
+use fs3_rt::{Handle, Instant};
 use parking_lot::{Mutex, RwLock};
 
-use crate::disks::Disks;
+use crate::disks::TargetDisks;
 use crate::routing::RoutingState;
 use crate::target::Target;
 
@@ -53,12 +53,12 @@ impl Counters {
 /// Shared state of one engine. Thread-safe.
 pub(crate) struct Core {
     pub node_id: u32,
-    pub disks: Disks,
+    pub disks: Box<dyn TargetDisks>,
     pub peers: Peers,
     pub pool: BufferPool,
     pub options: StoreOptions,
     pub counters: Counters,
-    handle: tokio::runtime::Handle,
+    handle: Handle,
     routing: RwLock<Arc<RoutingState>>,
     /// Held while routing is taken over, so that targets see versions in order.
     applying: Mutex<()>,
@@ -69,11 +69,11 @@ pub(crate) struct Core {
 impl Core {
     pub fn new(
         node_id: u32,
-        disks: Disks,
+        disks: Box<dyn TargetDisks>,
         peers: Peers,
         pool: BufferPool,
         options: StoreOptions,
-        handle: tokio::runtime::Handle,
+        handle: Handle,
     ) -> Arc<Self> {
         Arc::new(Self {
             node_id,
@@ -187,7 +187,7 @@ impl Core {
                 tracing::error!(target_id = former.id, "a disk does not answer; the target stays offline");
                 return;
             }
-            tokio::time::sleep(CHANGES_POLL).await;
+            fs3_rt::sleep(CHANGES_POLL).await;
         }
         if former.store.failed().is_some() {
             return;
@@ -213,11 +213,7 @@ impl Core {
     }
 
     fn open_store(&self, target_id: u64, disk_uuid: &[u8]) -> Result<(Arc<TargetStore>, bool)> {
-        let disk: PathBuf = self.disks.path(disk_uuid)?;
-        let dir = disk.join("targets").join(target_id.to_string());
-        let created = !dir.exists();
-        let cannot = |e| Error::new(Code::DiskError, format!("cannot create {}: {e}", dir.display()));
-        std::fs::create_dir_all(&dir).map_err(cannot)?;
-        Ok((TargetStore::open(&dir, self.options.clone())?, created))
+        let (disk, created) = self.disks.open_target(disk_uuid, target_id)?;
+        Ok((TargetStore::open_on(disk, self.options.clone())?, created))
     }
 }

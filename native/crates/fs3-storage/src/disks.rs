@@ -3,12 +3,27 @@
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fs3_core::{Code, Error, Result};
+use fs3_io::{Disk, RealDisk};
 use fs3_proto::v1::space_response::Disk as Space;
 
 use crate::engine::DiskConfig;
 
+/// Where a node's targets keep their files.
+pub trait TargetDisks: Send + Sync {
+    /// The files of a target, made if it has none; whether they were made just now. Blocking.
+    ///
+    /// # Errors
+    /// `NotFound` when this node has no such disk, or why it cannot be used.
+    fn open_target(&self, disk_uuid: &[u8], target_id: u64) -> Result<(Arc<dyn Disk>, bool)>;
+
+    /// Capacity and free bytes of each disk that can be asked.
+    fn space(&self) -> Vec<Space>;
+}
+
+/// Directories of the machine's file systems.
 pub(crate) struct Disks {
     disks: Vec<(DiskConfig, Result<()>)>,
 }
@@ -27,19 +42,24 @@ impl Disks {
     }
 
     /// Where the disk is mounted.
-    ///
-    /// # Errors
-    /// `NotFound` when this node has no such disk, or why it is not used.
-    pub fn path(&self, uuid: &[u8]) -> Result<PathBuf> {
+    fn path(&self, uuid: &[u8]) -> Result<PathBuf> {
         let found = self.disks.iter().find(|(d, _)| d.uuid[..] == *uuid);
         let (disk, checked) =
             found.ok_or_else(|| Error::new(Code::NotFound, "this node was started without the target's disk"))?;
         checked.clone()?;
         Ok(disk.path.clone())
     }
+}
 
-    /// Capacity and free bytes of each disk that can be asked.
-    pub fn space(&self) -> Vec<Space> {
+impl TargetDisks for Disks {
+    fn open_target(&self, disk_uuid: &[u8], target_id: u64) -> Result<(Arc<dyn Disk>, bool)> {
+        let dir = self.path(disk_uuid)?.join("targets").join(target_id.to_string());
+        let created = !dir.exists();
+        let cannot = |e| Error::new(Code::DiskError, format!("cannot open the target in {}: {e}", dir.display()));
+        Ok((Arc::new(RealDisk::new(&dir).map_err(cannot)?), created))
+    }
+
+    fn space(&self) -> Vec<Space> {
         let space = |(d, _): &(DiskConfig, Result<()>)| {
             let (capacity_bytes, free_bytes) = statvfs(&d.path)?;
             Some(Space { uuid: d.uuid.to_vec().into(), capacity_bytes, free_bytes })

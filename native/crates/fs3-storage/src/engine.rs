@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use prost::Message;
 
 use crate::core::{Core, Slot};
-use crate::disks::Disks;
+use crate::disks::{Disks, TargetDisks};
 use crate::routing::RoutingState;
 use crate::service::StorageService;
 use crate::{CONNECTIONS_PER_PEER, PAYLOAD_BYTES_HELD_MAX};
@@ -64,8 +64,9 @@ pub struct StorageEngine {
 }
 
 struct Running {
-    runtime: tokio::runtime::Runtime,
     server: Server,
+    /// `None`: it runs on its starter's.
+    runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl StorageEngine {
@@ -73,7 +74,7 @@ impl StorageEngine {
     ///
     /// # Errors
     /// `Unavailable` when the address cannot be listened on.
-    pub fn start(config: EngineConfig) -> Result<Self> {
+    pub fn start(mut config: EngineConfig) -> Result<Self> {
         let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, NETWORK_THREADS_MAX);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads)
@@ -81,6 +82,20 @@ impl StorageEngine {
             .enable_all()
             .build()
             .map_err(|e| Error::new(Code::Internal, format!("cannot start threads: {e}")))?;
+        let disks = Disks::new(std::mem::take(&mut config.disks), &config.cluster_id);
+        let engine = runtime.block_on(Self::start_here(config, Box::new(disks)))?;
+        if let Some(running) = &mut *engine.running.lock() {
+            running.runtime = Some(runtime);
+        }
+        Ok(engine)
+    }
+
+    /// As [`StorageEngine::start`], on the current runtime or in the current simulated process, and on `disks` instead
+    /// of those of the configuration. [`StorageEngine::stop`] then ends serving without waiting for anything.
+    ///
+    /// # Errors
+    /// `Unavailable` when the address cannot be listened on.
+    pub async fn start_here(config: EngineConfig, disks: Box<dyn TargetDisks>) -> Result<Self> {
         let hello = Hello {
             cluster_id: config.cluster_id.clone(),
             role: Role::Storage,
@@ -93,11 +108,11 @@ impl StorageEngine {
         options.durable_writes = config.durable_writes;
         let core = Core::new(
             config.node_id,
-            Disks::new(config.disks, &config.cluster_id),
+            disks,
             Peers::new(hello, CONNECTIONS_PER_PEER),
             pool,
             options,
-            runtime.handle().clone(),
+            fs3_rt::Handle::current(),
         );
         let policy = HelloPolicy {
             cluster_id: config.cluster_id,
@@ -107,9 +122,9 @@ impl StorageEngine {
         };
         let address = format!("{}:{}", config.host, config.frame_port);
         let service = Arc::new(StorageService(core.clone()));
-        let server = runtime.block_on(Server::bind(&address, policy, service))?;
+        let server = Server::bind(&address, policy, service).await?;
         let frame_port = server.local_addr().port();
-        Ok(Self { core, frame_port, running: Mutex::new(Some(Running { runtime, server })) })
+        Ok(Self { core, frame_port, running: Mutex::new(Some(Running { server, runtime: None })) })
     }
 
     /// The port it listens on.
@@ -164,7 +179,11 @@ impl StorageEngine {
     /// End serving: running requests get a few seconds, then the stores are synced and closed. Blocking. A second call
     /// does nothing.
     pub fn stop(&self) {
-        let Some(Running { runtime, server }) = self.running.lock().take() else { return };
+        let Some(Running { server, runtime }) = self.running.lock().take() else { return };
+        let Some(runtime) = runtime else {
+            drop(server);
+            return self.core.clear();
+        };
         runtime.block_on(async {
             server.shutdown(STOP_PATIENCE).await;
             for slot in self.core.slots().into_values() {

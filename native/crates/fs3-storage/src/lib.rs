@@ -16,6 +16,7 @@ mod service;
 mod target;
 mod view;
 
+pub use disks::TargetDisks;
 pub use engine::{DiskConfig, EngineConfig, StorageEngine};
 
 /// Bytes of payload buffers a process holds at most; beyond it requests are refused with `Busy`.

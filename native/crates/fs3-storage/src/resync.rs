@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fs3_chain::{Kind, Origin, Outcome, Role};
 use fs3_core::{ChunkId, Code, Error, Result, TargetId};
 use fs3_proto::v1::{ChunkInfo, ListChunksRequest, ListChunksResponse, Method, PublicState, ResyncDoneRequest};
+use fs3_rt::{Instant, JoinSet};
 use prost::Message;
-use tokio::task::JoinSet;
 
 use crate::content::{Body, Job};
 use crate::core::Counters;
@@ -42,7 +42,7 @@ impl Target {
                 Ok(false) => {}
                 Err(e) => tracing::debug!(target_id = self.id, to = to.0, "resync: {e}"),
             }
-            tokio::time::sleep(Duration::from_millis(RESYNC_RETRY_MS)).await;
+            fs3_rt::sleep(Duration::from_millis(RESYNC_RETRY_MS)).await;
         }
     }
 
@@ -169,7 +169,7 @@ impl Target {
                 Ok(()) => return,
                 Err(e) => tracing::debug!(target_id = self.id, "comparing replicas: {e}"),
             }
-            tokio::time::sleep(Duration::from_millis(RESYNC_RETRY_MS)).await;
+            fs3_rt::sleep(Duration::from_millis(RESYNC_RETRY_MS)).await;
         }
     }
 

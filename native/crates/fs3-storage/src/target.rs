@@ -1,16 +1,17 @@
 //! One target: its store, its chain machine, and the executor between them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fs3_chain::{
     Config, Content, Effect, Event, Kind, OpId, Origin, Outcome, ReadAdmission, Refusal, Replica, Request, RequestId,
     Role, RoutingView, Writer,
 };
-use fs3_core::{ChainVersion, ChunkId, Code, Error, Result, UpdateVersion, monotonic_ns};
+use fs3_core::{ChainVersion, ChunkId, Code, Error, Result, UpdateVersion};
 use fs3_io::{TargetStore, Update, VersionInfo};
 use fs3_proto::v1::LocalState;
+use fs3_rt::{Instant, monotonic_ns};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -47,9 +48,9 @@ pub(crate) struct Life {
 
 struct Machine {
     replica: Replica,
-    jobs: HashMap<OpId, Arc<Job>>,
-    askers: HashMap<RequestId, oneshot::Sender<Result<Outcome, Refusal>>>,
-    readers: HashMap<RequestId, oneshot::Sender<Result<(), Code>>>,
+    jobs: BTreeMap<OpId, Arc<Job>>,
+    askers: BTreeMap<RequestId, oneshot::Sender<Result<Outcome, Refusal>>>,
+    readers: BTreeMap<RequestId, oneshot::Sender<Result<(), Code>>>,
     next_request: RequestId,
 }
 
@@ -61,9 +62,9 @@ impl Target {
     fn begin(id: u64, chain_id: u32, store: Arc<TargetStore>, core: Arc<Core>, lives: u32, life: Life) -> Arc<Self> {
         let machine = Machine {
             replica: Replica::new(Config::default()),
-            jobs: HashMap::new(),
-            askers: HashMap::new(),
-            readers: HashMap::new(),
+            jobs: BTreeMap::new(),
+            askers: BTreeMap::new(),
+            readers: BTreeMap::new(),
             next_request: 1,
         };
         let (machine, life, changing) = (Mutex::new(machine), Mutex::new(life), Arc::default());
@@ -123,7 +124,7 @@ impl Target {
                 let forward = crate::forward::Forward { to, chain_version, version, base, content };
                 self.core.spawn(async move {
                     if delay_ns > 0 {
-                        tokio::time::sleep(Duration::from_nanos(delay_ns)).await;
+                        fs3_rt::sleep(Duration::from_nanos(delay_ns)).await;
                         if !this.machine.lock().replica.forward_is_current(op, chunk, to, attempt) {
                             return;
                         }
@@ -210,7 +211,7 @@ impl Target {
             id
         };
         self.drive(Event::Request(Request { id, chunk, chain_version, kind, writer, origin }));
-        let answered = match tokio::time::timeout_at(deadline.into(), &mut answer).await {
+        let answered = match fs3_rt::timeout_at(deadline, &mut answer).await {
             Ok(answered) => answered,
             Err(_) => {
                 self.drive(Event::Expire { id, chunk });
@@ -243,7 +244,7 @@ impl Target {
             id
         };
         self.drive(Event::Read { id, chunk, chain_version });
-        let answered = match tokio::time::timeout_at(deadline.into(), &mut answer).await {
+        let answered = match fs3_rt::timeout_at(deadline, &mut answer).await {
             Ok(answered) => answered,
             Err(_) => {
                 self.drive(Event::Expire { id, chunk });

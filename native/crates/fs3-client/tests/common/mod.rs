@@ -480,7 +480,7 @@ impl Fake {
 }
 
 fn session(write: bool) -> Bytes {
-    if write { Bytes::copy_from_slice(&rand::random::<[u8; 16]>()) } else { Bytes::new() }
+    if write { Bytes::copy_from_slice(&fs3_rt::random_bytes::<16>()) } else { Bytes::new() }
 }
 
 /// Bytes that differ at every position and per seed.

@@ -1,11 +1,11 @@
 use std::sync::Arc;
-use std::time::Instant;
 
 use fs3_chain::ReadAdmission;
 use fs3_core::{ChunkId, Code, Error, Result, pack_crcs};
 use fs3_io::ReadOut;
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{ReadOp, ReadRequest, ReadResponse, ReadResult};
+use fs3_rt::Instant;
 
 use crate::READ_OPS_MAX;
 use crate::core::{Core, Counters};
@@ -30,7 +30,7 @@ pub(crate) async fn read(core: &Arc<Core>, request: Request) -> Result<Response>
     for (at, op) in message.ops.into_iter().enumerate() {
         if ready[at].is_none() {
             let (core, deadline) = (core.clone(), request.deadline);
-            waiting.push((at, tokio::spawn(async move { read_later(&core, &op, deadline).await })));
+            waiting.push((at, fs3_rt::spawn(async move { read_later(&core, &op, deadline).await })));
         }
     }
     for (at, task) in waiting {

@@ -4,7 +4,7 @@ use fs3_chain::{Kind, Origin};
 use fs3_core::{ChunkId, Code, Error, Result};
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{RemoveRequest, RemoveResponse};
-use tokio::task::JoinSet;
+use fs3_rt::JoinSet;
 
 use crate::REMOVES_IN_FLIGHT_MAX;
 use crate::content::{Body, Job};

@@ -1,5 +1,4 @@
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use fs3_chain::{Kind, Origin, Outcome};
 use fs3_core::{ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs, verify_crcs};
@@ -27,7 +26,7 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
     let chunk = chunk_id(&message.chunk_id)?;
     check_shape(&target, chunk, &message, request.payload.len())?;
     if request.payload.len() > INLINE_BYTES_MAX {
-        tokio::task::yield_now().await;
+        fs3_rt::yield_now().await;
     }
     let crcs = unpack_crcs(&message.crcs).ok_or_else(|| invalid("the checksums are not packed u32"))?;
     // Before anything is forwarded: damage is the sender's to repair, not to be spread.
@@ -134,7 +133,7 @@ pub(crate) fn chunk_id(bytes: &[u8]) -> Result<ChunkId> {
 fn writer(id: Option<&WriterId>) -> Result<Option<WriterRecord>> {
     let Some(id) = id else { return Ok(None) };
     let client = <[u8; 16]>::try_from(&id.client_id[..]).map_err(|_| invalid("a client id has 16 bytes"))?;
-    let time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
+    let time_ms = fs3_rt::wall_ns() / 1_000_000;
     Ok(Some(WriterRecord {
         client: ClientId(client),
         channel: id.channel,
