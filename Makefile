@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim bench kill-campaign proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -43,6 +43,9 @@ test-python: build
 
 sim: setup ## seeded simulation of the replication machine: make sim RUNS=5000, or SEED=7 to replay one
 	@cd native && FS3_CHAIN_SEEDS=$(or $(RUNS),2000) $(if $(SEED),FS3_CHAIN_SEED=$(SEED)) $(CARGO) test --release -p fs3-chain --test simulation -- --nocapture
+
+mutants: setup ## seeded bugs that the simulation must catch: make mutants, or NAMES="no_dedupe dirty_read"
+	@$(PY) tools/mutants.py $(NAMES)
 
 bench: build ## limits of this machine, then fs3, as ratios
 	@$(PY) benchmarks/run.py $(ARGS)

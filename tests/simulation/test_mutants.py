@@ -1,0 +1,41 @@
+"""The seeded bugs of tests/mutants fit the sources; tools/mutants.py shows that the simulation catches them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools" / "mutants.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mutants"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_mutant_fits_the_sources(tool: ModuleType) -> None:
+    mutants = tool.load()
+    assert len(mutants) >= 30
+    assert tool.misfits(mutants) == []
+
+
+def test_a_text_that_is_gone_or_there_twice_is_named(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\nx = 1\n")
+    edits = (tool.Edit("a.py", "x = 1", "x = 2"), tool.Edit("a.py", "y", "z"), tool.Edit("b.py", "x", "z"))
+    mutant = tool.Mutant(name="m", property="", why="", oracle="world", edits=edits)
+    assert [line.split(" is ")[1][:7] for line in tool.misfits([mutant], tmp_path)] == ["2 times", "0 times", "0 times"]
+
+
+def test_edits_of_one_file_are_found_in_the_original(tool: ModuleType) -> None:
+    edits = [tool.Edit("a", "two", "one two"), tool.Edit("a", "one", "two one")]
+    assert tool.mutated("one two three", edits) == "two one one two three"
+    with pytest.raises(ValueError, match="same text"):
+        tool.mutated("one two", [tool.Edit("a", "one t", "x"), tool.Edit("a", "two", "y")])

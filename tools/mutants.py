@@ -1,0 +1,355 @@
+"""Mutation suite of the storage layer: every seeded bug of tests/mutants/*.toml must be caught by the simulation.
+
+The bugs are mutant schemata (Untch, Offutt and Harrold, 1993): in a scratch copy of the sources each replacement holds
+the original and the bug behind a run-time switch, `mutant!("name")`, so that one build holds all Rust mutants and the
+product holds none. Python mutants are substituted in the source as the child process imports it.
+
+    tools/mutants.py                    all mutants, and the unmutated code under the same budget
+    tools/mutants.py early_ack no_dedupe    only these
+    tools/mutants.py --list             what there is
+    tools/mutants.py --check            only whether every mutant still fits the sources
+
+Exit status 1 when a mutant survives, the unmutated code fails, or a text to find is not in its file exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFESTS = ROOT / "tests" / "mutants"
+SWITCH = "FS3_MUTANT"
+PROFILE = "mutants"
+# Seconds of one core that a mutant may live; the unmutated code runs as long with every oracle.
+BUDGET_S = 60.0
+# Appended to a manifest-free crate that all others use.
+SWITCH_RUST = f"""
+/// Whether the seeded bug `name` is switched on in this process.
+pub fn mutant(name: &str) -> bool {{
+    static ON: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    ON.get_or_init(|| std::env::var("{SWITCH}").ok()).as_deref() == Some(name)
+}}
+"""
+PROFILE_TOML = f"""
+[profile.{PROFILE}]
+inherits = "dev"
+opt-level = 1
+debug = false
+"""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement in one file."""
+
+    file: str
+    find: str
+    replace: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One seeded bug."""
+
+    name: str
+    property: str
+    why: str
+    oracle: str
+    edits: tuple[Edit, ...]
+
+    @property
+    def is_python(self) -> bool:
+        """Tell whether it is substituted at import."""
+        return self.edits[0].file.endswith(".py")
+
+
+@dataclass
+class Outcome:
+    """What became of a mutant."""
+
+    mutant: str
+    property: str
+    caught: bool
+    seeds: int
+    seconds: float
+    text: str
+
+
+def load(folder: Path = MANIFESTS) -> list[Mutant]:
+    """Read the manifests. Raises ValueError for one that makes no sense."""
+    mutants = []
+    for path in sorted(folder.glob("*.toml")):
+        for entry in tomllib.loads(path.read_text())["mutant"]:
+            edits = entry.get("edit") or [{key: entry[key] for key in ("file", "find", "replace")}]
+            mutant = Mutant(
+                name=entry["name"],
+                property=entry["property"],
+                why=entry["why"],
+                oracle=entry.get("oracle", "world"),
+                edits=tuple(Edit(**edit) for edit in edits),
+            )
+            switch = f'mutant!("{mutant.name}")'
+            if not mutant.is_python and not all(switch in edit.replace for edit in mutant.edits):
+                raise ValueError(f"{path.name}: mutant {mutant.name} does not use {switch}")
+            mutants.append(mutant)
+    names = [m.name for m in mutants]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise ValueError(f"two mutants have one name: {', '.join(sorted(twice))}")
+    return mutants
+
+
+def misfits(mutants: Iterable[Mutant], root: Path = ROOT) -> list[str]:
+    """Say which texts to find are not in their files exactly once."""
+    found = []
+    for mutant in mutants:
+        for edit in mutant.edits:
+            path = root / edit.file
+            count = path.read_text().count(edit.find) if path.exists() else 0
+            if count != 1:
+                found.append(f"{mutant.name}: the text to find is {count} times in {edit.file}, not once")
+    return found
+
+
+def mutated(source: str, edits: Iterable[Edit]) -> str:
+    """Apply all edits of one file; their texts are looked for in the original."""
+    spans = sorted((source.index(edit.find), edit) for edit in edits)
+    out, at = [], 0
+    for start, edit in spans:
+        if start < at:
+            raise ValueError(f"two mutants change the same text of {edit.file}: {edit.find!r}")
+        out += [source[at:start], edit.replace]
+        at = start + len(edit.find)
+    return "".join([*out, source[at:]])
+
+
+def cache_folder() -> Path:
+    """Say where the scratch copy and its build are kept between runs, outside the checkout."""
+    if chosen := os.environ.get("FS3_MUTANTS_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fs3" / "mutants"
+
+
+class Scratch:
+    """A copy of the Rust sources that holds every mutant, and its build."""
+
+    def __init__(self, folder: Path, mutants: list[Mutant]) -> None:
+        self.folder = folder
+        self.rust = [m for m in mutants if not m.is_python]
+        self.binaries: dict[str, Path] = {}
+
+    def write(self) -> None:
+        """Bring the copy up to date; files that did not change keep their times, so that builds are incremental."""
+        edits: dict[str, list[Edit]] = {}
+        for mutant in self.rust:
+            for edit in mutant.edits:
+                edits.setdefault(edit.file, []).append(edit)
+        wanted = {p.relative_to(ROOT) for top in ("native", "proto") for p in sources(ROOT / top)}
+        for path in wanted:
+            content = (ROOT / path).read_bytes()
+            if str(path) in edits:
+                text = mutated(content.decode(), edits[str(path)])
+                crate = "crate" if "fs3-core" in path.parts else "fs3_core"
+                content = re.sub(r"\bmutant!\(", f"{crate}::mutant(", text).encode()
+            if str(path) == "native/crates/fs3-core/src/lib.rs":
+                content += SWITCH_RUST.encode()
+            if str(path) == "native/Cargo.toml":
+                content += PROFILE_TOML.encode()
+            target = self.folder / path
+            if not target.exists() or target.read_bytes() != content:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+        for top in ("native", "proto"):
+            for path in list(sources(self.folder / top)):
+                if path.relative_to(self.folder) not in wanted:
+                    path.unlink()
+
+    def build(self, oracles: Iterable[Oracle]) -> None:
+        """Build what the oracles run, once for all mutants. Raises SystemExit when it does not compile."""
+        for oracle in oracles:
+            command = [
+                "cargo",
+                *oracle.cargo,
+                "--locked",
+                "--profile",
+                PROFILE,
+                "-q",
+                "--message-format=json-render-diagnostics",
+            ]
+            env = {**os.environ, "CARGO_TARGET_DIR": str(self.folder / "target")}
+            done = subprocess.run(command, cwd=self.folder / "native", env=env, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit("the mutated sources do not compile; see above")
+            for line in done.stdout.splitlines():
+                message = json.loads(line)
+                if message.get("reason") == "compiler-artifact":
+                    made = message.get("executable") or next(
+                        (f for f in message["filenames"] if f.endswith(".so")), None
+                    )
+                    if made:
+                        self.binaries[message["target"]["name"]] = Path(made)
+
+
+def sources(folder: Path) -> Iterable[Path]:
+    """List the files that a build needs."""
+    for path in folder.rglob("*"):
+        if path.is_file() and "target" not in path.relative_to(folder).parts:
+            yield path
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A simulation that may catch a mutant."""
+
+    name: str
+    cargo: tuple[str, ...]
+    binary: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    # Finds the seed of a failure in the output.
+    seed: str
+
+    def command(self, scratch: Scratch) -> list[str]:
+        """Make the command line of a run over many seeds that stops at the first failure."""
+        return [str(scratch.binaries[self.binary]), *self.arguments]
+
+
+ORACLES = {
+    "chain": Oracle(
+        name="chain",
+        cargo=("test", "--no-run", "-p", "fs3-chain", "--test", "simulation"),
+        binary="simulation",
+        arguments=("--test-threads=1",),
+        environment={"FS3_CHAIN_SEEDS": "1500"},
+        seed=r"FS3_CHAIN_SEED=(\d+)",
+    ),
+    "store": Oracle(
+        name="store",
+        cargo=("test", "--no-run", "-p", "fs3-io", "--test", "model"),
+        binary="model",
+        arguments=("--test-threads=1", "power_loss"),
+        environment={"FS3_CRASH_SEEDS": "0..40"},
+        seed=r"seed (\d+)",
+    ),
+    "kills": Oracle(
+        name="kills",
+        cargo=("test", "--no-run", "-p", "fs3-io", "--test", "kills"),
+        binary="kills",
+        arguments=("--test-threads=1",),
+        environment={},
+        seed=r"seed (\d+)",
+    ),
+}
+
+
+def attempt(mutant: Mutant | None, oracle: Oracle, scratch: Scratch, budget_s: float) -> Outcome:
+    """Run one oracle with one mutant switched on, or none."""
+    name = mutant.name if mutant else "(none)"
+    env = {**os.environ, **oracle.environment, "RUST_BACKTRACE": "0"}
+    env.pop(SWITCH, None)
+    if mutant:
+        env[SWITCH] = mutant.name
+    began = time.monotonic()
+    command = oracle.command(scratch)
+    output, failed = "", False
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        try:
+            output, _ = child.communicate(timeout=budget_s)
+            failed = child.returncode != 0
+        except subprocess.TimeoutExpired:
+            # A mutant that hangs the simulation is caught as well: the simulation itself bounds healthy runs.
+            child.kill()
+            output, _ = child.communicate()
+    found = re.search(oracle.seed, output)
+    return Outcome(
+        mutant=name,
+        property=mutant.property if mutant else "no false alarm",
+        caught=failed,
+        seeds=int(found[1]) if found else 0,
+        seconds=time.monotonic() - began,
+        text=explanation(output) if failed else "",
+    )
+
+
+def explanation(output: str) -> str:
+    """Pick the line that says what was violated."""
+    lines = output.splitlines()
+    for at, line in enumerate(lines):
+        if "panicked at" in line and at + 1 < len(lines):
+            return lines[at + 1].strip()[:110]
+    return lines[-1][:110] if lines else ""
+
+
+def report(outcomes: list[Outcome]) -> None:
+    """Print the table."""
+    width = max(len(o.mutant) for o in outcomes)
+    for o in sorted(outcomes, key=lambda o: (o.caught, o.mutant)):
+        if o.mutant == "(none)":
+            state = "FALSE ALARM" if o.caught else "quiet"
+        else:
+            state = "caught" if o.caught else "SURVIVED"
+        where = f"seed {o.seeds}" if o.seeds else ""
+        print(f"{o.mutant:{width}}  {state:11} {o.seconds:6.1f} s  {where:10} {o.property:40} {o.text}")
+
+
+def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int) -> list[Outcome]:
+    """Try all mutants, and the unmutated code with every oracle, in parallel."""
+    oracles = {m.oracle for m in chosen}
+    with ThreadPoolExecutor(jobs) as pool:
+        clean = [pool.submit(attempt, None, ORACLES[name], scratch, 10 * budget_s) for name in sorted(oracles)]
+        tried = [pool.submit(attempt, m, ORACLES[m.oracle], scratch, budget_s) for m in chosen]
+        return [future.result() for future in (*clean, *tried)]
+
+
+def main() -> int:
+    """Run the suite; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Seeded bugs that the simulation must catch.")
+    parser.add_argument("names", nargs="*", help="mutants to try; all when none is named")
+    parser.add_argument("--list", action="store_true", help="print the mutants")
+    parser.add_argument("--check", action="store_true", help="only check that every mutant fits the sources")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds per mutant (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    args = parser.parse_args()
+    mutants = load()
+    if wrong := misfits(mutants):
+        print("\n".join(wrong))
+        return 1
+    if args.list or args.check:
+        for mutant in mutants if args.list else ():
+            print(f"{mutant.name:32} {mutant.property:44} {mutant.why}")
+        return 0
+    unknown = set(args.names) - {m.name for m in mutants}
+    if unknown:
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    chosen = [m for m in mutants if not args.names or m.name in args.names]
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        scratch = Scratch(folder, mutants)
+        scratch.write()
+        scratch.build(ORACLES[name] for name in sorted({m.oracle for m in chosen}))
+        outcomes = run(chosen, scratch, args.budget, args.jobs)
+    report(outcomes)
+    wrong = [o for o in outcomes if o.caught != (o.mutant != "(none)")]
+    print(
+        f"{sum(o.caught for o in outcomes)} of {len(chosen)} mutants caught"
+        + (f"; {len(wrong)} wrong" if wrong else "")
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
