@@ -56,8 +56,28 @@ impl Blocks {
             high_water: AtomicU32::new(0),
             changes: AtomicU64::new(0),
             rotten: AtomicBool::new(false),
+            parked: false,
             blocks: self.clone(),
         })
+    }
+
+    /// The handle of a block that was parked or [noted](Blocks::note_parked).
+    pub(crate) fn resume(self: &Arc<Self>, parked: Parked) -> Arc<Block> {
+        let fresh = || GENERATION.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Block {
+            location: parked.location,
+            generation: if parked.generation == 0 { fresh() } else { parked.generation },
+            high_water: AtomicU32::new(0),
+            changes: AtomicU64::new(0),
+            rotten: AtomicBool::new(parked.rotten),
+            parked: false,
+            blocks: self.clone(),
+        })
+    }
+
+    /// The block at `location` is in use without a handle.
+    pub(crate) fn note_parked(&self, location: Location) {
+        self.used_bytes.fetch_add(1 << location.class, Ordering::Relaxed);
     }
 
     /// Blocks nobody refers to any more, since the last call.
@@ -65,10 +85,18 @@ impl Blocks {
         std::mem::take(&mut self.returned.lock().expect("no panic under this lock"))
     }
 
-    /// Bytes of the blocks that have a handle.
+    /// Bytes of the blocks that have a handle or are parked.
     pub fn used_bytes(&self) -> u64 {
         self.used_bytes.load(Ordering::Relaxed)
     }
+}
+
+/// What is remembered of a block in use that has no handle. Its high-water mark is in the image of the chunk.
+pub(crate) struct Parked {
+    pub location: Location,
+    /// 0: it never had a handle in this process.
+    pub generation: u64,
+    pub rotten: bool,
 }
 
 /// A disk block in use. Versions and readers share it; when the last of them drops it, it is returned.
@@ -80,6 +108,7 @@ pub struct Block {
     high_water: AtomicU32,
     changes: AtomicU64,
     rotten: AtomicBool,
+    parked: bool,
     blocks: Arc<Blocks>,
 }
 
@@ -111,6 +140,12 @@ impl Block {
         self.rotten.load(Ordering::Acquire)
     }
 
+    /// Give up the handle while the block stays in use.
+    pub(crate) fn park(mut self) -> Parked {
+        self.parked = true;
+        Parked { location: self.location, generation: self.generation, rotten: self.is_rotten() }
+    }
+
     /// Remember that; returns whether it was known.
     pub fn note_rot(&self) -> bool {
         self.rotten.swap(true, Ordering::AcqRel)
@@ -119,6 +154,9 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
+        if self.parked {
+            return;
+        }
         self.blocks.used_bytes.fetch_sub(1 << self.location.class, Ordering::Relaxed);
         if let Ok(mut returned) = self.blocks.returned.lock() {
             returned.push(self.location);

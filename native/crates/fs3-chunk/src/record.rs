@@ -5,6 +5,10 @@ use crate::{BLOCK_BYTES, Location, WriterRecord};
 
 /// Version of the encoding, the first byte of every record.
 const FORMAT: u8 = 1;
+/// Kind of a [`Record::Synced`].
+const SYNCED: u8 = 5;
+/// What a [`Record::Chunk`] begins with.
+pub(crate) const CHUNK_RECORD: [u8; 2] = [FORMAT, 6];
 
 /// What the metadata log and its snapshot consist of.
 #[derive(Clone)]
@@ -154,6 +158,14 @@ impl Record {
         }
     }
 
+    /// The position of an encoded [`Record::Synced`]; `None` for any other record.
+    pub fn mark(bytes: &[u8]) -> Option<u64> {
+        match Self::decode(bytes.get(..2).filter(|head| head[1] == SYNCED).map(|_| bytes)?)? {
+            Record::Synced { position } => Some(position),
+            _ => None,
+        }
+    }
+
     /// Append the encoded form to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut w = Writer(out);
@@ -179,11 +191,11 @@ impl Record {
                 w.id(*id);
             }
             Record::Synced { position } => {
-                w.u8(5);
+                w.u8(SYNCED);
                 w.u64(*position);
             }
             Record::Chunk(c) => {
-                w.u8(6);
+                w.u8(CHUNK_RECORD[1]);
                 c.encode(&mut w);
             }
             Record::End { chunks } => {
@@ -204,8 +216,8 @@ impl Record {
             2 => Record::Commit { id: r.id()?, version: UpdateVersion(r.u64()?), time_ms: r.u64()? as i64 },
             3 => Record::Abort { id: r.id()?, version: UpdateVersion(r.u64()?) },
             4 => Record::Forget { id: r.id()? },
-            5 => Record::Synced { position: r.u64()? },
-            6 => Record::Chunk(ChunkImage::decode(&mut r)?),
+            SYNCED => Record::Synced { position: r.u64()? },
+            kind if kind == CHUNK_RECORD[1] => Record::Chunk(ChunkImage::decode(&mut r)?),
             7 => Record::End { chunks: r.u64()? },
             _ => return None,
         };

@@ -4,6 +4,7 @@ use std::sync::{Arc, Weak};
 
 use fs3_core::{ChunkId, Region};
 
+use crate::packed::Packed;
 use crate::{
     BLOCK_BYTES, Block, Blocks, Body, ChunkImage, ChunkMeta, Location, Prepare, Record, VersionImage, VersionInfo,
     WriterRecord, block_count, chunk_crc, remember,
@@ -63,9 +64,24 @@ pub struct Chunk {
     // Former versions in the committed version's block: while a reader holds one, patches it does not
     // have must not be written in place.
     superseded: Vec<Weak<Version>>,
+    // Used since it was last looked at for packing.
+    used: bool,
+    // Waits in `Table::live_queue`.
+    queued: bool,
 }
 
 impl Chunk {
+    /// Whether nobody holds anything of it and nothing of it is under way.
+    pub(crate) fn is_at_rest(&mut self) -> bool {
+        !self.has_old_readers()
+            && self.pending.is_none()
+            && self.committed.as_ref().is_some_and(|v| {
+                v.patches.is_empty()
+                    && Arc::strong_count(v) == 1
+                    && v.block.as_ref().is_none_or(|b| Arc::strong_count(b) == 1)
+            })
+    }
+
     /// The state without the bytes.
     pub fn meta(&self) -> ChunkMeta {
         ChunkMeta {
@@ -105,53 +121,184 @@ impl Chunk {
     }
 }
 
+/// Live chunks looked at for packing by each operation that adds one.
+const PACK_STEPS: usize = 2;
+
+enum Entry {
+    Live(Box<Chunk>),
+    Packed(Packed),
+}
+
+impl Entry {
+    fn meta(&self, id: ChunkId) -> ChunkMeta {
+        match self {
+            Entry::Live(chunk) => chunk.meta(),
+            Entry::Packed(packed) => packed.meta(id),
+        }
+    }
+}
+
 /// All chunks of a target: the state that the records of the log build.
 pub struct Table {
-    chunks: BTreeMap<ChunkId, Chunk>,
+    entries: BTreeMap<ChunkId, Entry>,
+    // Live chunks as they came to life. One that was used meanwhile goes round again (CLOCK).
+    live_queue: VecDeque<ChunkId>,
+    live_chunks_max: usize,
     blocks: Arc<Blocks>,
     patched: BTreeSet<ChunkId>,
     patch_blocks: u64,
-    live: u64,
+    readable: u64,
     // Removed chunks in the order of removal, to be forgotten some time later.
     tombstones: VecDeque<(i64, ChunkId)>,
 }
 
+/// A table being filled from a snapshot, whose chunks come in order.
+pub struct SnapshotLoad {
+    table: Table,
+    entries: Vec<(ChunkId, Entry)>,
+}
+
+impl SnapshotLoad {
+    /// Into a table as [`Table::new`] makes it.
+    pub fn new(blocks: Arc<Blocks>, live_chunks_max: usize) -> Self {
+        Self { table: Table::new(blocks, live_chunks_max), entries: vec![] }
+    }
+
+    /// Take the record of a chunk, encoded as `payload`.
+    pub fn add(&mut self, payload: &[u8], image: ChunkImage) {
+        let id = image.id;
+        match Packed::from_record(payload, &image) {
+            Some(packed) => {
+                let summary = packed.summary();
+                self.table.readable += u64::from(!summary.removed);
+                if let Some(at) = summary.at {
+                    self.table.blocks.note_parked(at);
+                }
+                if summary.removed {
+                    self.table.tombstones.push_back((summary.time_ms, id));
+                }
+                self.entries.push((id, Entry::Packed(packed)));
+            }
+            None => self.table.apply(image.position, Record::Chunk(image), None),
+        }
+    }
+
+    /// The filled table.
+    pub fn finish(self) -> Table {
+        let mut table = self.table;
+        // Made of sorted entries a tree is dense.
+        let mut packed = BTreeMap::from_iter(self.entries);
+        table.entries.append(&mut packed);
+        table.tombstones.make_contiguous().sort_unstable();
+        table
+    }
+}
+
 impl Table {
-    /// An empty table whose block handles are made by `blocks`.
-    pub fn new(blocks: Arc<Blocks>) -> Self {
+    /// An empty table whose block handles are made by `blocks`. Beyond `live_chunks_max`, chunks that are not used and
+    /// of which nobody holds anything are packed.
+    pub fn new(blocks: Arc<Blocks>, live_chunks_max: usize) -> Self {
         Self {
-            chunks: BTreeMap::new(),
+            entries: BTreeMap::new(),
+            live_queue: VecDeque::new(),
+            live_chunks_max,
             blocks,
             patched: BTreeSet::new(),
             patch_blocks: 0,
-            live: 0,
+            readable: 0,
             tombstones: VecDeque::new(),
         }
     }
 
-    /// One chunk.
-    pub fn get(&self, id: ChunkId) -> Option<&Chunk> {
-        self.chunks.get(&id)
+    /// One chunk, in its live form.
+    pub fn get(&mut self, id: ChunkId) -> Option<&Chunk> {
+        self.pack_surplus();
+        let entry = self.entries.get_mut(&id)?;
+        if let Entry::Packed(packed) = entry {
+            let mut chunk = std::mem::take(packed).unpack(id, &self.blocks);
+            chunk.queued = true;
+            self.live_queue.push_back(id);
+            *entry = Entry::Live(chunk);
+        }
+        match entry {
+            Entry::Live(chunk) => {
+                chunk.used = true;
+                Some(chunk)
+            }
+            Entry::Packed(_) => unreachable!("made live above"),
+        }
     }
 
-    /// Up to `limit` chunks after `after`, in order.
-    pub fn after(&self, after: Option<ChunkId>) -> impl Iterator<Item = (&ChunkId, &Chunk)> {
-        self.chunks.range((after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded))
+    /// State of one chunk without its bytes.
+    pub fn meta(&self, id: ChunkId) -> Option<ChunkMeta> {
+        self.entries.get(&id).map(|entry| entry.meta(id))
     }
 
-    /// The chunks `first..=last`, in order.
-    pub fn range(&self, first: ChunkId, last: ChunkId) -> impl Iterator<Item = (&ChunkId, &Chunk)> {
-        self.chunks.range(first..=last)
+    /// States of up to all chunks after `after`, in order.
+    pub fn metas_after(&self, after: Option<ChunkId>) -> impl Iterator<Item = (ChunkId, ChunkMeta)> {
+        let range = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        self.entries.range(range).map(|(id, entry)| (*id, entry.meta(*id)))
+    }
+
+    /// States of the chunks `first..=last`, in order.
+    pub fn metas_within(&self, first: ChunkId, last: ChunkId) -> impl Iterator<Item = (ChunkId, ChunkMeta)> {
+        self.entries.range(first..=last).map(|(id, entry)| (*id, entry.meta(*id)))
+    }
+
+    /// Call `each` with up to `limit` chunks after `after`, in order, and what appends the chunk's record of a snapshot
+    /// to a buffer. Returns the last of them.
+    pub fn for_snapshot(
+        &self,
+        after: Option<ChunkId>,
+        limit: usize,
+        mut each: impl FnMut(&dyn Fn(&mut Vec<u8>)),
+    ) -> Option<ChunkId> {
+        let range = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let mut last = None;
+        for (id, entry) in self.entries.range(range).take(limit) {
+            match entry {
+                Entry::Live(chunk) => each(&|out| Record::Chunk(ChunkImage::from((id, &**chunk))).encode(out)),
+                Entry::Packed(packed) => each(&|out| packed.encode(*id, out)),
+            }
+            last = Some(*id);
+        }
+        last
+    }
+
+    fn pack_surplus(&mut self) {
+        for _ in 0..PACK_STEPS {
+            if self.live_queue.len() <= self.live_chunks_max {
+                return;
+            }
+            let Some(id) = self.live_queue.pop_front() else { return };
+            let Some(entry) = self.entries.get_mut(&id) else { continue };
+            let Entry::Live(chunk) = entry else { continue };
+            if std::mem::take(&mut chunk.used) {
+                self.live_queue.push_back(id);
+                continue;
+            }
+            match Packed::pack(id, std::mem::take(chunk)) {
+                Ok(packed) => *entry = Entry::Packed(packed),
+                Err(live) => {
+                    *chunk = live;
+                    self.live_queue.push_back(id);
+                }
+            }
+        }
     }
 
     /// Chunks that have readable content.
     pub fn live_chunks(&self) -> u64 {
-        self.live
+        self.readable
     }
 
-    /// All entries, tombstones included.
-    pub fn entries(&self) -> usize {
-        self.chunks.len()
+    /// Position of the last record applied to a chunk; 0 when there is no trace of it.
+    pub fn position(&self, id: ChunkId) -> u64 {
+        match self.entries.get(&id) {
+            Some(Entry::Live(chunk)) => chunk.position,
+            Some(Entry::Packed(packed)) => packed.summary().position,
+            None => 0,
+        }
     }
 
     /// Bytes of patches of committed versions.
@@ -166,12 +313,16 @@ impl Table {
 
     /// Locations of all blocks referred to, ascending.
     pub fn locations(&self) -> Vec<Location> {
-        let mut all: Vec<Location> = self
-            .chunks
-            .values()
-            .flat_map(|c| c.committed.iter().chain(c.pending.iter().map(|p| &p.version)))
-            .filter_map(|v| v.block.as_ref().map(|b| b.location))
-            .collect();
+        let mut all = vec![];
+        for entry in self.entries.values() {
+            match entry {
+                Entry::Live(c) => {
+                    let versions = c.committed.iter().chain(c.pending.iter().map(|p| &p.version));
+                    all.extend(versions.filter_map(|v| v.block.as_ref().map(|b| b.location)));
+                }
+                Entry::Packed(packed) => all.extend(packed.summary().at),
+            }
+        }
         all.sort();
         all.dedup();
         all
@@ -181,7 +332,7 @@ impl Table {
     pub fn pop_tombstone(&mut self, time_ms: i64) -> Option<ChunkId> {
         while self.tombstones.front().is_some_and(|(at, _)| *at < time_ms) {
             let (at, id) = self.tombstones.pop_front()?;
-            let Some(chunk) = self.chunks.get(&id) else { continue };
+            let Some(chunk) = self.get(id) else { continue };
             let same = chunk.committed.as_ref().is_some_and(|v| v.info.removed && v.time_ms == at);
             if same && chunk.pending.is_none() {
                 return Some(id);
@@ -213,7 +364,7 @@ impl Table {
                 }
             }
             Record::Forget { .. } => chunk.committed = None,
-            Record::Chunk(image) => chunk = self.chunk_of(image),
+            Record::Chunk(image) => *chunk = chunk_of(image, |at| self.blocks.handle(at)),
             Record::Synced { .. } | Record::End { .. } => {}
         }
         self.put_back(id, chunk);
@@ -237,29 +388,38 @@ impl Table {
 
     /// Whether former versions of the chunk may still be read.
     pub fn has_old_readers(&mut self, id: ChunkId) -> bool {
-        self.chunks.get_mut(&id).is_some_and(Chunk::has_old_readers)
+        match self.entries.get_mut(&id) {
+            Some(Entry::Live(chunk)) => chunk.has_old_readers(),
+            _ => false,
+        }
     }
 
     /// Put a chunk back to a former state, or drop it.
     pub fn restore(&mut self, id: ChunkId, state: Option<Chunk>) {
         self.take_out(id);
-        self.put_back(id, state.unwrap_or_default());
+        let mut chunk = Box::new(state.unwrap_or_default());
+        chunk.queued = false;
+        self.put_back(id, chunk);
     }
 
     // The chunk is taken out of all sums while it is changed.
-    fn take_out(&mut self, id: ChunkId) -> Chunk {
-        let chunk = self.chunks.remove(&id).unwrap_or_default();
+    fn take_out(&mut self, id: ChunkId) -> Box<Chunk> {
+        let chunk = match self.entries.remove(&id) {
+            Some(Entry::Live(chunk)) => chunk,
+            Some(Entry::Packed(packed)) => packed.unpack(id, &self.blocks),
+            None => Box::default(),
+        };
         if let Some(v) = &chunk.committed {
-            self.live -= u64::from(!v.info.removed);
+            self.readable -= u64::from(!v.info.removed);
             self.patch_blocks -= v.patches.len() as u64;
             self.patched.remove(&id);
         }
         chunk
     }
 
-    fn put_back(&mut self, id: ChunkId, chunk: Chunk) {
+    fn put_back(&mut self, id: ChunkId, mut chunk: Box<Chunk>) {
         if let Some(v) = &chunk.committed {
-            self.live += u64::from(!v.info.removed);
+            self.readable += u64::from(!v.info.removed);
             self.patch_blocks += v.patches.len() as u64;
             if !v.patches.is_empty() {
                 self.patched.insert(id);
@@ -269,22 +429,28 @@ impl Table {
             }
         }
         if chunk.committed.is_some() || chunk.pending.is_some() {
-            self.chunks.insert(id, chunk);
+            chunk.used = true;
+            if !std::mem::replace(&mut chunk.queued, true) {
+                self.live_queue.push_back(id);
+            }
+            self.entries.insert(id, Entry::Live(chunk));
+            self.pack_surplus();
         }
     }
+}
 
-    fn chunk_of(&self, image: ChunkImage) -> Chunk {
-        let committed = image.committed.map(|v| {
-            let block = v.at.map(|at| self.blocks.handle(at));
-            Arc::new(version_of(v, block))
-        });
-        let pending = image.pending.map(|(v, writer, writers)| {
-            let shared = committed.as_ref().and_then(|c| c.block.clone()).filter(|b| Some(b.location) == v.at);
-            let block = shared.or_else(|| v.at.map(|at| self.blocks.handle(at)));
-            Pending { version: Arc::new(version_of(v, block)), writer, writers }
-        });
-        Chunk { position: image.position, committed, pending, writers: image.writers, superseded: vec![] }
-    }
+/// The chunk of an image, whose blocks `handle` makes.
+pub(crate) fn chunk_of(image: ChunkImage, handle: impl Fn(Location) -> Arc<Block>) -> Chunk {
+    let committed = image.committed.map(|v| {
+        let block = v.at.map(&handle);
+        Arc::new(version_of(v, block))
+    });
+    let pending = image.pending.map(|(v, writer, writers)| {
+        let shared = committed.as_ref().and_then(|c| c.block.clone()).filter(|b| Some(b.location) == v.at);
+        let block = shared.or_else(|| v.at.map(&handle));
+        Pending { version: Arc::new(version_of(v, block)), writer, writers }
+    });
+    Chunk { position: image.position, committed, pending, writers: image.writers, ..Chunk::default() }
 }
 
 /// The chunk's state as a snapshot keeps it.

@@ -4,13 +4,15 @@
 //! replay of the log skips what a chunk has already.
 
 use std::io::IoSlice;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use fs3_chunk::{ChunkImage, Record, Table, frame, unframe};
+use fs3_chunk::{Blocks, FRAME_HEADER_BYTES, Record, SnapshotLoad, Table, frame};
 use fs3_core::{ChunkId, Code, Error, Result, crc32c};
 
 use crate::disk::{Access, Disk};
-use crate::log::{disk_error, read_all, segment_number};
+use crate::frames::Frames;
+use crate::log::{disk_error, segment_number};
 use crate::store::TargetStore;
 
 pub(crate) const SNAPSHOT: &str = "meta.snap";
@@ -31,7 +33,7 @@ pub(crate) struct SnapshotHead {
 impl TargetStore {
     pub(crate) fn checkpoint_due(&self) -> bool {
         let snapshot = self.snapshot_bytes.load(Ordering::Relaxed);
-        self.log.segment_bytes() > self.options.log_bytes_max.max(2 * snapshot)
+        self.log.segment_bytes() > self.options.log_bytes_max.max(snapshot)
     }
 
     /// Write a snapshot and remove the log segments it replaces. One at a time.
@@ -48,16 +50,11 @@ impl TargetStore {
         let mut after: Option<ChunkId> = None;
         let mut chunks = 0u64;
         loop {
-            let images: Vec<ChunkImage> = {
-                let table = self.table.lock();
-                table.after(after).take(BATCH).map(ChunkImage::from).collect()
-            };
-            let last = images.is_empty();
-            after = images.last().map(|image| image.id);
-            chunks += images.len() as u64;
-            for image in images {
-                frame(written + out.len() as u64, &mut out, |o| Record::Chunk(image).encode(o));
-            }
+            after = self.table.lock().for_snapshot(after, BATCH, |encode| {
+                frame(written + out.len() as u64, &mut out, encode);
+                chunks += 1;
+            });
+            let last = after.is_none();
             if last {
                 frame(written + out.len() as u64, &mut out, |o| Record::End { chunks }.encode(o));
             }
@@ -100,32 +97,37 @@ fn header(first_segment: u64, position: u64) -> Vec<u8> {
     out
 }
 
-/// Fill `table` from the snapshot, if there is one.
-pub(crate) fn load(disk: &dyn Disk, table: &mut Table) -> Result<Option<SnapshotHead>> {
+/// The table as the snapshot has it; an empty one if there is no snapshot.
+pub(crate) fn load(
+    disk: &dyn Disk,
+    blocks: Arc<Blocks>,
+    live_chunks_max: usize,
+) -> Result<(Table, Option<SnapshotHead>)> {
     if !disk.list().map_err(|e| disk_error("cannot list the target", e))?.iter().any(|n| n == SNAPSHOT) {
-        return Ok(None);
+        return Ok((Table::new(blocks, live_chunks_max), None));
     }
     let damaged =
         || Error::new(Code::DiskError, "the metadata snapshot is damaged; rebuild this target from its chain");
     let file = disk.open(SNAPSHOT, Access::Buffered).map_err(|e| disk_error("cannot read the metadata", e))?;
-    let bytes = read_all(&*file)?;
-    let fields = bytes.get(..HEADER_BYTES).ok_or_else(damaged)?;
+    let mut frames = Frames::new(&*file)?;
+    let fields = frames.take(HEADER_BYTES)?.ok_or_else(damaged)?;
     let word = |at: usize| u64::from_le_bytes(fields[at..at + 8].try_into().expect("8 bytes"));
     if &fields[..8] != MAGIC || crc32c(&fields[..24]).to_le_bytes() != fields[24..] {
         return Err(damaged());
     }
-    let (mut at, mut seen) = (HEADER_BYTES, 0);
+    let (first_segment, position) = (word(8), word(16));
+    let (mut load, mut at, mut seen) = (SnapshotLoad::new(blocks, live_chunks_max), HEADER_BYTES as u64, 0);
     loop {
-        let payload = unframe(at as u64, &bytes[at..]).ok_or_else(damaged)?;
-        at += payload.len() + fs3_chunk::FRAME_HEADER_BYTES;
+        let payload = frames.next(at)?.ok_or_else(damaged)?;
+        at += (payload.len() + FRAME_HEADER_BYTES) as u64;
         match Record::decode(payload).ok_or_else(damaged)? {
             Record::Chunk(image) => {
-                table.apply(image.position, Record::Chunk(image), None);
+                load.add(payload, image);
                 seen += 1;
             }
             Record::End { chunks } if chunks == seen => break,
             _ => return Err(damaged()),
         }
     }
-    Ok(Some(SnapshotHead { first_segment: word(8), position: word(16), bytes: bytes.len() as u64 }))
+    Ok((load.finish(), Some(SnapshotHead { first_segment, position, bytes: at })))
 }

@@ -6,6 +6,7 @@ mod cache;
 mod checkpoint;
 mod disk;
 pub mod fault;
+mod frames;
 mod log;
 mod maintain;
 mod read;

@@ -1,13 +1,14 @@
 //! The metadata log: framed records in numbered segments, written by group commit.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::sync::Arc;
 
-use fs3_chunk::{Record, frame, unframe};
+use fs3_chunk::{FRAME_HEADER_BYTES, Record, frame};
 use fs3_core::{Code, Error, Result};
 use parking_lot::Mutex;
 
 use crate::disk::{Access, Disk, DiskFile};
+use crate::frames::Frames;
 
 const MAGIC: &[u8; 8] = b"FS3CLOG1";
 const HEADER_BYTES: u64 = 128;
@@ -49,14 +50,14 @@ struct Segment {
     failed: Option<Error>,
 }
 
-/// A segment read back.
+/// What is known of a segment without its records.
 pub(crate) struct Scan {
     pub number: u64,
     pub start: u64,
     pub boot_id: String,
-    /// End position and record, in order.
-    pub records: Vec<(u64, Record)>,
     pub end: u64,
+    /// Position of its last [`Record::Synced`].
+    pub mark: Option<u64>,
 }
 
 pub(crate) fn disk_error(what: &str, e: std::io::Error) -> Error {
@@ -237,20 +238,36 @@ fn new_segment(disk: &dyn Disk, number: u64, start: u64) -> Result<Arc<dyn DiskF
     Ok(file)
 }
 
-/// Read a whole file.
-pub(crate) fn read_all(file: &dyn DiskFile) -> Result<Vec<u8>> {
-    let cannot = |e| disk_error("cannot read the metadata", e);
-    let mut bytes = vec![0; file.len().map_err(cannot)? as usize];
-    let read = file.read_at(&mut [IoSliceMut::new(&mut bytes)], 0).map_err(cannot)?;
-    bytes.truncate(read);
-    Ok(bytes)
+/// Find out how far a segment was written. `None` when its header never became whole, which happens only when its
+/// creation was cut off, before it had any record.
+pub(crate) fn scan(file: &dyn DiskFile) -> Result<Option<Scan>> {
+    let mut frames = Frames::new(file)?;
+    let Some(mut scan) = header(&mut frames)? else { return Ok(None) };
+    while let Some(payload) = frames.next(scan.end)? {
+        scan.end += (payload.len() + FRAME_HEADER_BYTES) as u64;
+        scan.mark = scan.mark.max(Record::mark(payload));
+    }
+    Ok(Some(scan))
 }
 
-/// Read a segment back up to where it was written or is torn. `None` when its header never became whole,
-/// which happens only when its creation was cut off, before it had any record.
-pub(crate) fn scan(file: &dyn DiskFile) -> Result<Option<Scan>> {
-    let bytes = read_all(file)?;
-    let Some((header, body)) = bytes.split_at_checked(HEADER_BYTES as usize) else { return Ok(None) };
+/// Call `each` with the end position and the record of all that a segment has, in order.
+pub(crate) fn replay(file: &dyn DiskFile, mut each: impl FnMut(u64, Record)) -> Result<()> {
+    let mut frames = Frames::new(file)?;
+    let Some(scan) = header(&mut frames)? else { return Ok(()) };
+    let mut position = scan.start;
+    while let Some(payload) = frames.next(position)? {
+        position += (payload.len() + FRAME_HEADER_BYTES) as u64;
+        let record = Record::decode(payload).ok_or_else(|| {
+            let what = "the metadata log has a record of an unknown format; was it written by a newer release?";
+            Error::new(Code::DiskError, what)
+        })?;
+        each(position, record);
+    }
+    Ok(())
+}
+
+fn header(frames: &mut Frames) -> Result<Option<Scan>> {
+    let Some(header) = frames.take(HEADER_BYTES as usize)? else { return Ok(None) };
     let (fields, crc) = header.split_at(HEADER_BYTES as usize - 4);
     if fs3_core::crc32c(fields).to_le_bytes() != crc || &fields[..8] != MAGIC {
         return Ok(None);
@@ -258,16 +275,5 @@ pub(crate) fn scan(file: &dyn DiskFile) -> Result<Option<Scan>> {
     let word = |at: usize| u64::from_le_bytes(fields[at..at + 8].try_into().expect("8 bytes"));
     let (number, start) = (word(8), word(16));
     let boot_id = String::from_utf8_lossy(&fields[25..25 + usize::from(fields[24]).min(64)]).into_owned();
-    let (mut records, mut at) = (vec![], 0);
-    while let Some(payload) = unframe(start + at as u64, &body[at..]) {
-        let Some(record) = Record::decode(payload) else {
-            return Err(Error::new(
-                Code::DiskError,
-                "the metadata log has a record of an unknown format; was it written by a newer release?",
-            ));
-        };
-        at += payload.len() + fs3_chunk::FRAME_HEADER_BYTES;
-        records.push((start + at as u64, record));
-    }
-    Ok(Some(Scan { number, start, boot_id, records, end: start + at as u64 }))
+    Ok(Some(Scan { number, start, boot_id, end: start, mark: None }))
 }

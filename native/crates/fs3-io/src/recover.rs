@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use fs3_chunk::{Allocator, Blocks, Chunk, Record, Table, Version};
+use fs3_chunk::{Allocator, Blocks, Chunk, Table, Version};
 use fs3_core::{ChunkId, Code, Error, Result};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{SNAPSHOT_NEW, SnapshotHead, load, remove_segments_before};
 use crate::disk::{Access, Disk};
-use crate::log::{Log, Scan, disk_error, scan, segment_name, segment_number};
+use crate::log::{Log, Scan, disk_error, replay, scan, segment_name, segment_number};
 use crate::maintain::DataFiles;
 use crate::store::{StoreOptions, TargetStore};
 
@@ -24,11 +24,10 @@ type Marked = BTreeMap<ChunkId, Option<Chunk>>;
 pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<TargetStore>> {
     let cannot = |e| disk_error("cannot open the target", e);
     let blocks = Arc::new(Blocks::default());
-    let mut table = Table::new(blocks.clone());
     if disk.list().map_err(cannot)?.iter().any(|n| n == SNAPSHOT_NEW) {
         disk.remove(SNAPSHOT_NEW).map_err(cannot)?;
     }
-    let snapshot = load(&*disk, &mut table)?;
+    let (mut table, snapshot) = load(&*disk, blocks.clone(), options.live_chunks_max)?;
     let head = snapshot.unwrap_or_default();
     let scans = scan_segments(&*disk, head, snapshot.is_some())?;
     let (end, number) = scans.last().map_or((head.position, head.first_segment), |s| (s.end, s.number + 1));
@@ -37,7 +36,7 @@ pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<Tar
     // Any segment: an open that was cut off after a power loss has verified nothing yet.
     let boot_id = disk.boot_id();
     let lost_power = scans.iter().any(|s| s.boot_id != boot_id);
-    let marked = replay(&mut table, scans);
+    let marked = replay_all(&*disk, &mut table, &scans)?;
     let mut alloc = Allocator::default();
     let files = DataFiles::new(disk.clone());
     rebuild_allocator(&table, &files, &disk.list().map_err(cannot)?, &mut alloc)?;
@@ -103,25 +102,21 @@ fn damaged() -> Error {
 }
 
 /// Apply the log. Returns the chunks that changed after the last mark as they were at the mark.
-fn replay(table: &mut Table, scans: Vec<Scan>) -> Marked {
-    let mark = scans
-        .iter()
-        .flat_map(|s| &s.records)
-        .filter_map(|(_, r)| if let Record::Synced { position } = r { Some(*position) } else { None })
-        .max()
-        .unwrap_or(0);
+fn replay_all(disk: &dyn Disk, table: &mut Table, scans: &[Scan]) -> Result<Marked> {
+    let mark = scans.iter().filter_map(|s| s.mark).max().unwrap_or(0);
     let mut marked = Marked::new();
-    for (position, record) in scans.into_iter().flat_map(|s| s.records) {
-        let Some(id) = record.id() else { continue };
-        if table.get(id).is_some_and(|c| c.position >= position) {
-            continue;
-        }
-        if position > mark {
-            marked.entry(id).or_insert_with(|| table.get(id).cloned());
-        }
-        table.apply(position, record, None);
+    for scan in scans {
+        let name = segment_name(scan.number);
+        let file = disk.open(&name, Access::Buffered).map_err(|e| disk_error("cannot open the target", e))?;
+        replay(&*file, |position, record| {
+            let Some(id) = record.id().filter(|id| table.position(*id) < position) else { return };
+            if position > mark {
+                marked.entry(id).or_insert_with(|| table.get(id).cloned());
+            }
+            table.apply(position, record, None);
+        })?;
     }
-    marked
+    Ok(marked)
 }
 
 fn rebuild_allocator(table: &Table, files: &DataFiles, names: &[String], alloc: &mut Allocator) -> Result<()> {
@@ -156,7 +151,7 @@ impl TargetStore {
         let mut rolled_back = false;
         for (id, state) in marked {
             let versions: Vec<Arc<Version>> = {
-                let table = self.table.lock();
+                let mut table = self.table.lock();
                 let chunk = table.get(id);
                 let pending = chunk.and_then(|c| c.pending.as_ref()).map(|p| p.version.clone());
                 chunk.and_then(|c| c.committed.clone()).into_iter().chain(pending).collect()

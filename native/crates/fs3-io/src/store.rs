@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use fs3_chunk::{
-    Allocator, BLOCK_BYTES, Block, Blocks, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Chunk, ChunkMeta, Record, Table, Version,
+    Allocator, BLOCK_BYTES, Block, Blocks, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, ChunkMeta, Record, Table, Version,
     VersionInfo, WriterRecord,
 };
 use fs3_core::{BufferPool, ChainVersion, ChunkId, Code, Error, Region, Result, UpdateVersion};
@@ -35,8 +35,11 @@ pub struct StoreOptions {
     pub unsynced_free_bytes_max: u64,
     /// See `unsynced_free_bytes_max`.
     pub patch_bytes_max: u64,
-    /// A log segment of this size is replaced by a snapshot (a larger one when the snapshot is larger).
+    /// A log segment of this size is replaced by a snapshot; one as large as the last snapshot if that is larger.
     pub log_bytes_max: u64,
+    /// Chunks whose metadata are kept in the form that is fast to use (about 1 KiB each); those of the others take a
+    /// quarter of the memory and are unpacked when they are used.
+    pub live_chunks_max: usize,
 }
 
 impl StoreOptions {
@@ -52,6 +55,7 @@ impl StoreOptions {
             unsynced_free_bytes_max: 64 << 20,
             patch_bytes_max: 4 << 20,
             log_bytes_max: 16 << 20,
+            live_chunks_max: 8192,
         }
     }
 }
@@ -161,12 +165,12 @@ impl TargetStore {
 
     /// State of a chunk; `None` when there is no trace of it. Memory only.
     pub fn chunk(&self, id: ChunkId) -> Option<ChunkMeta> {
-        self.table.lock().get(id).map(Chunk::meta)
+        self.table.lock().meta(id)
     }
 
     /// Up to `limit` chunks after `after` in id order, tombstones included. Memory only.
     pub fn list(&self, after: Option<ChunkId>, limit: usize) -> Vec<(ChunkId, ChunkMeta)> {
-        self.table.lock().after(after).take(limit).map(|(id, chunk)| (*id, chunk.meta())).collect()
+        self.table.lock().metas_after(after).take(limit).collect()
     }
 
     /// The chunks of an inode with an index in `first..=last`, tombstones included. Memory only.
@@ -175,7 +179,7 @@ impl TargetStore {
             return vec![];
         }
         let id = |index| ChunkId { space, inode, index };
-        self.table.lock().range(id(first), id(last)).map(|(id, chunk)| (*id, chunk.meta())).collect()
+        self.table.lock().metas_within(id(first), id(last)).collect()
     }
 
     /// Make `update` the chunk's pending version, replacing one that is there.

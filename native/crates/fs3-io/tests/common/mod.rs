@@ -15,6 +15,7 @@ pub const CHUNK: u32 = 256 << 10;
 pub fn options(threads: &Arc<IoThreads>) -> StoreOptions {
     let mut options = StoreOptions::new(ReadCache::new(1 << 20), BufferPool::new(8 << 20));
     options.threads = threads.clone();
+    options.live_chunks_max = 1;
     options
 }
 
