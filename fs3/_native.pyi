@@ -285,3 +285,75 @@ class StorageEngine:
     def renew_lease(self, serve_until_monotonic_ns: int) -> None: ...
     def status(self) -> bytes: ...
     def stop(self) -> None: ...
+
+class SimWorld:
+    """Storage nodes, clients, network and disks in virtual time, all of it owned by `seed`.
+
+    The storage services and the clients are the real ones. The driver plays the control plane: it starts the engines,
+    hands them routing and leases, publishes the routing for the clients and lets time go on. Times are virtual
+    nanoseconds since the world began, which is also the engines' monotonic clock. `options_json` fixes options that
+    otherwise follow from the seed (see native/crates/fs3-sim/src/options.rs). Not to be used by two threads at a time.
+    Raises ValueError for options that are wrong.
+    """
+
+    def __new__(cls, seed: int, options_json: str = "") -> SimWorld: ...
+    def options_json(self) -> str:
+        """All options, those that followed from the seed included."""
+
+    def now_ns(self) -> int: ...
+    def run_until(self, time_ns: int) -> None:
+        """Let everything happen up to `time_ns`."""
+
+    def engine(self, node: int, config_json: str = "") -> SimEngine:
+        """The engine of node 0, 1, ...; with the configuration of `fs3.storage.engine.engine_config` it can be started.
+
+        Its disks are those that the routing names: the configuration's are not looked at.
+        """
+
+    def events(self) -> list[tuple[int, str, int]]:
+        """What happened to storage nodes since the last call: (time, "started"|"crashed"|"paused"|"resumed", node).
+
+        At time 0 every node is started. A started node has a new process without an engine.
+        """
+
+    def delays(self, sender: str, receiver: str) -> list[int]:
+        """How a control message fares now: delays in ns of the copies that arrive. Parties: "node0", "mgmtd0", ..."""
+
+    def publish_routing(self, routing: bytes) -> None:
+        """Let the clients learn a serialized fs3.v1.Routing; one that is older than known is ignored."""
+
+    def set_load(self, on: bool) -> None:
+        """Let clients work, or only end what they have begun."""
+
+    def heal(self) -> None:
+        """No faults from now on; every node gets a new process ("crashed", then "started")."""
+
+    def quiescent(self) -> bool:
+        """Whether every client operation has ended."""
+
+    def violation(self) -> str:
+        """The first violated property so far, in words; empty: none."""
+
+    def check(self) -> str:
+        """After `heal`, without load, once all targets serve: check everything; as `violation`. Takes virtual time.
+
+        Leases must last for 300 virtual seconds: the world runs without its driver meanwhile.
+        """
+
+    def trace_hash(self) -> int:
+        """Hash of everything that happened; the same for two runs of a seed under the same driver."""
+
+    def trace(self) -> list[str]:
+        """The last troubles and operations, for a report."""
+
+    def statistics(self) -> dict[str, int]:
+        """Faults by kind, operations, virtual seconds."""
+
+class SimEngine:
+    """The engine of a simulated node, with the methods of :class:`StorageEngine`. They raise while the node is down."""
+
+    def start(self) -> int: ...
+    def apply_routing(self, routing: bytes) -> None: ...
+    def renew_lease(self, serve_until_monotonic_ns: int) -> None: ...
+    def status(self) -> bytes: ...
+    def stop(self) -> None: ...

@@ -135,6 +135,19 @@ impl FaultDisk {
         }
     }
 
+    /// Names of the files.
+    pub fn names(&self) -> Vec<String> {
+        self.0.lock().names.keys().cloned().collect()
+    }
+
+    /// Some byte of a file that is not zero, chosen by `random`; `None` when there is none.
+    pub fn written_byte(&self, name: &str, random: u64) -> Option<usize> {
+        let bytes = self.contents(name);
+        let from = random as usize % bytes.len().max(1);
+        let at = bytes[from..].iter().position(|b| *b != 0).map(|at| from + at);
+        at.or_else(|| bytes.iter().position(|b| *b != 0))
+    }
+
     /// Bytes of a file as the running machine sees them.
     pub fn contents(&self, name: &str) -> Vec<u8> {
         let state = self.0.lock();

@@ -13,6 +13,7 @@ mod mount;
 mod operation;
 mod records;
 mod runtime;
+mod sim;
 mod storage;
 
 use pyo3::prelude::*;
@@ -53,6 +54,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runtime::set_runtime_threads, module)?)?;
     mount::register(module)?;
     bench::register(module)?;
+    sim::register(module)?;
     runtime::watch_forks()?;
     operation::register_exit(module)
 }

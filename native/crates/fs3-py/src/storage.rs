@@ -56,6 +56,13 @@ impl Config {
     }
 }
 
+/// The configuration of an engine from its JSON. Raises ValueError.
+pub fn engine_config(json: &str) -> PyResult<EngineConfig> {
+    let config: Config = serde_json::from_str(json)
+        .map_err(|e| PyValueError::new_err(format!("the configuration of the engine is wrong: {e}")))?;
+    config.into_engine()
+}
+
 enum State {
     Configured(Option<EngineConfig>),
     Running(std::sync::Arc<Engine>),
@@ -79,9 +86,7 @@ impl StorageEngine {
 impl StorageEngine {
     #[new]
     fn new(config_json: &str) -> PyResult<Self> {
-        let config: Config = serde_json::from_str(config_json)
-            .map_err(|e| PyValueError::new_err(format!("the configuration of the engine is wrong: {e}")))?;
-        Ok(Self(Mutex::new(State::Configured(Some(config.into_engine()?)))))
+        Ok(Self(Mutex::new(State::Configured(Some(engine_config(config_json)?)))))
     }
 
     fn start(&self, py: Python<'_>) -> PyResult<u16> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fs3_core::{BufferPool, Code, Error, Result};
-use fs3_io::{ReadCache, StoreOptions};
+use fs3_io::{ReadCache, StoreOptions, TargetStore};
 use fs3_net::{Hello, HelloPolicy, Peers, Server};
 use fs3_proto::v1::engine_status::TargetStatus;
 use fs3_proto::v1::{EngineStatus, LocalState, Role, Routing};
@@ -130,6 +130,19 @@ impl StorageEngine {
     /// The port it listens on.
     pub fn frame_port(&self) -> u16 {
         self.frame_port
+    }
+
+    /// The node's number.
+    pub fn node_id(&self) -> u32 {
+        self.core.node_id
+    }
+
+    /// The store of a target that is open, for audits.
+    pub fn store(&self, target_id: u64) -> Option<Arc<TargetStore>> {
+        match self.core.slots().remove(&target_id) {
+            Some(Slot::Open(target)) => Some(target.store.clone()),
+            _ => None,
+        }
     }
 
     /// Take over an encoded `fs3.v1.Routing`; an older one than known is ignored. New targets are created and opened
