@@ -127,6 +127,9 @@ class Transaction(Protocol):
     def add_write_conflict_range(self, begin: bytes, end: bytes) -> None:
         """Make others that read in the range conflict, without writing it."""
 
+    def unhurried(self) -> None:
+        """Say that nothing waits for this commit alone: it may wait some milliseconds to share another one's cost."""
+
     async def commit(self) -> None:
         """Commit; returns when the effect is durable (by the engine's setting) and visible to all.
 

@@ -71,6 +71,7 @@ class BufferedTransaction(ABC):
 
     __slots__ = (
         "_clears",
+        "_hurried",
         "_order",
         "_read_keys",
         "_read_ranges",
@@ -85,6 +86,7 @@ class BufferedTransaction(ABC):
 
     def __init__(self) -> None:
         self._state = State.OPEN
+        self._hurried = True
         self._read_keys: list[bytes] = []
         self._read_ranges: list[KeyRange] = []
         # Applied in this order at commit: _clears, then _writes, then _stamped_keys. clear_range keeps that
@@ -285,6 +287,10 @@ class BufferedTransaction(ABC):
             self._write_ranges.append((begin, end))
 
     # The end.
+
+    def unhurried(self) -> None:
+        """Let the commit wait for company, where the engine profits from it."""
+        self._hurried = False
 
     async def commit(self) -> None:
         """Commit; see the protocol. Always succeeds when nothing was written."""

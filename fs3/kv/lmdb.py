@@ -27,6 +27,11 @@ MAP_BYTES = 64 << 30
 READERS_MAX = 8_192
 SPARE_READERS = 256
 SWEEP_INTERVAL_S = 1.0
+# How long an unhurried commit waits for another one, and how many of them wait at most.
+COMPANY_S_MAX = 0.002
+COMPANY_WAITING_MAX = 8
+# After waits in vain as many unhurried commits do not wait, doubled from 1 up to this.
+COMPANY_SKIPS_MAX = 256
 
 
 def _monotonic_ms() -> int:
@@ -142,6 +147,30 @@ def _newest_logged(txn: Any) -> int:
     return records.log_version(cursor.key())
 
 
+class _Company:
+    """Learns whether unhurried commits find others to share a write to the disk with.
+
+    A single writer that waits for its own commit before it goes on never meets anybody: its commits soon stop waiting.
+    """
+
+    def __init__(self) -> None:
+        self._skips = 0
+        self._next_skips = 1
+
+    def worth_waiting(self) -> bool:
+        """Whether the next unhurried commit should wait."""
+        self._skips = max(0, self._skips - 1)
+        return self._skips == 0
+
+    def found(self, company: bool) -> None:
+        """A wait has ended."""
+        if company:
+            self._next_skips = 1
+        else:
+            self._skips = self._next_skips + 1
+            self._next_skips = min(2 * self._next_skips, COMPANY_SKIPS_MAX)
+
+
 class LmdbKv:
     """A store in a directory; see :class:`fs3.kv.api.KvStore`.
 
@@ -167,6 +196,9 @@ class LmdbKv:
         self._now_ms = now_ms
         self._closed = False
         self._pending: list[Request] = []
+        self._unhurried: list[Request] = []
+        self._company = _Company()
+        self._company_timer: asyncio.TimerHandle | None = None
         self._in_flight = 0
         self._live: dict[LmdbTransaction, None] = {}  # those that hold a snapshot, oldest first
         self._sweeper: asyncio.TimerHandle | None = None
@@ -220,6 +252,13 @@ class LmdbKv:
             raise Unavailable(f"more than {QUEUED_TRANSACTIONS_MAX} commits are waiting")
         loop = asyncio.get_running_loop()
         future = loop.create_future()
+        if not (transaction._hurried or self._pending) and self._shared.durable and self._company.worth_waiting():
+            self._unhurried.append((transaction, future))
+            if len(self._unhurried) == 1:
+                self._company_timer = loop.call_later(COMPANY_S_MAX, self._flush)
+            elif len(self._unhurried) >= COMPANY_WAITING_MAX:
+                self._flush()
+            return future
         if not self._pending:
             # Everything that commits in this turn of the loop goes to the committer in one piece.
             loop.call_soon(self._flush)
@@ -227,9 +266,17 @@ class LmdbKv:
         return future
 
     def _flush(self) -> None:
+        if self._unhurried:
+            if self._company_timer is not None:
+                self._company_timer.cancel()
+            self._company.found(len(self._unhurried) + len(self._pending) > 1)
+            self._pending = self._unhurried + self._pending
+            self._unhurried = []
         if self._pending:
             pending, self._pending = self._pending, []
-            self._shared.committer.submit(pending)
+            committer = self._shared.committer
+            if not committer.commit_here(pending):
+                committer.submit(pending)
 
     def _track(self, transaction: LmdbTransaction) -> None:
         self._live[transaction] = None

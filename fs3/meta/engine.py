@@ -157,6 +157,8 @@ class Engine:
         async def attempt(tr: Transaction) -> Any:
             nonlocal replayed
             ctx.begin()
+            if operation.unhurried:
+                tr.unhurried()
             value = await tr.get(key)
             if value is not None:
                 replayed = True

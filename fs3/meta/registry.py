@@ -43,7 +43,7 @@ class Operation:
 
     ``mutates``: it carries an OpId and its answer is stored, unless ``only_reads`` says of a request that no run
     of it can write anything. ``cuts``: it may leave a pending truncation of the inode it answers with. ``prepare``
-    runs before the transaction, outside of it.
+    runs before the transaction, outside of it. ``unhurried``: its commit may wait for company.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Operation:
     cuts: bool = False
     prepare: Prepare | None = None
     only_reads: Callable[[Any], bool] | None = None
+    unhurried: bool = False
 
 
 _M = Method
@@ -75,7 +76,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         cuts=True,
         only_reads=open.only_reads,
     ),
-    Operation("Close", _M.METHOD_META_CLOSE, pb.CloseRequest, pb.AttrResponse, close.run, mutates=True),
+    Operation("Close", _M.METHOD_META_CLOSE, pb.CloseRequest, pb.AttrResponse, close.run, mutates=True, unhurried=True),
     Operation("Sync", _M.METHOD_META_SYNC, pb.SyncRequest, pb.AttrResponse, sync.run, mutates=True),
     Operation("Mkdir", _M.METHOD_META_MKDIR, pb.MkdirRequest, pb.AttrResponse, mkdir.run, mutates=True),
     Operation("Symlink", _M.METHOD_META_SYMLINK, pb.SymlinkRequest, pb.AttrResponse, symlink.run, mutates=True),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -192,6 +193,69 @@ def test_concurrent_commits_share_lmdb_transactions(tmp_path: Path) -> None:
         await store.close()
 
     asyncio.run(main())
+
+
+async def unhurried(store: LmdbKv, key: bytes) -> None:
+    txn = store.transaction()
+    txn.set(key, b"x")
+    txn.unhurried()
+    await txn.commit()
+
+
+def test_an_unhurried_commit_shares_the_write_of_one_that_comes_soon_after(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = LmdbKv(tmp_path / "kv", durable=True)
+        before = store.batches
+        waiting = asyncio.create_task(unhurried(store, b"a"))
+        await asyncio.sleep(0)
+        await write(store, {b"b": b"y"})
+        await waiting
+        assert store.batches == before + 1
+        assert await contents(store) == {b"a": b"x", b"b": b"y"}
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_unhurried_commits_that_never_meet_another_one_stop_waiting(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = LmdbKv(tmp_path / "kv", durable=True)
+        waits = 0
+        for number in range(300):
+            commit = asyncio.create_task(unhurried(store, b"%d" % number))
+            await asyncio.sleep(0)
+            waits += len(store._unhurried)
+            await asyncio.wait_for(commit, DEADLINE_S)
+        assert 1 <= waits <= 10
+        assert len(await contents(store)) == 300
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_after_a_slow_commit_a_thread_commits_while_the_loop_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        store = LmdbKv(tmp_path / "kv", durable=False)
+        committer = store._shared.committer
+        threads: list[str] = []
+        commit = committer._commit
+
+        def recorded(batch: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return commit(batch)
+
+        monkeypatch.setattr(committer, "_commit", recorded)
+        await write(store, {b"a": b"1"})
+        monkeypatch.setattr(lmdb_commit, "INLINE_COMMIT_S_MAX", -1.0)
+        await write(store, {b"b": b"1"})
+        await write(store, {b"c": b"1"})
+        assert threads == ["MainThread", "MainThread", "fs3-kv-committer"]
+        assert await contents(store) == {b"a": b"1", b"b": b"1", b"c": b"1"}
+        await store.close()
+
+    asyncio.run(scenario())
 
 
 def test_commits_queued_before_a_close_are_done_and_survive_it(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use fs3_client::{Attr, Client, Code, Error, OpenFile, OpenOptions, Result, at_inode};
@@ -135,14 +137,22 @@ impl Core {
         }
     }
 
-    /// Run an operation on the runtime; [`Core::drain`] waits for it.
+    /// Run an operation here as far as it goes without waiting, then on the runtime; [`Core::drain`] waits for it.
     pub fn spawn(&self, operation: impl Future<Output = ()> + Send + 'static) {
         self.tasks.running.fetch_add(1, Ordering::AcqRel);
         let guard = TaskGuard(self.tasks.clone());
-        self.io.runtime.spawn(async move {
+        let mut operation = Box::pin(async move {
             operation.await;
             drop(guard);
         });
+        // Up to its first wait it runs here: its request leaves, or it ends, without waiting for another thread to wake.
+        // The runtime polls it again, so no wake-up is lost.
+        let _entered = self.io.runtime.enter();
+        let mut first = || operation.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        // As on the runtime, a panic ends the operation and not the thread.
+        if let Ok(Poll::Pending) = catch_unwind(AssertUnwindSafe(&mut first)) {
+            self.io.runtime.spawn(operation);
+        }
     }
 
     /// Wait until no operation runs, `limit` at most. Says whether none does.
