@@ -11,7 +11,7 @@ use fs3_proto::v1::{
     UnlinkRequest, UnlinkResponse,
 };
 
-use tokio::task::JoinSet;
+use fs3_rt::JoinSet;
 
 use crate::inner::{Inner, follow_routing, keep_sessions};
 use crate::meta::{CallLimits, Metas, call};
@@ -107,6 +107,8 @@ impl Client {
         Stats {
             checksum_failures: counters.checksum_failures.load(Ordering::Relaxed),
             read_failovers: counters.read_failovers.load(Ordering::Relaxed),
+            read_hedges: counters.read_hedges.load(Ordering::Relaxed),
+            read_hedges_won: counters.read_hedges_won.load(Ordering::Relaxed),
             write_retries: counters.write_retries.load(Ordering::Relaxed),
             payload_resends: counters.payload_resends.load(Ordering::Relaxed),
         }

@@ -17,6 +17,7 @@ use crate::backoff::Backoff;
 use crate::channels::Channels;
 use crate::health::Health;
 use crate::inode::OpenInodes;
+use crate::latency::Latencies;
 use crate::meta::{CallLimits, Metas, call};
 use crate::pool::ScratchPool;
 use crate::routing::RoutingView;
@@ -35,6 +36,7 @@ pub(crate) struct Inner {
     pub metas: Metas,
     pub routing: watch::Sender<Arc<RoutingView>>,
     pub health: Health,
+    pub latencies: Latencies,
     pub inodes: OpenInodes,
     pub channels: Channels,
     pub scratch: ScratchPool,
@@ -54,6 +56,8 @@ pub(crate) struct Inner {
 pub(crate) struct Counters {
     pub checksum_failures: AtomicU64,
     pub read_failovers: AtomicU64,
+    pub read_hedges: AtomicU64,
+    pub read_hedges_won: AtomicU64,
     pub write_retries: AtomicU64,
     pub payload_resends: AtomicU64,
 }
@@ -69,6 +73,7 @@ impl Inner {
             metas,
             routing: watch::Sender::new(view),
             health: Health::default(),
+            latencies: Latencies::default(),
             inodes: OpenInodes::default(),
             channels: Channels::new(id, config.write_channels),
             scratch: ScratchPool::default(),

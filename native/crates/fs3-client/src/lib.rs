@@ -1,6 +1,7 @@
 //! The fs3 client: metadata calls, striped reads and writes, failover. Everything that applications and the
 //! mount daemon do with a cluster goes through [`Client`] and [`OpenFile`].
 
+mod attempt;
 mod audit;
 mod backoff;
 mod channels;
@@ -12,6 +13,7 @@ mod golden;
 mod health;
 mod inner;
 mod inode;
+mod latency;
 mod loan;
 mod meta;
 mod plan;

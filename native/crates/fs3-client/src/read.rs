@@ -5,17 +5,17 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result, crc32c};
-use fs3_net::Sink;
-use fs3_proto::v1::{Layout, Method, ReadOp as WireOp, ReadRequest, ReadResponse, ReadResult};
+use fs3_core::{Code, Error, RegionMut, Result};
+use fs3_proto::v1::{Layout, ReadOp as WireOp, ReadResult};
 use fs3_rt::{Instant, JoinSet};
-use prost::Message;
 
+use crate::attempt::{attempt, verify};
 use crate::backoff::Backoff;
 use crate::inner::Inner;
+use crate::latency::Size;
 use crate::loan::Loan;
 use crate::plan::{Blocks, Piece, pieces};
-use crate::routing::{RoutingView, spread};
+use crate::routing::{ChainView, Replica, RoutingView, spread};
 use crate::{OpenFile, ReadOp};
 
 /// Limits of one request: chunks, and bytes unless it is a single chunk.
@@ -23,12 +23,12 @@ const BATCH_OPS_MAX: usize = 256;
 const BATCH_BYTES_MAX: usize = 1 << 20;
 
 /// One piece of one operation until it is read.
-struct Unit {
+pub(crate) struct Unit {
     op: usize,
     loan: Loan,
     layout: Layout,
-    piece: Piece,
-    blocks: Blocks,
+    pub piece: Piece,
+    pub blocks: Blocks,
     /// Targets that failed in this round, with the version of the chain at that time.
     tried: Vec<(u64, u64)>,
     /// Some failure of this round may pass.
@@ -37,11 +37,12 @@ struct Unit {
 
 /// Where a unit is read from.
 #[derive(Clone, Copy)]
-struct Source {
-    node_id: u32,
+pub(crate) struct Source {
+    pub node_id: u32,
+    pub disk: u64,
     chain_id: u32,
     chain_version: u64,
-    target_id: u64,
+    pub target_id: u64,
 }
 
 /// Read one range of one file.
@@ -135,18 +136,18 @@ struct Batch {
 /// A unit that failed, at a source or for want of one.
 type Failed = (Option<Source>, Unit, Error);
 
-/// Units that are read from the same node go together. Those that nobody serves now come back on their own.
+/// Units that are read from the same disk go together: a slow one delays no others. Those that nobody serves now come back on their own.
 fn batch(inner: &Inner, units: Vec<Unit>) -> (Vec<Batch>, Vec<Failed>) {
     let view = inner.view();
     let (mut done, mut homeless) = (Vec::new(), Vec::new());
-    // Few nodes: a list is faster than a map.
+    // Few disks: a list is faster than a map.
     let mut open: Vec<Batch> = Vec::new();
     for unit in units {
         let Some(source) = choose(inner, &view, &unit) else {
             homeless.push((None, unit, Error::new(Code::NotServing, "no replica of the chunk serves now")));
             continue;
         };
-        let at = open.iter().position(|batch| batch.sources[0].node_id == source.node_id);
+        let at = open.iter().position(|batch| batch.sources[0].disk == source.disk);
         let at = at.unwrap_or_else(|| {
             open.push(Batch::default());
             open.len() - 1
@@ -164,7 +165,7 @@ fn batch(inner: &Inner, units: Vec<Unit>) -> (Vec<Batch>, Vec<Failed>) {
     (done, homeless)
 }
 
-/// The replica to read from: the preferred one by the chunk's hash, else the next that has not failed.
+/// The replica to read from: the preferred one by the chunk's hash, else the next that has not failed and is not slow.
 fn choose(inner: &Inner, view: &RoutingView, unit: &Unit) -> Option<Source> {
     let chain = view.chain(view.chain_of(&unit.layout, u64::from(unit.piece.chunk.index))?)?;
     let count = chain.serving.len();
@@ -175,14 +176,36 @@ fn choose(inner: &Inner, view: &RoutingView, unit: &Unit) -> Option<Source> {
             .map(|i| chain.serving[(first + i) % count])
             .filter(|replica| !unit.tried.contains(&(replica.target_id, chain.version)))
     };
-    let healthy = untried().find(|replica| !inner.health.suspect(replica.target_id, chain.version, now));
-    let replica = healthy.or_else(|| untried().next())?;
-    Some(Source {
-        node_id: replica.node_id,
-        chain_id: chain.id,
-        chain_version: chain.version,
-        target_id: replica.target_id,
-    })
+    let healthy = || untried().filter(|replica| !inner.health.suspect(replica.target_id, chain.version, now));
+    let size = Size::of(unit.blocks.len as usize);
+    let fast = healthy().find(|replica| !inner.latencies.avoid(replica.disk, size, now));
+    let replica = fast.or_else(|| healthy().next()).or_else(|| untried().next())?;
+    Some(Source::new(replica, chain))
+}
+
+/// Another replica than `source` that is neither suspect nor slow.
+pub(crate) fn choose_other(inner: &Inner, view: &RoutingView, unit: &Unit, source: &Source) -> Option<Source> {
+    let chain = view.chain(source.chain_id).filter(|chain| chain.version == source.chain_version)?;
+    let (now, size) = (Instant::now(), Size::of(unit.blocks.len as usize));
+    let fit = |replica: &&Replica| {
+        replica.target_id != source.target_id
+            && !unit.tried.contains(&(replica.target_id, chain.version))
+            && !inner.health.suspect(replica.target_id, chain.version, now)
+            && !inner.latencies.is_slow(replica.disk, size)
+    };
+    chain.serving.iter().find(fit).map(|replica| Source::new(*replica, chain))
+}
+
+impl Source {
+    fn new(replica: Replica, chain: &ChainView) -> Self {
+        Self {
+            node_id: replica.node_id,
+            disk: replica.disk,
+            chain_id: chain.id,
+            chain_version: chain.version,
+            target_id: replica.target_id,
+        }
+    }
 }
 
 /// One request for all; those that fail go on by themselves.
@@ -269,7 +292,7 @@ impl Unit {
         }
     }
 
-    fn to_wire(&self, source: &Source, chunk_id: Bytes) -> WireOp {
+    pub fn to_wire(&self, source: &Source, chunk_id: Bytes) -> WireOp {
         WireOp {
             chain_id: source.chain_id,
             chain_version: source.chain_version,
@@ -281,122 +304,33 @@ impl Unit {
     }
 
     /// Memory for the blocks: the caller's, or scratch.
-    async fn window(&self, inner: &Inner) -> RegionMut {
+    pub async fn window(&self, inner: &Inner) -> RegionMut {
         let len = self.blocks.len as usize;
         if self.blocks.direct { self.loan.lend(self.piece.at, len).await } else { inner.scratch.take(len) }
     }
 
-    /// Check what came and put it in its place; what the chunk does not have is zeros.
-    async fn accept(&self, result: &ReadResult, mut window: RegionMut, got: usize) -> Result<()> {
+    /// Check what came.
+    pub fn check(&self, result: &ReadResult, data: &[u8]) -> Result<()> {
         match Code::from_wire(result.code as u16) {
-            _ if result.code == 0 => verify(&window[..got], &result.crcs)?,
-            Code::ChunkNotFound if got == 0 => self.loan.set_hole(),
-            code => return Err(Error::new(code, result.message.clone())),
+            _ if result.code == 0 => verify(data, &result.crcs),
+            Code::ChunkNotFound if data.is_empty() => {
+                self.loan.set_hole();
+                Ok(())
+            }
+            code => Err(Error::new(code, result.message.clone())),
         }
+    }
+
+    /// Put the first `got` bytes of `window` in their place, unless they came there; what the chunk does not have is
+    /// zeros.
+    pub async fn place(&self, mut window: RegionMut, got: usize, in_place: bool) {
         let (skip, len) = ((self.piece.offset - self.blocks.offset) as usize, self.piece.len as usize);
-        if self.blocks.direct {
-            window[got.min(len)..len].fill(0);
-            return Ok(());
+        if in_place {
+            return window[got.min(len)..len].fill(0);
         }
         let mut out = self.loan.lend(self.piece.at, len).await;
         let have = got.saturating_sub(skip).min(len);
         out[..have].copy_from_slice(&window[skip..skip + have]);
         out[have..].fill(0);
-        Ok(())
-    }
-}
-
-/// One request to one node. One result per unit.
-async fn attempt(inner: &Inner, sources: &[Source], units: &[Unit], deadline: Instant) -> Vec<Result<()>> {
-    match exchange(inner, sources, units, deadline).await {
-        Ok(results) => results,
-        Err(error) => units.iter().map(|_| Err(error.clone())).collect(),
-    }
-}
-
-async fn exchange(inner: &Inner, sources: &[Source], units: &[Unit], deadline: Instant) -> Result<Vec<Result<()>>> {
-    let bytes: usize = units.iter().map(|unit| unit.blocks.len as usize).sum();
-    let limit = inner.config.read_bytes_in_flight;
-    let _budget = inner.reserve(&inner.read_budget, bytes, limit, deadline).await?;
-    let mut windows = Vec::with_capacity(units.len());
-    for unit in units {
-        windows.push(unit.window(inner).await);
-    }
-    // One allocation for all ids.
-    let ids: Bytes = units.iter().flat_map(|unit| unit.piece.chunk.to_bytes()).collect();
-    let id = |i: usize| ids.slice(i * ChunkId::BYTES..(i + 1) * ChunkId::BYTES);
-    let ops = sources.iter().zip(units).enumerate().map(|(i, (source, unit))| unit.to_wire(source, id(i))).collect();
-    let until = deadline.min(Instant::now() + inner.config.read_attempt_timeout);
-    let sink = Sink { windows, lengths };
-    let view = inner.view();
-    let address = view.address(sources[0].node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
-    let request = ReadRequest { ops };
-    let reply = inner.wire.transfer(address, Method::StorageRead, request, Vec::new(), sink, until).await?;
-    let response: ReadResponse = decode(reply.body)?;
-    if response.results.len() != units.len() {
-        return Err(Error::new(Code::Protocol, "storage answered another number of reads than asked"));
-    }
-    let mut results = Vec::with_capacity(units.len());
-    for (((unit, result), window), got) in units.iter().zip(&response.results).zip(reply.windows).zip(reply.lengths) {
-        let accepted = unit.accept(result, window, got).await;
-        results.push(accepted.map_err(|error| error.with_routing(response.routing_version)));
-    }
-    Ok(results)
-}
-
-fn decode<M: Message + Default>(body: impl bytes::Buf) -> Result<M> {
-    M::decode(body).map_err(|e| Error::new(Code::Protocol, format!("a read reply cannot be read: {e}")))
-}
-
-/// [`ReadResponse`] without anything that has to be allocated for each result.
-#[derive(Clone, PartialEq, prost::Message)]
-struct Lengths {
-    #[prost(message, repeated, tag = "1")]
-    results: Vec<Length>,
-}
-
-#[derive(Clone, Copy, PartialEq, prost::Message)]
-struct Length {
-    #[prost(uint32, tag = "2")]
-    length: u32,
-}
-
-/// Lengths of the pieces of the payload, for [`Sink`].
-fn lengths(body: &[u8]) -> Result<Vec<usize>> {
-    Ok(decode::<Lengths>(body)?.results.iter().map(|result| result.length as usize).collect())
-}
-
-/// Check blocks against their packed checksums; the first block begins at a block border.
-fn verify(data: &[u8], crcs: &[u8]) -> Result<()> {
-    let blocks = data.chunks(CRC_BLOCK_BYTES);
-    let matches = crcs.len() == 4 * blocks.len()
-        && blocks.zip(crcs.chunks_exact(4)).all(|(block, crc)| crc32c(block).to_le_bytes() == crc);
-    if matches { Ok(()) } else { Err(Error::new(Code::ChecksumMismatch, "the bytes do not match their checksums")) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use fs3_core::{crc_blocks, pack_crcs};
-
-    #[test]
-    fn the_lengths_are_those_of_the_whole_message() {
-        let result =
-            |length| ReadResult { code: 3, length, crcs: vec![1; 8].into(), message: "m".into(), ..Default::default() };
-        let response = ReadResponse { results: vec![result(7), result(0), result(9000)], routing_version: 5 };
-        assert_eq!(lengths(&response.encode_to_vec()).unwrap(), [7, 0, 9000]);
-        assert!(lengths(b"\x0a\xff").is_err());
-    }
-
-    #[test]
-    fn every_block_is_verified_and_none_may_be_missing() {
-        let mut data = vec![3u8; 9000];
-        let crcs = pack_crcs(&crc_blocks(0, &data));
-        assert!(verify(&data, &crcs).is_ok());
-        assert!(verify(&data, &crcs[..8]).is_err());
-        assert!(verify(&data[..8192], &crcs).is_err());
-        data[8999] ^= 1;
-        assert_eq!(verify(&data, &crcs).unwrap_err().code, Code::ChecksumMismatch);
-        assert!(verify(&[], &[]).is_ok());
     }
 }

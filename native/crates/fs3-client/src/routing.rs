@@ -12,6 +12,8 @@ use fs3_proto::v1::{ChainTable, Layout, PublicState, Routing};
 pub(crate) struct Replica {
     pub target_id: u64,
     pub node_id: u32,
+    /// Names the disk it is on.
+    pub disk: u64,
 }
 
 /// A chain as a client needs it.
@@ -53,7 +55,8 @@ pub(crate) struct RoutingView {
 
 impl RoutingView {
     pub fn new(raw: Routing) -> Self {
-        let node_of: HashMap<u64, u32> = raw.targets.iter().map(|t| (t.target_id, t.node_id)).collect();
+        let place_of: HashMap<u64, (u32, u64)> =
+            raw.targets.iter().map(|t| (t.target_id, (t.node_id, disk_key(t.node_id, &t.disk_uuid)))).collect();
         let chains = raw
             .chains
             .iter()
@@ -62,7 +65,10 @@ impl RoutingView {
                     .targets
                     .iter()
                     .filter(|t| t.state() == PublicState::Serving)
-                    .filter_map(|t| Some(Replica { target_id: t.target_id, node_id: *node_of.get(&t.target_id)? }))
+                    .filter_map(|t| {
+                        let &(node_id, disk) = place_of.get(&t.target_id)?;
+                        Some(Replica { target_id: t.target_id, node_id, disk })
+                    })
                     .collect();
                 (chain.chain_id, ChainView { id: chain.chain_id, version: chain.version, serving })
             })
@@ -108,6 +114,12 @@ impl RoutingView {
         let position = (u64::from(layout.first) + index % u64::from(layout.stripe)) % count;
         Some(table.chain_ids[position as usize])
     }
+}
+
+/// A number for a disk, the same in every version of the routing (FNV-1a).
+fn disk_key(node_id: u32, uuid: &[u8]) -> u64 {
+    let bytes = node_id.to_le_bytes().into_iter().chain(uuid.iter().copied());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 fn join(host: &str, port: u32) -> String {
@@ -171,7 +183,7 @@ mod tests {
     #[test]
     fn only_serving_targets_and_serving_nodes_are_addressed() {
         let view = view();
-        assert_eq!(view.chain(10).unwrap().serving, [Replica { target_id: 2001, node_id: 2 }]);
+        assert_eq!(view.chain(10).unwrap().serving, [Replica { target_id: 2001, node_id: 2, disk: disk_key(2, b"") }]);
         assert_eq!(view.address(2).map(|a| &**a), Some("[::1]:8"));
         assert!(view.address(3).is_none());
         assert_eq!(view.metas(), ["a:9"]);

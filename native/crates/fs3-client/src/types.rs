@@ -112,6 +112,10 @@ pub struct Stats {
     pub checksum_failures: u64,
     /// Reads that went on to another replica, whatever the reason.
     pub read_failovers: u64,
+    /// Reads that were sent to a second replica because the first one took long.
+    pub read_hedges: u64,
+    /// Those of them that the second replica answered first.
+    pub read_hedges_won: u64,
     /// Writes sent again, because the chain changed or a node did not answer.
     pub write_retries: u64,
     /// Writes sent again because they were damaged on the way.

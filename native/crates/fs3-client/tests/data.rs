@@ -1,7 +1,9 @@
 //! Reads and writes against fakes: what comes back is what was written, whatever fails.
 mod common;
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{CHUNK, FakeCluster, NODES, pattern};
 use fs3_client::{
@@ -189,6 +191,57 @@ async fn a_dead_node_is_read_and_written_around() {
     assert_eq!(write.await.unwrap().unwrap(), again.len());
     assert!(read(&file, 0, 6 * K).await.unwrap() == again);
     assert_eq!(client.routing_version(), 2);
+}
+
+/// Read blocks of all chunks, one after another; how many requests each node saw.
+async fn blocks_by_node(cluster: &FakeCluster, file: &OpenFile, data: &[u8], count: usize) -> HashMap<u32, usize> {
+    cluster.state.log.lock().reads.clear();
+    for i in 0..count {
+        let at = (i * 5 * 4096 + i) % (data.len() - 4096);
+        assert!(read(file, at as u64, 4096).await.unwrap() == data[at..at + 4096], "at {at}");
+    }
+    let mut seen = HashMap::new();
+    cluster.state.log.lock().reads.iter().for_each(|(node, _)| *seen.entry(*node).or_default() += 1);
+    seen
+}
+
+#[tokio::test]
+async fn a_slow_disk_is_left_to_others_until_it_is_fast_again() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(6, 12 * K);
+    write(&file, 0, &data).await.unwrap();
+    let before = blocks_by_node(&cluster, &file, &data, 120).await;
+    assert!(before[&13] >= 10, "all nodes are read from: {before:?}");
+
+    cluster.faults(|faults| faults.slow.extend([(13, Duration::from_millis(10))]));
+    blocks_by_node(&cluster, &file, &data, 120).await;
+    let during = blocks_by_node(&cluster, &file, &data, 300).await;
+    assert!(during.get(&13).copied().unwrap_or(0) <= 300 / 32 + 1, "only probes go to a slow disk: {during:?}");
+
+    cluster.faults(|faults| faults.slow.clear());
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while blocks_by_node(&cluster, &file, &data, 120).await.get(&13).copied().unwrap_or(0) < 20 {
+        assert!(std::time::Instant::now() < deadline, "the disk was never used again");
+    }
+}
+
+#[tokio::test]
+async fn a_read_that_takes_long_is_answered_by_a_second_replica() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(7, 6 * K);
+    write(&file, 0, &data).await.unwrap();
+    cluster.faults(|faults| faults.hung.extend([12]));
+    // Whole chunks land in the caller's memory, parts of blocks do not; several chunks go to several replicas.
+    for (offset, len) in [(0, 6 * K), (100, 3 * K), (2 * K, 100)] {
+        assert!(read(&file, offset as u64, len).await.unwrap() == data[offset..offset + len], "{offset}+{len}");
+    }
+    let stats = client.stats();
+    assert!(stats.read_hedges_won > 0 && stats.read_hedges >= stats.read_hedges_won, "{stats:?}");
+    assert_eq!(stats.read_failovers, 0, "no read waited for the time of one try to be over");
 }
 
 #[tokio::test]

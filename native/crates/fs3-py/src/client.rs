@@ -129,6 +129,8 @@ impl Client {
         let dict = PyDict::new(py);
         dict.set_item("checksum_failures", stats.checksum_failures)?;
         dict.set_item("read_failovers", stats.read_failovers)?;
+        dict.set_item("read_hedges", stats.read_hedges)?;
+        dict.set_item("read_hedges_won", stats.read_hedges_won)?;
         dict.set_item("write_retries", stats.write_retries)?;
         dict.set_item("payload_resends", stats.payload_resends)?;
         Ok(dict)

@@ -28,6 +28,8 @@ pub struct Faults {
     pub rotten: HashSet<u32>,
     /// Nodes whose read replies have a bit flipped.
     pub flips: HashSet<u32>,
+    /// Nodes whose reads take that long.
+    pub slow: HashMap<u32, Duration>,
     /// Nodes that do not answer.
     pub hung: HashSet<u32>,
     /// The next requests of a method are applied, but the answer is an error.
@@ -209,6 +211,10 @@ impl Service for Fake {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let method = request.method;
+        let slow = self.state.faults.lock().slow.get(&self.node).copied();
+        if let Some(latency) = slow.filter(|_| method == Method::StorageRead) {
+            tokio::time::sleep(latency).await;
+        }
         let result = match method {
             Method::GetRouting => self.get_routing(&request.body).await,
             Method::StorageRead => self.read(&request.body),
