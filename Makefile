@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign torture proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -52,6 +52,9 @@ bench: build ## limits of this machine, then fs3, as ratios
 
 kill-campaign: build ## long run of kill -9 under write load: make kill-campaign CYCLES=1000
 	@FS3_KILL_CYCLES=$(or $(CYCLES),1000) $(VENV)/bin/pytest tests/cluster/test_kill_cycles.py -x
+
+torture: build ## writers and readers under kill -9, partitions, bad disks, power cuts: make torture CYCLES=… MINUTES=… SEED=…
+	@$(PY) -m tests.torture $(if $(CYCLES),--cycles $(CYCLES)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 proto: setup ## regenerate fs3/v1 from proto/
 	@$(PY) tools/gen_proto.py

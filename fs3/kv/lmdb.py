@@ -52,6 +52,8 @@ class _Environment:
         try:
             self.env.reader_check()
             self.base = _prepare(self.env, path)
+            if durable:
+                _sync_names(path)
             self.committer = Committer(self.env, self.base, now_ms)
         except BaseException:
             self.env.close()
@@ -100,6 +102,19 @@ def _open_lmdb(path: str, durable: bool, map_bytes: int) -> Any:
         raise KvError(f"{path} is not an fs3 key-value store, or is damaged: {error}") from error
     except (lmdb.Error, OSError) as error:
         raise KvError(f"cannot open the key-value store {path}: {error}") from error
+
+
+def _sync_names(path: str) -> None:
+    """LMDB syncs its file but not the file's name: without this a power loss could take the whole store away."""
+    try:
+        for directory in (path, os.path.dirname(path)):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise KvError(f"cannot sync the directory of the key-value store {path}: {error.strerror}") from error
 
 
 def _prepare(env: Any, path: str) -> int:

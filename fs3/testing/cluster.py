@@ -262,9 +262,10 @@ class LocalCluster:
         service.directory.mkdir(exist_ok=True)
         service.config.write_text("# Written by `fs3 up` at every start.\n" + _toml(self._config(service)))
         service.ready_file.unlink(missing_ok=True)
-        spawn([sys.executable, "-m", "fs3", service.kind, "--config", str(service.config)], log=service.log).save(
-            service.pid_file
-        )
+        spawn(self._argv(service), log=service.log).save(service.pid_file)
+
+    def _argv(self, service: Service) -> list[str]:
+        return [sys.executable, "-m", "fs3", service.kind, "--config", str(service.config)]
 
     def _config(self, service: Service) -> dict[str, object]:
         common: dict[str, object] = {
