@@ -235,7 +235,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._buried.extend(t for t in asyncio.all_tasks(self) if isinstance(t, _Task) and t.process is process)
 
     def close(self) -> None:
-        """Dispose of every task that is left, those of dead processes included. Nothing is heard of their last words."""
+        """Dispose of every task that is left, those of dead processes included; their last words go unheard."""
         if self.is_closed():
             return
         left = [*asyncio.all_tasks(self), *self._buried]
