@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import random
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ class CommitFault(enum.Enum):
 class KvFaults:
     """Probabilities, 0..1 each; every draw comes from `rng`, so that a seed repeats the faults exactly.
 
-    ``interleave``: reads give way to other tasks, as those of a remote store do. ``injected`` counts the faults.
+    ``interleave``: reads give way to other tasks, as those of a remote store do. ``delay_s_max``: reads, and commits
+    before and after they take effect, take up to so many seconds, mostly much less. ``injected`` counts the faults.
     """
 
     rng: random.Random
@@ -33,7 +35,15 @@ class KvFaults:
     read_too_old: float = 0.0
     read_unavailable: float = 0.0
     interleave: bool = True
+    delay_s_max: float = 0.0
     injected: int = field(default=0, init=False)
+
+    async def delay(self) -> None:
+        """Let the time of one way to the store pass."""
+        if self.delay_s_max:
+            await asyncio.sleep(self.delay_s_max * self.rng.random() ** 8)
+        elif self.interleave:
+            await asyncio.sleep(0)
 
     def on_read(self) -> None:
         """Raise TooOld or Unavailable if this read is to fail."""

@@ -127,8 +127,7 @@ class MemoryTransaction(BufferedTransaction):
     async def _before_read(self) -> None:
         faults = self._store.faults
         if faults is not None:
-            if faults.interleave:
-                await asyncio.sleep(0)
+            await faults.delay()
             faults.on_read()
 
     def _snapshot(self) -> int:
@@ -165,12 +164,16 @@ class MemoryTransaction(BufferedTransaction):
     async def _commit(self) -> bytes:
         # Every engine gives way to other tasks here; callers must not rely on a commit without a pause.
         await asyncio.sleep(0)
-        self._store._check_usable()
         faults = self._store.faults
+        if faults is not None:
+            await faults.delay()
+        self._store._check_usable()
         fault = None if faults is None else faults.on_commit()
         if fault is CommitFault.UNKNOWN_NOT_APPLIED:
             raise CommitUnknown("injected: the outcome is not known")
         stamp = self._store._apply(self)
+        if faults is not None:
+            await faults.delay()
         if fault is CommitFault.UNKNOWN_APPLIED:
             raise CommitUnknown("injected: the outcome is not known")
         return stamp

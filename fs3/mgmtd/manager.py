@@ -101,6 +101,8 @@ class Manager:
         self._store = store
         self._rng = rng
         self._published = asyncio.Event()
+        # Nodes with targets in the change that is on its way to the store.
+        self._in_flight: set[int] = set()
         self._kicked = asyncio.Event()
         self._dirty: set[int] = set(records.chains)
         self._placement_due = True
@@ -183,6 +185,7 @@ class Manager:
             for node_id in change.removed_nodes:
                 tx.clear(node_key(node_id))
 
+        self._in_flight = {t.node_id for record in change.chains.values() for t in record.targets}
         try:
             # Twice is the same as once: the values are whole records, and nobody else writes while the lease holds.
             await retry.run(self._store, write, deadline_ms=COMMIT_DEADLINE_MS, idempotent=True, rng=self._rng)
@@ -194,12 +197,22 @@ class Manager:
         except OSError as exc:
             self.lose(str(exc))
             raise
+        finally:
+            self._in_flight = set()
         self.state = state
         self._log_change(change)
         apply(self.records, change)
         for node_id in change.removed_nodes:
             self.live.pop(node_id, None)
         self._publish()
+
+    async def wait_settled(self, node_id: int) -> None:
+        """Return when no decision about the node's targets is on its way to the store. Raises NOT_PRIMARY."""
+        while node_id in self._in_flight:
+            async with self.lock:
+                pass
+        if self.lost.is_set():
+            raise error(Code.CODE_NOT_PRIMARY, "this cluster manager has just lost its lease")
 
     def _log_change(self, change: Change) -> None:
         for node_id, node in change.nodes.items():

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Final, TypeVar
 
 from fs3.core.clock import Clock, RealClock
@@ -60,10 +60,11 @@ class _Servicer(MgmtdServicer):
 
     def __init__(self, service: MgmtdService) -> None:
         self._service = service
+        self._changing: set[asyncio.Task[Any]] = set()
 
     async def Register(self, request: RegisterRequest, context: Any) -> RegisterResponse:
         """See ops/register.py."""
-        return await register(self._service.primary(), request)
+        return await self._see_through(register(self._service.primary(), request))
 
     async def Heartbeat(self, request: HeartbeatRequest, context: Any) -> HeartbeatResponse:
         """See ops/heartbeat.py."""
@@ -81,7 +82,24 @@ class _Servicer(MgmtdServicer):
 
     async def Unregister(self, request: UnregisterRequest, context: Any) -> UnregisterResponse:
         """See ops/unregister.py."""
-        return await unregister(self._service.primary(), request)
+        return await self._see_through(unregister(self._service.primary(), request))
+
+    async def _see_through(self, operation: Coroutine[Any, Any, T]) -> T:
+        """Run `operation` to its end whatever becomes of the caller.
+
+        gRPC cancels a handler when the deadline passes. A commit that is cut short may have reached the store, and
+        the next one would build on records that are behind it.
+        """
+        task = asyncio.create_task(operation)
+        self._changing.add(task)
+        task.add_done_callback(self._changed)
+        return await asyncio.shield(task)
+
+    def _changed(self, task: asyncio.Task[Any]) -> None:
+        self._changing.discard(task)
+        if not task.cancelled():
+            # Seen by the caller if there is one; what ends the primary has been logged.
+            task.exception()
 
 
 class MgmtdService:
@@ -236,10 +254,11 @@ class MgmtdService:
             for task in done:
                 await task
         finally:
+            # First of all: nothing may be answered on the strength of a decision that is cut short here.
+            manager.lose()
             for task in (*tasks, lost):
                 task.cancel()
             await asyncio.gather(*tasks, lost, return_exceptions=True)
-            manager.lose()
             self._observed = None
 
     async def _renewals(self, store: KvStore, manager: Manager) -> None:

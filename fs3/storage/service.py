@@ -30,6 +30,7 @@ log = logging.getLogger("fs3.storage")
 # How often the engine is asked whether something changed that the manager should hear of at once.
 STATUS_S: Final = 0.25
 REGISTER_S: Final = 30.0
+UNSPECIFIED: Final = LocalState.LOCAL_STATE_UNSPECIFIED
 
 
 def capacity(path: str) -> tuple[int, int]:
@@ -57,11 +58,7 @@ class Surroundings:
 
 def _known(status: EngineStatus) -> dict[int, tuple[int, int]]:
     """Pick what there is to report: (local state, chain version) of every target that is open or has failed."""
-    return {
-        t.target_id: (t.local_state, t.chain_version)
-        for t in status.targets
-        if t.local_state != LocalState.LOCAL_STATE_UNSPECIFIED
-    }
+    return {t.target_id: (t.local_state, t.chain_version) for t in status.targets if t.local_state != UNSPECIFIED}
 
 
 class StorageService:

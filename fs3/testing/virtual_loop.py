@@ -85,6 +85,11 @@ class Process:
         """Whether its code runs now."""
         return self.state is State.RUNNING
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not been killed."""
+        return self.state is not State.DEAD
+
     def start(self, main: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run `main` as part of this process."""
         return self._loop.create_task(main, context=self._context.copy())
@@ -109,8 +114,8 @@ class Process:
         """End it without a word."""
         if self.state is not State.DEAD:
             self.state = State.DEAD
-            self._held.clear()
             self._loop._bury(self)
+            self._held.clear()
 
 
 class VirtualLoop(asyncio.BaseEventLoop):

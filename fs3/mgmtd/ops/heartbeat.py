@@ -12,9 +12,14 @@ from fs3.v1.routing_pb2 import NodeStatus
 async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatResponse:
     """Renew the node's lease and take its reports. Nothing is written; decisions follow soon after.
 
-    Raises STALE_HANDLE when the node is unknown or another incarnation of it has registered (register again),
-    SUPERSEDED for a heartbeat that was overtaken by a later one.
+    While a decision about the node's targets is on its way to the store, the answer waits for it and carries it: a
+    node that was found silent, and is just being taken out of service, must not have its lease renewed on what it
+    knows from before.
+
+    Raises NOT_PRIMARY; STALE_HANDLE when the node is unknown or another incarnation of it has registered (register
+    again); SUPERSEDED for a heartbeat that was overtaken by a later one.
     """
+    await manager.wait_settled(request.node_id)
     record = manager.records.nodes.get(request.node_id)
     live = manager.live.get(request.node_id)
     if record is None or live is None or record.node.incarnation != request.incarnation:

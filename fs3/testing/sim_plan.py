@@ -1,0 +1,110 @@
+"""What one seed simulates: cluster, timing and faults, all drawn from the seed (a swarm of configurations)."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CLUSTER = "sim"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The configuration of one seed. Rates are events per hour and machine; probabilities are 0..1."""
+
+    seed: int
+    # The cluster.
+    nodes: int
+    disks: int
+    targets_per_disk: int
+    replicas: int
+    managers: int
+    heartbeat_ms: int
+    lease_ms: int
+    primary_lease_ms: int
+    durable_writes: bool
+    # How long faults go on, in seconds.
+    horizon_s: float
+    # The managers and their store.
+    shuffle: bool
+    manager_crashes: float
+    manager_pauses: float
+    manager_stops: float
+    clock_drift: float
+    kv_conflict: float
+    kv_too_old: float
+    kv_unknown: float
+    kv_unavailable: float
+    kv_delay_s: float
+    # The storage shells: orderly restarts. Their crashes, pauses and partitions are the world's.
+    node_stops: float
+
+    @property
+    def chains(self) -> int:
+        """How many chains the manager will make."""
+        return self.nodes * self.disks * self.targets_per_disk // self.replicas
+
+    def world_options(self) -> str:
+        """Return what the world is told, as JSON; what is not in it the world draws from the seed itself."""
+        return json.dumps(
+            {
+                "nodes": self.nodes,
+                "disks": self.disks,
+                "replicas": self.replicas,
+                "chains": self.chains,
+                "heartbeat_ms": self.heartbeat_ms,
+                "lease_ms": self.lease_ms,
+                "durable_writes": self.durable_writes,
+                "horizon_ns": int(self.horizon_s * 1e9),
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON knows them."""
+        return asdict(self)
+
+
+def draw(seed: int, *, hours: float | None = None) -> Plan:
+    """Make the plan of a seed; `hours` replaces the horizon that it would have."""
+    rng = random.Random(f"plan {seed}")
+    replicas = rng.choice([1, 2, 2, 3, 3, 3, 3])
+    nodes = rng.randint(max(2, replicas), 5)
+    targets_per_disk = rng.choice([1, 1, 2])
+    # Whole chains only: every target that the disks have room for is used.
+    while nodes * targets_per_disk % replicas:
+        targets_per_disk += 1
+    heartbeat_ms = rng.choice([1000, 2000, 5000, 5000, 10_000])
+    lease_ms = heartbeat_ms * rng.choice([4, 6, 6, 10])
+    primary_lease_ms = max(5000, heartbeat_ms) * rng.choice([1, 2, 4])
+    horizon_s = rng.uniform(0.2, 1.0) * 3600 if hours is None else hours * 3600
+
+    def sometimes(probability: float, low: float, high: float) -> float:
+        """Swarm: a fault is often off, so that the others can go deep."""
+        return rng.uniform(low, high) if rng.random() < probability else 0.0
+
+    return Plan(
+        seed=seed,
+        nodes=nodes,
+        disks=1,
+        targets_per_disk=targets_per_disk,
+        replicas=replicas,
+        managers=rng.choice([1, 2, 2, 3]),
+        heartbeat_ms=heartbeat_ms,
+        lease_ms=lease_ms,
+        primary_lease_ms=primary_lease_ms,
+        durable_writes=rng.random() < 0.3,
+        horizon_s=horizon_s,
+        shuffle=rng.random() < 0.5,
+        manager_crashes=sometimes(0.8, 1, 20),
+        manager_pauses=sometimes(0.7, 1, 20),
+        manager_stops=sometimes(0.5, 1, 10),
+        clock_drift=sometimes(0.5, 0.0001, 0.02),
+        kv_conflict=sometimes(0.5, 0.001, 0.1),
+        kv_too_old=sometimes(0.3, 0.001, 0.03),
+        kv_unknown=sometimes(0.6, 0.001, 0.1),
+        kv_unavailable=sometimes(0.3, 0.001, 0.05),
+        kv_delay_s=sometimes(0.7, 0.01, 6.0),
+        node_stops=sometimes(0.5, 0.5, 4),
+    )
