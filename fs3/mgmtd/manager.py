@@ -168,6 +168,9 @@ class Manager:
         Raises NOT_PRIMARY when the lease is somebody else's now, UNAVAILABLE when the outcome is unknown; both
         end this primary.
         """
+        if self.lost.is_set():
+            # Also for who waited for the lock meanwhile: the records may be behind a commit of unknown outcome.
+            raise error(Code.CODE_NOT_PRIMARY, "this cluster manager has just lost its lease")
         if not change:
             return
         state = ManagerState()

@@ -59,14 +59,10 @@ class _Node:
 class ModelEngine:
     """See fs3.storage.engine.StorageEngine; of one node of a model world."""
 
-    def __init__(self, world: ModelWorld, node: _Node) -> None:
+    def __init__(self, world: ModelWorld, node: _Node, node_id: int) -> None:
         self._world = world
         self._node = node
-        self._node_id = 0
-
-    def configure(self, config_json: str) -> None:
-        """Take what the native engine is made with."""
-        self._node_id = json.loads(config_json)["node_id"]
+        self._node_id = node_id
 
     def _check(self) -> None:
         if not self._node.up:
@@ -129,7 +125,7 @@ class ModelWorld:
         self._next_step_ns = STEP_NS
         self._lease_ns = options["lease_ms"] * 1_000_000
         self._nodes = [_Node(i) for i in range(options["nodes"])]
-        self._chaos = self._load = False
+        self._chaos, self._load = True, False
         self._crashes = rng.choice([0.0, 2.0, 10.0, 40.0])
         self._pauses = rng.choice([0.0, 2.0, 10.0, 40.0])
         self._cuts = rng.choice([0.0, 2.0, 10.0])
@@ -141,7 +137,7 @@ class ModelWorld:
         self._cut: dict[str, int] = {}
         self._back_ns: dict[int, int] = {}
         self._resume_ns: dict[int, int] = {}
-        self._events: list[tuple[int, str, int]] = []
+        self._events: list[tuple[int, str, int]] = [(0, "started", node.index) for node in self._nodes]
         self._client_chains: dict[int, Chain] = {}
         self._acknowledged: dict[int, set[int]] = {}
         self._members: dict[int, set[int]] = {}
@@ -155,9 +151,9 @@ class ModelWorld:
 
     # -- for the shells -----------------------------------------------------------------------------------
 
-    def engine(self, node: int) -> ModelEngine:
+    def engine(self, node: int, config_json: str) -> ModelEngine:
         """See World."""
-        return ModelEngine(self, self._nodes[node])
+        return ModelEngine(self, self._nodes[node], json.loads(config_json)["node_id"])
 
     def learn(self, node: _Node, node_id: int, routing: Routing) -> None:
         """Take a routing over at a node."""
@@ -180,7 +176,7 @@ class ModelWorld:
                 target.ready |= member.state not in (chains.SERVING, chains.SYNCING)
                 target.up_to_date = target.ready and member.state == chains.SERVING
 
-    def client_routing(self, routing: bytes) -> None:
+    def publish_routing(self, routing: bytes) -> None:
         """See World."""
         for chain in Routing.FromString(routing).chains:
             self._client_chains[chain.chain_id] = chain
@@ -196,13 +192,13 @@ class ModelWorld:
         events, self._events = self._events, []
         return events
 
-    def delays(self, origin: str, to: str) -> Sequence[int]:
+    def delays(self, sender: str, receiver: str) -> Sequence[int]:
         """See World."""
         rng = self._rng
         usual = 200_000 + rng.randrange(300_000)
         if not self._chaos:
             return (usual,)
-        if self._cut and (self._is_cut(origin) or self._is_cut(to) or self._is_cut(f"{origin}>{to}")):
+        if self._cut and any(self._is_cut(what) for what in (sender, receiver, f"{sender}>{receiver}")):
             self._counts["messages cut off"] += 1
             return ()
         if rng.random() < self._loss:
@@ -219,7 +215,6 @@ class ModelWorld:
     def set_load(self, on: bool) -> None:
         """See World."""
         self._load = on
-        self._chaos |= on
 
     def heal(self) -> None:
         """See World."""

@@ -244,10 +244,7 @@ class NodeMachine(Machine):
         return NodeIdentity(uuid, [DiskIdentity(d, d.strip("/").encode().ljust(16, b"\0")) for d in disks], [])
 
     def _make_engine(self, config_json: str) -> StorageEngine:
-        engine = self.around.world.engine(self.index)
-        configure = getattr(engine, "configure", None)
-        if configure is not None:
-            configure(config_json)
+        engine = self.around.world.engine(self.index, config_json)
         return _ToldEngine(engine, lambda raw: self.around.checks.told(self.name, raw))
 
     async def main(self, stop: asyncio.Event) -> None:
@@ -303,7 +300,7 @@ class FollowerMachine(Machine):
         async for routing in client.watch_routing():
             raw = routing.SerializeToString()
             around.checks.told(self.name, raw)
-            around.world.client_routing(raw)
+            around.world.publish_routing(raw)
 
 
 class ControlPlane:
@@ -317,14 +314,11 @@ class ControlPlane:
         self.nodes = [NodeMachine(around, i, addresses) for i in range(plan.nodes)]
         self.follower = FollowerMachine(around, addresses)
 
-    def machines(self) -> list[Machine]:
-        """List every machine."""
-        return [*self.managers, *self.nodes, self.follower]
-
     def start(self) -> None:
-        """Begin everything."""
-        for machine in self.machines():
+        """Begin everything; the nodes are begun by the world."""
+        for machine in (*self.managers, self.follower):
             machine.start()
+        self.follow_world()
 
     def follow_world(self) -> None:
         """Do to the shells what the world did to their nodes."""

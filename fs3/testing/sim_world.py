@@ -11,7 +11,8 @@ from fs3.storage.engine import StorageEngine
 class World(Protocol):
     """All times are virtual nanoseconds since the world began. The native one is ``fs3.native.SimWorld``.
 
-    Chaos lives in the world: it kills, pauses and cuts off nodes, and says so through ``events``.
+    Chaos lives in the world: from the beginning it kills, pauses and cuts off nodes, and says so through ``events``.
+    A world may have ``missing(target_id) -> str`` as well: what acknowledged data a target lacks, "" for nothing.
     """
 
     def now_ns(self) -> int:
@@ -20,29 +21,29 @@ class World(Protocol):
     def run_until(self, time_ns: int) -> None:
         """Run everything that happens up to that time."""
 
-    def engine(self, node: int) -> StorageEngine:
-        """Return the storage engine of node 0 .. nodes - 1 in its present life; its methods raise when it is down."""
+    def engine(self, node: int, config_json: str) -> StorageEngine:
+        """Make the engine of the present process of node 0 .. nodes - 1; its methods raise when that is gone."""
 
     def events(self) -> Sequence[tuple[int, str, int]]:
-        """Return what happened to nodes since the last call: (time, crashed | started | paused | resumed, node)."""
+        """Return what happened to nodes since the last call: (time, crashed | started | paused | resumed, node).
 
-    def delays(self, origin: str, to: str) -> Sequence[int]:
+        At first every node is started.
+        """
+
+    def delays(self, sender: str, receiver: str) -> Sequence[int]:
         """Draw what becomes of a message between "node0", "mgmtd0", "meta0", ...: the delays of its copies."""
 
-    def client_routing(self, routing: bytes) -> None:
+    def publish_routing(self, routing: bytes) -> None:
         """Tell the data clients of a newer routing."""
 
     def set_load(self, on: bool) -> None:
-        """Let clients work, or no more. Faults begin with the first call."""
+        """Let clients work, or no more."""
 
     def heal(self) -> None:
         """End all faults: partitions are over, every node comes back."""
 
     def quiescent(self) -> bool:
         """Tell whether every operation of the clients has ended."""
-
-    def missing(self, target_id: int) -> str:
-        """Return what acknowledged data a target lacks, in words; "" when it has all."""
 
     def violation(self) -> str:
         """Return the first violated property in words, or ""."""

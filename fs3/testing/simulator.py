@@ -1,9 +1,9 @@
 """Simulates a whole cluster in virtual time from one seed: the real managers, storage shells, storage and clients.
 
 ``python -m fs3.testing.simulator --seed 7`` runs one seed and says what was found; without ``--seed`` it runs many
-of them (see sim_campaign.py). A seed's life: the cluster starts in peace until every chain serves; clients work while
-machines crash, stand still and are cut off, messages and commits are lost; then everything heals, and within a bound
-every chain must serve in full and every operation must have ended; at the end the world is checked as a whole.
+of them (see sim_campaign.py). A seed's life: the cluster starts and clients work while machines crash, stand still and
+are cut off, messages and commits are lost, disks fail and rot; then everything heals, and within a bound every chain
+must serve in full and every operation must have ended; at the end the world is checked as a whole.
 
 Everything that happens is decided by the seed: the same seed gives the same trace hash.
 """
@@ -128,7 +128,7 @@ class Simulation:
         self.loop.set_exception_handler(self._unhandled)
         self.network = VirtualNetwork(self.loop, world.delays, plan.seed)
         self.faults: Counter[str] = Counter()
-        self.checks = Checks(self.fail, world.missing)
+        self.checks = Checks(self.fail, getattr(world, "missing", lambda _: ""))
         self.kv_faults = KvFaults(random.Random(f"kv {plan.seed}"))
         self.store = CheckedKv(now_ms=lambda: self.loop.now_ns // 1_000_000, faults=self.kv_faults, checks=self.checks)
         self.report = Report(plan.seed, kind, plan.to_json())
@@ -202,10 +202,9 @@ class Simulation:
     async def _phases(self) -> None:
         plan = self.plan
         collecting = self.loop.create_task(self._collect())
-        self.control.start()
-        await self._until(self.all_serve, self._bound_s(), "the cluster starts")
         self._chaos = True
         self._set_kv_faults()
+        self.control.start()
         self.world.set_load(True)
         suffering = self.control.suffer(lambda: not self._chaos)
         await self._pass(plan.horizon_s)

@@ -74,8 +74,10 @@ def run(body: Callable[[World], Awaitable[None]]) -> None:
         await asyncio.sleep(1)
         await Process(world.loop, "nodes").start(body(world))
 
-    world.loop.run_until_complete(main())
-    world.loop.close()
+    try:
+        world.loop.run_until_complete(main())
+    finally:
+        world.loop.close()
 
 
 def request(session: NodeSession, sequence: int) -> HeartbeatRequest:
@@ -110,6 +112,23 @@ def test_no_lease_is_renewed_on_old_routing_while_the_node_is_being_taken_out_of
         (chain,) = [c for c in response.routing.chains if c.chain_id == 1]
         assert chain.version > version
         assert [t.target_id // 1000 for t in chain.targets if t.state == SERVING] == [loud.node.node_id]
+
+    run(body)
+
+
+def test_who_waited_while_the_outcome_of_a_commit_stayed_unknown_does_not_decide_any_more() -> None:
+    async def body(world: World) -> None:
+        _, session = world.node("first")
+        manager = world.manager
+        async with manager.lock:
+            waiting = asyncio.create_task(session.register(timeout_s=5))
+            await asyncio.sleep(0.1)
+            manager.lose("the outcome of a commit is not known")
+        await waiting
+        # Taken by the next primary, which read what there is: the one that was lost has decided nothing.
+        assert world.manager is not manager
+        assert not manager.records.nodes
+        assert len(world.manager.records.nodes) == 1
 
     run(body)
 
