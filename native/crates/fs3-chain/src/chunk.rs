@@ -24,6 +24,8 @@ pub(crate) struct Op {
     pub legs: Vec<Leg>,
     pub phase: Phase,
     pub rewrites: u32,
+    /// The content was asked of a successor, because the bytes to build on are rotten here.
+    pub fetched: bool,
     /// Begun under an earlier chain version or life: a replica that has left since may have shown it.
     pub carried_over: bool,
 }
@@ -46,6 +48,8 @@ pub(crate) enum Phase {
     /// Prepare and forwards are running.
     Working,
     Committing,
+    /// Rotten bytes are being put right. It has no version, so chain changes do not concern it.
+    Repairing,
     /// The pending version is being dropped, then the request is refused with this.
     Aborting(Code),
     /// Given up by a chain change; waits only for its prepare or abort to end.

@@ -23,7 +23,7 @@ impl Replica {
         view: &dyn ChunkView,
         out: &mut Vec<Effect>,
     ) {
-        let (head, alone) = (self.is_serving_head(), self.is_alone());
+        let (head, serving) = (self.is_serving_head(), self.routing.role == Role::Serving);
         let Some(op) = self.op_mut(id, chunk) else { return };
         if op.phase == Phase::Zombie {
             if result.is_ok() && head {
@@ -33,7 +33,13 @@ impl Replica {
                 out.push(Effect::Commit { op: id, chunk, version: op.version });
                 return;
             }
-            let orphan = result.is_ok() && self.routing.role == Role::Serving;
+            if let Err(code) = result
+                && serving
+                && may_be_held_below(op)
+            {
+                return self.fail(chunk, code, out);
+            }
+            let orphan = result.is_ok() && serving;
             if let Some(chunk) = self.chunks.get_mut(&chunk) {
                 chunk.orphan |= orphan;
             }
@@ -41,11 +47,8 @@ impl Replica {
         }
         match result {
             Ok(outcome) => op.local = Local::Ready(outcome),
-            // The base here is rotten; upstream can send the whole chunk. A head fails, so that a resync from another
-            // replica restores the chunk; where there is no other, only this update is refused.
-            Err(Code::ChecksumMismatch) if !head || (alone && !op.carried_over) => {
-                op.local = Local::Failed(Code::ChecksumMismatch)
-            }
+            // The base here is rotten: a successor that commits this has the whole chunk, and so has upstream.
+            Err(Code::ChecksumMismatch) if !op.fetched => op.local = Local::Failed(Code::ChecksumMismatch),
             Err(code) if is_definite(code) => op.local = Local::Failed(code),
             Err(code) => return self.fail(chunk, code, out),
         }
@@ -73,8 +76,10 @@ impl Replica {
                 LegState::Refused(Code::PayloadChecksum)
             }
             Err(code) if is_definite(code) && !leg.uncertain => LegState::Refused(code),
-            // The chunk that was to be sent is rotten here.
-            Err(Code::ChecksumMismatch) if alone && !op.carried_over => LegState::Refused(Code::ChecksumMismatch),
+            // The chunk that was to be sent is rotten here. A resync comes back to it when it has been repaired.
+            Err(Code::ChecksumMismatch) if op.resync_to.is_some() || (alone && !op.carried_over) => {
+                LegState::Refused(Code::ChecksumMismatch)
+            }
             Err(Code::ChecksumMismatch) => return self.fail(chunk, Code::ChecksumMismatch, out),
             Err(code) => {
                 // Unknown outcome, or a passing one: the same update again until the chain changes (invariant 1).
@@ -122,6 +127,18 @@ impl Replica {
             }
         }
         let Some(op) = self.chunks.get_mut(&chunk).and_then(|c| c.active.as_mut()) else { return };
+        if op.local == Local::Failed(Code::ChecksumMismatch)
+            && let Some((from, outcome)) = holder(op)
+        {
+            if op.fetched || outcome.update_version != op.version {
+                return self.fail(chunk, Code::ChecksumMismatch, out);
+            }
+            op.fetched = true;
+            op.local = Local::Preparing;
+            let content = Content::Fetched { from, outcome };
+            out.push(Effect::Prepare { op: op.id, chunk, version: op.version, content });
+            return;
+        }
         if head && op.local == Local::Failed(Code::ChecksumMismatch) {
             // A syncing successor may hold it already, and may not serve before it equals what is here.
             let refusal = Refusal { code: Code::ChecksumMismatch, maybe_applied: !op.legs.is_empty() };
@@ -232,6 +249,22 @@ impl Replica {
         self.finish(now_ns, chunk, Err(Refusal::new(code)), view, out);
     }
 
+    pub(crate) fn repaired(
+        &mut self,
+        now_ns: u64,
+        id: OpId,
+        chunk: ChunkId,
+        result: Result<(), Code>,
+        view: &dyn ChunkView,
+        out: &mut Vec<Effect>,
+    ) {
+        if self.op_mut(id, chunk).is_none() {
+            return;
+        }
+        let result = result.map(|()| outcome_of(&view.chunk(chunk))).map_err(Refusal::new);
+        self.finish(now_ns, chunk, result, view, out);
+    }
+
     /// Nothing more is served in this life: everything waiting is refused.
     pub(crate) fn fail(&mut self, chunk: ChunkId, code: Code, out: &mut Vec<Effect>) {
         self.failed = true;
@@ -258,6 +291,19 @@ impl Replica {
     pub(crate) fn is_serving_head(&self) -> bool {
         self.routing.role == Role::Serving && self.routing.head
     }
+}
+
+/// A serving successor that has committed the update.
+fn holder(op: &Op) -> Option<(TargetId, Outcome)> {
+    op.legs.iter().filter(|leg| !leg.syncing).find_map(|leg| match leg.state {
+        LegState::Acked(outcome) => Some((leg.to, outcome)),
+        _ => None,
+    })
+}
+
+/// Whether a serving successor may have committed the update, so that this replica must not go on without it.
+pub(crate) fn may_be_held_below(op: &Op) -> bool {
+    op.legs.iter().any(|leg| !leg.syncing && !matches!(leg.state, LegState::Refused(_)))
 }
 
 /// Whether a successor's chunk is not what it should be after this update, or the local one needs the whole chunk.

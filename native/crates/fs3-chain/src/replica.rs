@@ -72,6 +72,7 @@ impl Replica {
             }
             Event::Committed { op, chunk, result } => self.committed(now_ns, op, chunk, result, view, &mut out),
             Event::Aborted { op, chunk } => self.aborted(now_ns, op, chunk, view, &mut out),
+            Event::Repaired { op, chunk, result } => self.repaired(now_ns, op, chunk, result, view, &mut out),
             Event::Routing(routing) => self.rerouted(now_ns, routing, view, &mut out),
             Event::StoreFailed { code } if !self.failed => self.fail(ChunkId::default(), code, &mut out),
             Event::StoreFailed { .. } => {}
@@ -144,7 +145,8 @@ impl Replica {
     fn is_dirty(&self, chunk: ChunkId) -> bool {
         let Some(chunk) = self.chunks.get(&chunk) else { return false };
         let serving_successor = self.routing.successors.iter().any(|s| !s.syncing);
-        chunk.orphan || chunk.active.as_ref().is_some_and(|op| serving_successor || op.carried_over)
+        let unresolved = |op: &Op| op.phase != Phase::Repairing && (serving_successor || op.carried_over);
+        chunk.orphan || chunk.active.as_ref().is_some_and(unresolved)
     }
 
     fn check_place(&self, now_ns: u64, chain_version: u64) -> Result<(), Code> {
@@ -166,6 +168,7 @@ impl Replica {
         let allowed = match request.origin {
             Origin::Client | Origin::Heal { .. } => serving && self.routing.head,
             Origin::Forward { .. } => !(serving && self.routing.head),
+            Origin::Repair => serving,
             Origin::Resync { to } => serving && self.routing.successors.iter().any(|s| s.target == to && s.syncing),
         };
         if allowed { Ok(()) } else { Err(Code::NotServing) }
@@ -221,7 +224,11 @@ impl Replica {
     /// Begin an admitted request on a chunk without an active update, or answer it.
     pub(crate) fn start(&mut self, now_ns: u64, request: Request, view: &dyn ChunkView, out: &mut Vec<Effect>) {
         let state = view.chunk(request.chunk);
+        if request.origin == Origin::Repair {
+            return self.start_repair(request, &state, out);
+        }
         let plan = match request.origin {
+            Origin::Repair => unreachable!("begun above"),
             Origin::Client => self.plan_client(&request, &state),
             Origin::Forward { version, base, replace } => self.plan_forward(&request, &state, version, base, replace),
             Origin::Resync { .. } => {
@@ -265,6 +272,7 @@ impl Replica {
             legs: Vec::new(),
             phase: Phase::Working,
             rewrites: 0,
+            fetched: false,
             carried_over: false,
         };
         if local {
@@ -273,6 +281,37 @@ impl Replica {
         self.chunks.entry(request.chunk).or_default().active = Some(op);
         self.open_legs(request.chunk, false, out);
         self.advance(now_ns, request.chunk, view, out);
+    }
+
+    /// Hold the chunk while its rotten bytes are put right. With a pending version, which may share a disk block with
+    /// the committed one, the repair waits until that is resolved.
+    fn start_repair(&mut self, request: Request, state: &ChunkState, out: &mut Vec<Effect>) {
+        if state.pending != 0 {
+            return refuse(request.id, Refusal::new(Code::Busy), out);
+        }
+        if state.committed == 0 {
+            out.push(Effect::Reply { id: request.id, result: Ok(outcome_of(state)) });
+            out.push(Effect::Done { op: request.id });
+            return;
+        }
+        let op = Op {
+            id: request.id,
+            kind: request.kind,
+            waiter: Some(request.id),
+            client: false,
+            resync_to: None,
+            version: state.committed,
+            base: state.committed,
+            replace: false,
+            local: Local::None,
+            legs: Vec::new(),
+            phase: Phase::Repairing,
+            rewrites: 0,
+            fetched: false,
+            carried_over: false,
+        };
+        out.push(Effect::Repair { op: op.id, chunk: request.chunk });
+        self.chunks.entry(request.chunk).or_default().active = Some(op);
     }
 
     fn plan_client(&mut self, request: &Request, state: &ChunkState) -> Result<Plan, Refusal> {

@@ -3,6 +3,7 @@
 use fs3_core::{ChunkId, Code};
 
 use crate::chunk::{Chunk, Local, Op, Phase};
+use crate::progress::may_be_held_below;
 use crate::replica::{Replica, refuse};
 use crate::types::*;
 
@@ -19,7 +20,7 @@ impl Replica {
             self.reroute_chunk(now_ns, id, view, out);
             self.tidy(id);
         }
-        if serving && (!was_serving || head != was_head) {
+        if serving && !self.failed && (!was_serving || head != was_head) {
             self.adopt_pending(head, view, out);
         }
     }
@@ -34,7 +35,7 @@ impl Replica {
         let stale = Refusal::new(Code::StaleChain);
         out.extend(chunk.readers.drain(..).map(|id| Effect::Reply { id, result: Err(stale) }));
         chunk.orphan &= serving && !head;
-        let Some(op) = chunk.active.as_mut() else { return };
+        let Some(op) = chunk.active.as_mut().filter(|op| op.phase != Phase::Repairing) else { return };
         // A client of this head may go on waiting: its update goes on.
         let waiter = if op.client && head { None } else { op.waiter.take() };
         out.extend(waiter.map(|id| Effect::Reply { id, result: Err(Refusal::maybe(Code::StaleChain)) }));
@@ -48,7 +49,7 @@ impl Replica {
             // The old successors have it, a new syncing one may not: its resync can have compared this chunk before
             // the commit shows. It is sent after the commit.
             Phase::Committing if serving && has_syncing => op.phase = Phase::Recovering,
-            Phase::Recovering | Phase::Committing | Phase::Aborting(_) | Phase::Zombie => {}
+            Phase::Recovering | Phase::Committing | Phase::Repairing | Phase::Aborting(_) | Phase::Zombie => {}
         }
     }
 
@@ -60,6 +61,12 @@ impl Replica {
         if op.local == Local::Preparing {
             op.phase = Phase::Zombie;
             return;
+        }
+        if let Local::Failed(code) = op.local
+            && serving
+            && may_be_held_below(op)
+        {
+            return self.fail(id, code, out);
         }
         chunk.orphan |= serving && op.resync_to.is_none() && matches!(op.local, Local::Ready(_));
         self.finish(now_ns, id, Err(Refusal::maybe(Code::StaleChain)), view, out);
@@ -90,6 +97,7 @@ impl Replica {
                 legs: Vec::new(),
                 phase: Phase::Recovering,
                 rewrites: 0,
+                fetched: false,
                 carried_over: true,
             };
             self.next_op += 1;

@@ -119,6 +119,9 @@ pub enum Origin {
         /// The highest version that any replica holds.
         above: u64,
     },
+    /// This replica's own: rotten bytes of its committed chunk are put right from another replica. With
+    /// [`Kind::Mirror`]; no version changes, and readers need not wait.
+    Repair,
 }
 
 /// An update that asks to be admitted.
@@ -261,6 +264,15 @@ pub enum Event {
         /// Its chunk.
         chunk: ChunkId,
     },
+    /// `Repair` ended.
+    Repaired {
+        /// The repair.
+        op: OpId,
+        /// Its chunk.
+        chunk: ChunkId,
+        /// Whether the chunk is sound now.
+        result: Result<(), Code>,
+    },
     /// The chain, or this replica's place in it, changed.
     Routing(RoutingView),
     /// The store reported a failure outside of an update.
@@ -284,6 +296,13 @@ pub enum Content {
     Whole,
     /// The whole chunk as it is committed here, with its records; a removal when there is none.
     Committed,
+    /// The whole chunk as this successor has committed it: the bytes to build on are rotten here.
+    Fetched {
+        /// Who has it.
+        from: TargetId,
+        /// What it acknowledged; other content is not taken.
+        outcome: Outcome,
+    },
 }
 
 /// Something to do.
@@ -339,6 +358,13 @@ pub enum Effect {
         chunk: ChunkId,
         /// The pending version.
         version: u64,
+    },
+    /// Put rotten bytes of the committed version right; then `Repaired`. Until then nothing changes the chunk here.
+    Repair {
+        /// The repair.
+        op: OpId,
+        /// Its chunk.
+        chunk: ChunkId,
     },
     /// Answer a request.
     Reply {

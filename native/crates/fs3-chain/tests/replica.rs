@@ -351,15 +351,22 @@ fn a_diverged_successor_is_overwritten_under_a_version_above_both() {
 }
 
 #[test]
-fn a_rotten_base_takes_a_head_with_successors_offline_and_makes_the_only_replica_refuse() {
+fn a_head_with_a_rotten_base_takes_the_chunk_from_its_successor_and_the_only_replica_refuses() {
     let rotten = |rig: &mut Rig| {
         rig.write(1);
         let mut effects = rig.acked(1, 1, Ok(outcome(5)));
         effects.extend(rig.step(Event::Prepared { op: 1, chunk: CHUNK, result: Err(Code::ChecksumMismatch) }));
         effects
     };
+    let fetched = Content::Fetched { from: NEXT, outcome: outcome(5) };
     let mut rig = Rig::with_chunk(place(1, true, &[(2, false)]), 4);
-    assert!(matches!(rotten(&mut rig)[0], Effect::Fatal { code: Code::ChecksumMismatch, .. }));
+    assert_eq!(rotten(&mut rig), [Effect::Prepare { op: 1, chunk: CHUNK, version: 5, content: fetched }]);
+    assert_eq!(rig.prepared(1, 5), [Effect::Commit { op: 1, chunk: CHUNK, version: 5 }]);
+    let mut rig = Rig::with_chunk(place(1, true, &[(2, false)]), 4);
+    rotten(&mut rig);
+    // The successor cannot give it either: the next head has what it acknowledged.
+    let effects = rig.step(Event::Prepared { op: 1, chunk: CHUNK, result: Err(Code::ChecksumMismatch) });
+    assert!(matches!(effects[0], Effect::Fatal { code: Code::ChecksumMismatch, .. }));
     for successors in [&[][..], &[(2, true)]] {
         let mut rig = Rig::with_chunk(place(1, true, successors), 4);
         assert_eq!(replies(&rotten(&mut rig)), [Err(Code::ChecksumMismatch)]);
@@ -370,15 +377,36 @@ fn a_rotten_base_takes_a_head_with_successors_offline_and_makes_the_only_replica
 }
 
 #[test]
-fn a_chunk_that_is_too_rotten_to_be_sent_ends_the_resync_of_the_only_replica_and_takes_others_offline() {
-    let mut only = Rig::with_chunk(place(1, true, &[(2, true)]), 4);
-    only.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);
-    assert_eq!(replies(&only.acked(1, 1, Err(Code::ChecksumMismatch))), [Err(Code::ChecksumMismatch)]);
-    assert!(!only.replica.has_failed());
-    let mut tail = Rig::with_chunk(place(1, false, &[(2, true)]), 4);
-    tail.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);
-    tail.acked(1, 1, Err(Code::ChecksumMismatch));
-    assert!(tail.replica.has_failed());
+fn a_chunk_that_is_too_rotten_to_be_sent_is_left_out_of_the_resync_pass() {
+    for head in [true, false] {
+        let mut rig = Rig::with_chunk(place(1, head, &[(2, true)]), 4);
+        rig.request(Kind::Mirror, Origin::Resync { to: NEXT }, None);
+        assert_eq!(replies(&rig.acked(1, 1, Err(Code::ChecksumMismatch))), [Err(Code::ChecksumMismatch)]);
+        assert!(!rig.replica.has_failed() && !rig.replica.is_synced(NEXT, CHUNK));
+    }
+}
+
+#[test]
+fn a_repair_holds_the_chunk_for_updates_but_not_for_readers_and_outlives_chain_changes() {
+    let mut rig = Rig::with_chunk(place(1, true, &[(2, false)]), 4);
+    assert_eq!(rig.request(Kind::Mirror, Origin::Repair, None), [Effect::Repair { op: 1, chunk: CHUNK }]);
+    assert_eq!(rig.write(1), []);
+    assert_eq!(rig.replica.read_admission(1, CHUNK, 1), ReadAdmission::Serve);
+    assert_eq!(replies(&rig.step(Event::Routing(place(2, true, &[(3, false)])))), [Err(Code::StaleChain)]);
+    assert!(rig.replica.is_settled());
+    assert_eq!(rig.write(2), []);
+    let effects = rig.step(Event::Repaired { op: 1, chunk: CHUNK, result: Ok(()) });
+    assert_eq!(replies(&effects), [Ok(outcome(4))]);
+    assert!(effects.iter().any(|e| is_prepare(e, 5)), "the waiting write begins");
+}
+
+#[test]
+fn a_repair_waits_for_a_pending_version_and_is_not_begun_where_the_target_does_not_serve() {
+    let mut rig = Rig::with_chunk(place(1, false, &[(2, false)]), 4);
+    rig.store.0.entry(CHUNK).or_default().pending = 5;
+    assert_eq!(replies(&rig.request(Kind::Mirror, Origin::Repair, None)), [Err(Code::Busy)]);
+    let mut rig = Rig::with_chunk(RoutingView { role: Role::Syncing, ..place(1, false, &[]) }, 4);
+    assert_eq!(replies(&rig.request(Kind::Mirror, Origin::Repair, None)), [Err(Code::NotServing)]);
 }
 
 #[test]

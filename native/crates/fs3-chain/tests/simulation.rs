@@ -59,6 +59,18 @@ fn crashes_and_partitions_of_a_part_of_the_chain_lose_no_acknowledged_write() {
 }
 
 #[test]
+fn rotten_chunks_and_their_repair_lose_no_acknowledged_write() {
+    run("rotten_chunks", |seed| Options {
+        drop_percent: seed % 10,
+        duplicate_percent: seed % 30,
+        slow_percent: seed % 10,
+        partitions: seed % 3 == 0,
+        rot_percent: 2 + seed % 10,
+        ..Options::default()
+    });
+}
+
+#[test]
 fn removed_chunks_do_not_come_back() {
     run("removed_chunks", |seed| Options {
         drop_percent: seed % 20,

@@ -150,6 +150,11 @@ impl Block {
     pub fn note_rot(&self) -> bool {
         self.rotten.swap(true, Ordering::AcqRel)
     }
+
+    /// The bytes were put right and verified.
+    pub fn forget_rot(&self) {
+        self.rotten.store(false, Ordering::Release);
+    }
 }
 
 impl Drop for Block {

@@ -84,6 +84,42 @@ fn rotten_bytes_are_never_returned_nor_merged_into_a_new_version() {
 }
 
 #[test]
+fn rot_under_the_cache_is_found_and_put_right_in_place() {
+    let bed = Bed::new();
+    let data = pattern(1, 0, 101_000);
+    bed.put(0, 1, write(0, data.clone()));
+    bed.put(0, 2, write(8192, vec![9; 100]));
+    let mut expected = data.clone();
+    expected[8192..8292].fill(9);
+    assert_eq!(bed.read(0), Ok(expected.clone()));
+    bed.disk.flip("data.17.blk", 50_000);
+    bed.disk.flip("data.17.blk", 100_500);
+    // This block is patched: what is on the disk does not count.
+    bed.disk.flip("data.17.blk", 8200);
+    let verify = |offset, length| bed.runtime.block_on(bed.store.verify(id(0), offset, length)).unwrap();
+    let verified = verify(0, u32::MAX);
+    let bad: Vec<_> = verified.bad.iter().map(|b| (b.index, b.length)).collect();
+    assert_eq!(bad, [(12, 4096), (24, 101_000 - 24 * 4096)]);
+    assert_eq!(verified.read_bytes, 25 * 4096);
+    assert!(bed.store.chunk(id(0)).unwrap().rotten);
+    assert!(verify(0, 12 * 4096).bad.is_empty() && verify(12 * 4096, 1).bad.len() == 1);
+
+    let right = |index: usize| (index as u32, expected[index * 4096..expected.len().min((index + 1) * 4096)].to_vec());
+    let repair = |version, blocks| code(bed.runtime.block_on(bed.store.repair(id(0), UpdateVersion(version), blocks)));
+    assert_eq!(repair(1, vec![right(12), right(24)]), Some(Code::VersionGap));
+    assert_eq!(repair(2, vec![(12, vec![1; 4096])]), Some(Code::PayloadChecksum));
+    assert_eq!(repair(2, vec![right(12)]), Some(Code::ChecksumMismatch));
+    bed.prepare(0, 3, write(101_000, vec![1; 30_000])).unwrap();
+    assert_eq!(repair(2, vec![right(24)]), Some(Code::VersionGap), "the pending append shares the last block");
+    bed.runtime.block_on(bed.store.abort(id(0), UpdateVersion(3))).unwrap();
+    assert_eq!(repair(2, vec![right(24)]), None);
+    assert!(!bed.store.chunk(id(0)).unwrap().rotten);
+    assert!(verify(0, u32::MAX).bad.is_empty());
+    bed.options.read_cache.clear();
+    assert_eq!(bed.read(0), Ok(expected));
+}
+
+#[test]
 fn a_full_disk_refuses_the_write_and_keeps_the_store_usable() {
     let bed = Bed::new();
     bed.put(0, 1, write(0, vec![1; 4096]));

@@ -8,7 +8,7 @@ mod node;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
-use fs3_chain::{Kind, OpId, Outcome, Refusal, RequestId, Writer, WriterRecord};
+use fs3_chain::{Kind, OpId, Origin, Outcome, Refusal, RequestId, Writer, WriterRecord};
 use fs3_core::{ChunkId, Code, InodeId, TargetId};
 
 pub use node::Node;
@@ -31,6 +31,8 @@ pub struct Options {
     pub partitions: bool,
     pub removes: bool,
     pub total_crash: bool,
+    /// How often the bytes that an append builds on are found rotten.
+    pub rot_percent: u64,
 }
 
 /// SplitMix64.
@@ -239,6 +241,14 @@ impl World {
         let next = (100 + self.rng.below(600)) * MS;
         self.after(next, Action::Chaos);
         let node = self.rng.below(NODES as u64) as usize;
+        if self.options.rot_percent > 0 && self.nodes[node].up {
+            let (chain_version, payload) = (self.nodes[node].chain_version(), Payload::Mirror);
+            for index in 0..CHUNKS {
+                let chunk = chunk_id(index);
+                let message = Message { chunk, chain_version, payload: payload.clone(), writer: None, forward: None };
+                self.ask(node, message, Origin::Repair, Asker::Nobody);
+            }
+        }
         if self.options.total_crash && self.rng.chance(25) {
             for node in 0..NODES {
                 self.crash(node);

@@ -68,6 +68,7 @@ pub enum StoreDone {
     Prepare { op: OpId, chunk: ChunkId, version: u64, content: Which, chain_version: u64 },
     Commit { op: OpId, chunk: ChunkId, version: u64 },
     Abort { op: OpId, chunk: ChunkId, version: u64 },
+    Repair { op: OpId, chunk: ChunkId },
 }
 
 pub struct Forward {
@@ -192,6 +193,14 @@ impl World {
             Effect::Done { op } => {
                 self.nodes[node].payloads.remove(&op);
             }
+            Effect::Repair { op, chunk } => {
+                self.after(5 * disk, Action::StoreDone { node, life, done: StoreDone::Repair { op, chunk } });
+            }
+            // A head whose base is rotten and whose successor died before it could be asked.
+            Effect::Fatal { code: Code::ChecksumMismatch, .. } if self.options.rot_percent > 0 => {
+                self.crash(node);
+                self.after(20 * MS, Action::Restart { node });
+            }
             Effect::Fatal { chunk, code } => panic!("replica {node} gave up at {chunk}: {code:?}"),
         }
     }
@@ -289,8 +298,8 @@ impl World {
         }
         let event = match done {
             StoreDone::Prepare { op, chunk, version, content, chain_version } => {
-                let outcome = self.prepare(node, op, chunk, (version, chain_version), content);
-                Event::Prepared { op, chunk, result: Ok(outcome) }
+                let result = self.prepare(node, op, chunk, (version, chain_version), content);
+                Event::Prepared { op, chunk, result }
             }
             StoreDone::Commit { op, chunk, version } => {
                 let stored = self.nodes[node].store.0.get_mut(&chunk).expect("a prepared chunk is there");
@@ -313,6 +322,10 @@ impl World {
                 }
                 Event::Aborted { op, chunk }
             }
+            StoreDone::Repair { op, chunk } => {
+                assert!(self.nodes[node].store.chunk(chunk).pending == 0, "nothing is prepared during a repair");
+                Event::Repaired { op, chunk, result: Ok(()) }
+            }
         };
         self.step(node, event);
     }
@@ -324,17 +337,34 @@ impl World {
         chunk: ChunkId,
         (version, chain_version): (u64, u64),
         content: Which,
-    ) -> Outcome {
+    ) -> Result<Outcome, Code> {
+        let message = self.nodes[node].payloads.get(&op).expect("a running update keeps its payload").clone();
+        let needs_base = matches!(message.payload, Payload::Append(_)) && matches!(content, Which::Update);
+        let (after, writers) = match content {
+            Which::Fetched { from, outcome } => {
+                let other = &self.nodes[(from.0 - 1) as usize];
+                let theirs = other.store.chunk(chunk);
+                let content = other.store.content(chunk).cloned();
+                let is_this = match (&message.payload, &content) {
+                    (Payload::Append(id), Some(content)) => content.last() == Some(id),
+                    _ => true,
+                };
+                if !other.up || theirs.committed != version || theirs.crc != outcome.crc || !is_this {
+                    return Err(Code::ChecksumMismatch);
+                }
+                (content, None)
+            }
+            _ if needs_base && self.rng.chance(self.options.rot_percent) => return Err(Code::ChecksumMismatch),
+            _ => whole(&self.nodes[node].store, chunk, &message.payload, content),
+        };
         let n = &mut self.nodes[node];
-        let message = n.payloads.get(&op).expect("a running update keeps its payload").clone();
-        let (after, writers) = whole(&n.store, chunk, &message.payload, content);
         let stored = n.store.0.entry(chunk).or_default();
         let outcome = match &after {
             Some(c) => Outcome { update_version: version, length: c.len() as u32, crc: crc(c) },
             None => Outcome { update_version: version, length: 0, crc: 0 },
         };
         stored.pending = Some((Version { version, chain_version, content: after }, message.writer, writers));
-        outcome
+        Ok(outcome)
     }
 
     pub fn send_forward(&mut self, node: usize, life: u64, f: Forward) {
