@@ -76,6 +76,8 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_STORAGE_SPACE: _Method.ValueType  # 518
     METHOD_STORAGE_LIST_CHUNKS: _Method.ValueType  # 519
     METHOD_STORAGE_RESYNC_DONE: _Method.ValueType  # 521
+    METHOD_STORAGE_STATUS: _Method.ValueType  # 522
+    METHOD_STORAGE_SCRUB: _Method.ValueType  # 523
 
 class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
 
@@ -111,6 +113,8 @@ METHOD_STORAGE_SYNC: Method.ValueType  # 517
 METHOD_STORAGE_SPACE: Method.ValueType  # 518
 METHOD_STORAGE_LIST_CHUNKS: Method.ValueType  # 519
 METHOD_STORAGE_RESYNC_DONE: Method.ValueType  # 521
+METHOD_STORAGE_STATUS: Method.ValueType  # 522
+METHOD_STORAGE_SCRUB: Method.ValueType  # 523
 Global___Method: _TypeAlias = Method  # noqa: Y015
 
 class _Code:

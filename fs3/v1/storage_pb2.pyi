@@ -67,16 +67,22 @@ class ReadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OPS_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    repair: _builtins.bool
+    """From a replica that repairs its copy: the committed bytes as they are on the disk, without regard to chain version,
+    lease and running updates. The asker takes only what matches its own checksums.
+    """
     @_builtins.property
     def ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReadOp]: ...
     def __init__(
         self,
         *,
         ops: _abc.Iterable[Global___ReadOp] | None = ...,
+        repair: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ops", b"ops"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ops", b"ops", "repair", b"repair"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,19 +578,30 @@ class SpaceResponse(_message.Message):
         UUID_FIELD_NUMBER: _builtins.int
         CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
         FREE_BYTES_FIELD_NUMBER: _builtins.int
+        PATH_FIELD_NUMBER: _builtins.int
+        ERROR_FIELD_NUMBER: _builtins.int
+        WARNING_FIELD_NUMBER: _builtins.int
         uuid: _builtins.bytes
         capacity_bytes: _builtins.int
         free_bytes: _builtins.int
+        path: _builtins.str
+        error: _builtins.str
+        """why it is out of use, with all its targets"""
+        warning: _builtins.str
+        """it serves, but a person should look at it"""
         def __init__(
             self,
             *,
             uuid: _builtins.bytes = ...,
             capacity_bytes: _builtins.int = ...,
             free_bytes: _builtins.int = ...,
+            path: _builtins.str = ...,
+            error: _builtins.str = ...,
+            warning: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "uuid", b"uuid"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "error", b"error", "free_bytes", b"free_bytes", "path", b"path", "uuid", b"uuid", "warning", b"warning"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -750,8 +767,59 @@ class ResyncDoneResponse(_message.Message):
 Global___ResyncDoneResponse: _TypeAlias = ResyncDoneResponse  # noqa: Y015
 
 @_typing.final
+class ScrubRequest(_message.Message):
+    """Begins a scrub of every target of a node now, whatever the schedule says. One that runs is begun again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubRequest: _TypeAlias = ScrubRequest  # noqa: Y015
+
+@_typing.final
+class ScrubResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGETS_FIELD_NUMBER: _builtins.int
+    targets: _builtins.int
+    def __init__(
+        self,
+        *,
+        targets: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubResponse: _TypeAlias = ScrubResponse  # noqa: Y015
+
+@_typing.final
+class StatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
+
+@_typing.final
 class EngineStatus(_message.Message):
-    """Control between the Python shell and the native engine of one storage process."""
+    """What METHOD_STORAGE_STATUS answers, and control between the Python shell and the native engine of one storage process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -768,6 +836,13 @@ class EngineStatus(_message.Message):
         RESYNC_DONE_CHUNKS_FIELD_NUMBER: _builtins.int
         RESYNC_TOTAL_CHUNKS_FIELD_NUMBER: _builtins.int
         ERROR_FIELD_NUMBER: _builtins.int
+        REPAIRS_WAITING_FIELD_NUMBER: _builtins.int
+        DAMAGED_CHUNKS_FIELD_NUMBER: _builtins.int
+        DAMAGED_FIELD_NUMBER: _builtins.int
+        SCRUB_DONE_CHUNKS_FIELD_NUMBER: _builtins.int
+        SCRUB_TOTAL_CHUNKS_FIELD_NUMBER: _builtins.int
+        SCRUB_ENDED_MS_FIELD_NUMBER: _builtins.int
+        RESYNCS_FIELD_NUMBER: _builtins.int
         target_id: _builtins.int
         chain_id: _builtins.int
         local_state: _builtins.int
@@ -779,6 +854,19 @@ class EngineStatus(_message.Message):
         resync_total_chunks: _builtins.int
         error: _builtins.str
         """why it is offline, if it failed"""
+        repairs_waiting: _builtins.int
+        """Damaged chunks that wait for their repair from another replica."""
+        damaged_chunks: _builtins.int
+        """Damaged chunks of which no replica has good bytes; what is intact of them is still served."""
+        damaged: _builtins.str
+        """some of them, for a person"""
+        scrub_done_chunks: _builtins.int
+        scrub_total_chunks: _builtins.int
+        """0: no pass is running"""
+        scrub_ended_ms: _builtins.int
+        """wall clock at the end of the last complete pass; 0: none since the start"""
+        @_builtins.property
+        def resyncs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus.ResyncStatus]: ...
         def __init__(
             self,
             *,
@@ -791,10 +879,61 @@ class EngineStatus(_message.Message):
             resync_done_chunks: _builtins.int = ...,
             resync_total_chunks: _builtins.int = ...,
             error: _builtins.str = ...,
+            repairs_waiting: _builtins.int = ...,
+            damaged_chunks: _builtins.int = ...,
+            damaged: _builtins.str = ...,
+            scrub_done_chunks: _builtins.int = ...,
+            scrub_total_chunks: _builtins.int = ...,
+            scrub_ended_ms: _builtins.int = ...,
+            resyncs: _abc.Iterable[Global___EngineStatus.ResyncStatus] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "chain_version", b"chain_version", "chunks", b"chunks", "error", b"error", "local_state", b"local_state", "resync_done_chunks", b"resync_done_chunks", "resync_total_chunks", b"resync_total_chunks", "target_id", b"target_id", "used_bytes", b"used_bytes"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "chain_version", b"chain_version", "chunks", b"chunks", "damaged", b"damaged", "damaged_chunks", b"damaged_chunks", "error", b"error", "local_state", b"local_state", "repairs_waiting", b"repairs_waiting", "resync_done_chunks", b"resync_done_chunks", "resync_total_chunks", b"resync_total_chunks", "resyncs", b"resyncs", "scrub_done_chunks", b"scrub_done_chunks", "scrub_ended_ms", b"scrub_ended_ms", "scrub_total_chunks", b"scrub_total_chunks", "target_id", b"target_id", "used_bytes", b"used_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ResyncStatus(_message.Message):
+        """One successor that this target brings up to date."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TO_TARGET_ID_FIELD_NUMBER: _builtins.int
+        DONE_CHUNKS_FIELD_NUMBER: _builtins.int
+        TOTAL_CHUNKS_FIELD_NUMBER: _builtins.int
+        DONE_BYTES_FIELD_NUMBER: _builtins.int
+        TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+        SENT_BYTES_FIELD_NUMBER: _builtins.int
+        BYTES_PER_S_FIELD_NUMBER: _builtins.int
+        STUCK_CHUNKS_FIELD_NUMBER: _builtins.int
+        to_target_id: _builtins.int
+        done_chunks: _builtins.int
+        """known to be equal"""
+        total_chunks: _builtins.int
+        done_bytes: _builtins.int
+        total_bytes: _builtins.int
+        sent_bytes: _builtins.int
+        """since the chain changed last"""
+        bytes_per_s: _builtins.int
+        """lately"""
+        stuck_chunks: _builtins.int
+        """damaged here, so that they cannot be copied"""
+        def __init__(
+            self,
+            *,
+            to_target_id: _builtins.int = ...,
+            done_chunks: _builtins.int = ...,
+            total_chunks: _builtins.int = ...,
+            done_bytes: _builtins.int = ...,
+            total_bytes: _builtins.int = ...,
+            sent_bytes: _builtins.int = ...,
+            bytes_per_s: _builtins.int = ...,
+            stuck_chunks: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "done_bytes", b"done_bytes", "done_chunks", b"done_chunks", "sent_bytes", b"sent_bytes", "stuck_chunks", b"stuck_chunks", "to_target_id", b"to_target_id", "total_bytes", b"total_bytes", "total_chunks", b"total_chunks"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
