@@ -1,7 +1,7 @@
 """Configuration of the services: frozen dataclasses from a TOML file, then overrides.
 
 Unknown keys fail naming the key, the file and the nearest valid key; types are checked. A key that ends in
-`_bytes` takes a number or a size such as "64MiB".
+`_bytes` or `_bytes_per_s` takes a number or a size such as "64MiB".
 """
 
 from __future__ import annotations
@@ -153,6 +153,12 @@ class StorageConfig(ServiceConfig):
     read_cache_bytes: int = 512 << 20
     durable_writes: bool = False
     """Acknowledge every write only after it is on stable storage."""
+    scrub_bytes_per_s: int = 16 << 20
+    """Bytes that the scrub reads from each disk in a second at most; 0: no scrub."""
+    scrub_interval_s: int = 24 * 3600
+    """From the begin of one scrub of a target to the begin of the next."""
+    resync_bytes_per_s: int = 256 << 20
+    """Bytes that are sent in a second at most to bring replicas of other nodes up to date; 0: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +168,7 @@ class StorageConfig(ServiceConfig):
             raise _invalid("data_dir is empty; name the directory that keeps the node's identity")
         if len({os.path.abspath(d) for d in self.disks}) != len(self.disks):
             raise _invalid("disks names the same directory twice")
-        _at_least(self, read_cache_bytes=0)
+        _at_least(self, read_cache_bytes=0, scrub_bytes_per_s=0, scrub_interval_s=1, resync_bytes_per_s=0)
 
 
 def _need(values: tuple[str, ...], key: str) -> None:
@@ -238,7 +244,7 @@ def _nearest(key: str, known: Mapping[str, object]) -> str:
 
 
 def _convert(key: str, value: object, kind: Any, origin: str) -> object:
-    if kind is int and isinstance(value, str) and key.endswith("_bytes"):
+    if kind is int and isinstance(value, str) and key.endswith(("_bytes", "_bytes_per_s")):
         try:
             return parse_bytes(value)
         except Fs3Error as exc:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from fs3.core.config import StorageConfig
 from fs3.core.errors import Fs3Error, error
 from fs3.storage.disks import DiskIdentity
 from fs3.v1.frame_pb2 import Code
@@ -36,29 +37,23 @@ EngineFactory = Callable[[str], StorageEngine]
 
 
 def engine_config(
-    *,
-    node_id: int,
-    node_uuid: bytes,
-    cluster_id: str,
-    token: str,
-    host: str,
-    frame_port: int,
-    disks: Sequence[DiskIdentity],
-    read_cache_bytes: int,
-    durable_writes: bool,
+    config: StorageConfig, *, node_id: int, node_uuid: bytes, token: str, disks: Sequence[DiskIdentity]
 ) -> str:
     """Make the JSON that an engine is configured with."""
     return json.dumps(
         {
             "node_id": node_id,
             "node_uuid_hex": node_uuid.hex(),
-            "cluster_id": cluster_id,
+            "cluster_id": config.cluster_id,
             "token": token,
-            "host": host,
-            "frame_port": frame_port,
+            "host": config.host,
+            "frame_port": config.frame_port,
             "disks": [{"path": d.path, "uuid_hex": d.uuid.hex()} for d in disks],
-            "read_cache_bytes": read_cache_bytes,
-            "durable_writes": durable_writes,
+            "read_cache_bytes": config.read_cache_bytes,
+            "durable_writes": config.durable_writes,
+            "scrub_bytes_per_s": config.scrub_bytes_per_s,
+            "scrub_interval_s": config.scrub_interval_s,
+            "resync_bytes_per_s": config.resync_bytes_per_s,
         }
     )
 

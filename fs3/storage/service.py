@@ -118,15 +118,11 @@ class StorageService:
         node_id = await session.register(timeout_s=REGISTER_S)
         engine = self._around.make_engine(
             engine_config(
+                self.config,
                 node_id=node_id,
                 node_uuid=self._identity.uuid,
-                cluster_id=self.config.cluster_id,
                 token=token,
-                host=self.config.host,
-                frame_port=self.config.frame_port,
                 disks=self._identity.disks,
-                read_cache_bytes=self.config.read_cache_bytes,
-                durable_writes=self.config.durable_writes,
             )
         )
         port = await asyncio.to_thread(engine.start)

@@ -1,6 +1,8 @@
 //! The storage engine, for the Python shell of a storage service.
 
-use fs3_storage::{DiskConfig, EngineConfig, StorageEngine as Engine};
+use std::time::Duration;
+
+use fs3_storage::{DiskConfig, EngineConfig, Healing, StorageEngine as Engine};
 use parking_lot::Mutex;
 use prost::Message;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -22,6 +24,9 @@ struct Config {
     disks: Vec<Disk>,
     read_cache_bytes: usize,
     durable_writes: bool,
+    scrub_bytes_per_s: u64,
+    scrub_interval_s: u64,
+    resync_bytes_per_s: u64,
 }
 
 #[derive(Deserialize)]
@@ -52,6 +57,11 @@ impl Config {
             disks: disks.collect::<PyResult<_>>()?,
             read_cache_bytes: self.read_cache_bytes,
             durable_writes: self.durable_writes,
+            healing: Healing {
+                scrub_bytes_per_s: self.scrub_bytes_per_s,
+                scrub_interval: Duration::from_secs(self.scrub_interval_s),
+                resync_bytes_per_s: self.resync_bytes_per_s,
+            },
         })
     }
 }

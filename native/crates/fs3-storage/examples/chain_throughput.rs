@@ -2,7 +2,7 @@
 //! chain_throughput -- [MiB per thread] [threads]`. Prints MB/s and CPU-seconds per GiB of the whole process, client
 //! included.
 
-#[allow(dead_code, clippy::wildcard_imports)]
+#[allow(clippy::wildcard_imports)]
 #[path = "../tests/common/mod.rs"]
 mod common;
 

@@ -14,8 +14,11 @@ use fs3_rt::{Handle, Instant};
 use parking_lot::{Mutex, RwLock};
 
 use crate::disks::TargetDisks;
+use crate::engine::Healing;
+use crate::pace::{Foreground, Pace};
 use crate::routing::RoutingState;
 use crate::target::Target;
+use crate::upkeep::{DiskState, Upkeep};
 
 /// How often a target may come back in one process after it gave up.
 const LIVES_MAX: u32 = 16;
@@ -32,23 +35,43 @@ pub(crate) enum Slot {
     Open(Arc<Target>),
 }
 
-/// Counters shown in the status.
-#[derive(Default)]
-pub(crate) struct Counters {
-    pub reads: AtomicU64,
-    pub read_bytes: AtomicU64,
-    pub writes: AtomicU64,
-    pub write_bytes: AtomicU64,
-    pub forwards: AtomicU64,
-    pub resync_chunks: AtomicU64,
-    pub checksum_errors: AtomicU64,
+macro_rules! counters {
+    ($($name:ident),* $(,)?) => {
+        /// Counters shown in the status, all since the start of the process.
+        #[derive(Default)]
+        pub(crate) struct Counters {
+            $(pub $name: AtomicU64,)*
+        }
+
+        impl Counters {
+            /// All of them with their names.
+            pub fn all(&self) -> Vec<(&'static str, &AtomicU64)> {
+                vec![$((stringify!($name), &self.$name)),*]
+            }
+
+            pub fn add(counter: &AtomicU64, n: u64) {
+                counter.fetch_add(n, Ordering::Relaxed);
+            }
+        }
+    };
 }
 
-impl Counters {
-    pub fn add(counter: &AtomicU64, n: u64) {
-        counter.fetch_add(n, Ordering::Relaxed);
-    }
-}
+counters!(
+    reads,
+    read_bytes,
+    writes,
+    write_bytes,
+    forwards,
+    resync_chunks,
+    resync_bytes,
+    checksum_errors,
+    rotten_chunks,
+    repaired_chunks,
+    repaired_blocks,
+    unrepairable_blocks,
+    scrubbed_chunks,
+    scrubbed_bytes,
+);
 
 /// Shared state of one engine. Thread-safe.
 pub(crate) struct Core {
@@ -58,6 +81,11 @@ pub(crate) struct Core {
     pub pool: BufferPool,
     pub options: StoreOptions,
     pub counters: Counters,
+    pub healing: Healing,
+    pub foreground: Foreground,
+    /// Raised to begin a scrub of every target.
+    pub scrub_now: tokio::sync::watch::Sender<u64>,
+    disk_states: Mutex<BTreeMap<Vec<u8>, Arc<DiskState>>>,
     handle: Handle,
     routing: RwLock<Arc<RoutingState>>,
     /// Held while routing is taken over, so that targets see versions in order.
@@ -73,6 +101,7 @@ impl Core {
         peers: Peers,
         pool: BufferPool,
         options: StoreOptions,
+        healing: Healing,
         handle: Handle,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -82,6 +111,10 @@ impl Core {
             pool,
             options,
             counters: Counters::default(),
+            healing,
+            foreground: Foreground::default(),
+            scrub_now: tokio::sync::watch::Sender::new(0),
+            disk_states: Mutex::default(),
             handle,
             routing: RwLock::default(),
             applying: Mutex::default(),
@@ -168,7 +201,8 @@ impl Core {
                 let version = self.routing().chain(chain_id).map_or(0, |c| c.version);
                 // A new target of a new chain has everything there is. Any other one waits until routing shows that
                 // the manager has seen this start.
-                self.enter(Target::new(target_id, chain_id, store, self.clone(), created && version == 1));
+                let upkeep = Upkeep::new(self.disk_state(disk_uuid));
+                self.enter(Target::new(target_id, chain_id, store, self.clone(), upkeep, created && version == 1));
             }
             Err(error) => {
                 tracing::error!(target_id, "cannot open the target: {error}");
@@ -207,9 +241,18 @@ impl Core {
 
     /// Make a target known that has just begun to live. The caller holds `applying`.
     fn enter(&self, target: Arc<Target>) {
+        if self.healing.scrub_bytes_per_s > 0 {
+            self.spawn(target.clone().scrub());
+        }
         target.drive(Event::Lease { serve_until_ns: self.serve_until_ns.load(Ordering::SeqCst) });
         target.reroute();
         self.targets.write().insert(target.id, Slot::Open(target));
+    }
+
+    fn disk_state(&self, uuid: &[u8]) -> Arc<DiskState> {
+        let pace = || Pace::new(self.healing.scrub_bytes_per_s);
+        let mut states = self.disk_states.lock();
+        states.entry(uuid.to_vec()).or_insert_with(|| Arc::new(DiskState { scrub_pace: pace() })).clone()
     }
 
     fn open_store(&self, target_id: u64, disk_uuid: &[u8]) -> Result<(Arc<TargetStore>, bool)> {

@@ -62,7 +62,8 @@ impl TargetDisks for Disks {
     fn space(&self) -> Vec<Space> {
         let space = |(d, _): &(DiskConfig, Result<()>)| {
             let (capacity_bytes, free_bytes) = statvfs(&d.path)?;
-            Some(Space { uuid: d.uuid.to_vec().into(), capacity_bytes, free_bytes })
+            let path = d.path.display().to_string();
+            Some(Space { uuid: d.uuid.to_vec().into(), capacity_bytes, free_bytes, path, ..Space::default() })
         };
         self.disks.iter().filter_map(space).collect()
     }

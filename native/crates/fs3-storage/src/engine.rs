@@ -7,8 +7,7 @@ use std::time::Duration;
 use fs3_core::{BufferPool, Code, Error, Result};
 use fs3_io::{ReadCache, StoreOptions, TargetStore};
 use fs3_net::{Hello, HelloPolicy, Peers, Server};
-use fs3_proto::v1::engine_status::TargetStatus;
-use fs3_proto::v1::{EngineStatus, LocalState, Role, Routing};
+use fs3_proto::v1::{EngineStatus, Role, Routing};
 use parking_lot::Mutex;
 use prost::Message;
 
@@ -53,6 +52,29 @@ pub struct EngineConfig {
     pub read_cache_bytes: usize,
     /// Every write survives power loss before it is acknowledged.
     pub durable_writes: bool,
+    /// Work behind the clients' requests.
+    pub healing: Healing,
+}
+
+/// How much a node does to stay sound.
+#[derive(Clone, Copy, Debug)]
+pub struct Healing {
+    /// Bytes per second that the scrub reads from each disk at most; 0: no scrub.
+    pub scrub_bytes_per_s: u64,
+    /// From the begin of a scrub of a target to the begin of its next one.
+    pub scrub_interval: Duration,
+    /// Bytes per second that the node sends at most to bring other replicas up to date; 0: no limit.
+    pub resync_bytes_per_s: u64,
+}
+
+impl Default for Healing {
+    fn default() -> Self {
+        Self {
+            scrub_bytes_per_s: 16 << 20,
+            scrub_interval: Duration::from_secs(24 * 3600),
+            resync_bytes_per_s: 256 << 20,
+        }
+    }
 }
 
 /// A running storage service. Thread-safe; methods may block for short times and must not be called from the
@@ -112,6 +134,7 @@ impl StorageEngine {
             Peers::new(hello, CONNECTIONS_PER_PEER),
             pool,
             options,
+            config.healing,
             fs3_rt::Handle::current(),
         );
         let policy = HelloPolicy {
@@ -166,27 +189,7 @@ impl StorageEngine {
 
     /// What to report to the manager.
     pub fn status(&self) -> EngineStatus {
-        let counters = &self.core.counters;
-        let count = |c: &std::sync::atomic::AtomicU64| c.load(std::sync::atomic::Ordering::Relaxed);
-        let (payload_bytes, _) = self.core.pool.usage();
-        EngineStatus {
-            targets: self.core.slots().into_iter().map(|(id, slot)| self.target_status(id, slot)).collect(),
-            disks: self.core.disks.space(),
-            routing_version: self.core.routing().version,
-            counters: [
-                ("reads", count(&counters.reads)),
-                ("read_bytes", count(&counters.read_bytes)),
-                ("writes", count(&counters.writes)),
-                ("write_bytes", count(&counters.write_bytes)),
-                ("forwards", count(&counters.forwards)),
-                ("resync_chunks", count(&counters.resync_chunks)),
-                ("checksum_errors", count(&counters.checksum_errors)),
-                ("payload_bytes_held", payload_bytes as u64),
-            ]
-            .into_iter()
-            .map(|(name, n)| (name.to_owned(), n))
-            .collect(),
-        }
+        self.core.status()
     }
 
     /// End serving: running requests get a few seconds, then the stores are synced and closed. Blocking. A second call
@@ -207,43 +210,6 @@ impl StorageEngine {
         });
         runtime.shutdown_timeout(STOP_PATIENCE);
         self.core.clear();
-    }
-
-    fn target_status(&self, target_id: u64, slot: Slot) -> TargetStatus {
-        match slot {
-            // Nothing is known yet, so nothing is said: the manager keeps what it assumes of the target.
-            Slot::Opening { chain_id } => TargetStatus {
-                target_id,
-                chain_id,
-                local_state: LocalState::Unspecified as u32,
-                error: "opening".into(),
-                ..Default::default()
-            },
-            Slot::Failed { chain_id, error } => TargetStatus {
-                target_id,
-                chain_id,
-                local_state: LocalState::Offline as u32,
-                error,
-                ..Default::default()
-            },
-            Slot::Open(target) => {
-                let (state, error) = target.local_state();
-                let life = target.life.lock();
-                let (resync_done_chunks, resync_total_chunks) = (life.resync_done_chunks, life.resync_total_chunks);
-                drop(life);
-                TargetStatus {
-                    target_id,
-                    chain_id: target.chain_id,
-                    local_state: state as u32,
-                    chain_version: target.view().chain_version,
-                    used_bytes: target.store.used_bytes(),
-                    chunks: target.store.chunks(),
-                    resync_done_chunks,
-                    resync_total_chunks,
-                    error: error.unwrap_or_default(),
-                }
-            }
-        }
     }
 }
 

@@ -126,12 +126,25 @@ impl Target {
         request: impl Message,
         payload: Vec<Region>,
     ) -> Result<Reply> {
+        let timeout = Duration::from_millis(FORWARD_TIMEOUT_MS);
+        self.call_into(to, method, request, payload, Sink::none(), timeout).await
+    }
+
+    /// As [`Target::call`], with memory for the payload of the answer.
+    pub(crate) async fn call_into(
+        &self,
+        to: TargetId,
+        method: Method,
+        request: impl Message,
+        payload: Vec<Region>,
+        sink: Sink,
+        timeout: Duration,
+    ) -> Result<Reply> {
         let routing = self.core.routing();
         let address = routing.address(to).ok_or_else(|| {
             Error::new(Code::Unavailable, format!("the routing has no address of target {to}'s node"))
         })?;
-        let timeout = Duration::from_millis(FORWARD_TIMEOUT_MS);
-        self.core.peers.call(address, method, request, payload, Sink::none(), timeout).await
+        self.core.peers.call(address, method, request, payload, sink, timeout).await
     }
 }
 

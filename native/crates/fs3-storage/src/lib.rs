@@ -10,14 +10,19 @@ mod disks;
 mod engine;
 mod forward;
 mod methods;
+mod pace;
+mod repair;
 mod resync;
 mod routing;
+mod scrub;
 mod service;
+mod status;
 mod target;
+mod upkeep;
 mod view;
 
 pub use disks::TargetDisks;
-pub use engine::{DiskConfig, EngineConfig, StorageEngine};
+pub use engine::{DiskConfig, EngineConfig, Healing, StorageEngine};
 
 /// Bytes of payload buffers a process holds at most; beyond it requests are refused with `Busy`.
 pub const PAYLOAD_BYTES_HELD_MAX: usize = 512 << 20;
@@ -29,6 +34,21 @@ pub const RESYNC_CHUNKS_IN_FLIGHT_MAX: usize = 8;
 pub const RESYNC_RETRY_MS: u64 = 200;
 /// How long one forward may take before it is sent again, milliseconds.
 pub const FORWARD_TIMEOUT_MS: u64 = 5_000;
+/// Rotten chunks of one target that wait for their repair; more are found again by the next scrub.
+pub const REPAIRS_WAITING_MAX: usize = 4096;
+/// Blocks of 4 KiB asked of another replica at once.
+pub const REPAIR_BLOCKS_PER_REQUEST: usize = 256;
+/// Pause before repairs that could not be made yet are tried again, milliseconds.
+pub const REPAIR_RETRY_MS: u64 = 500;
+/// A chunk of which no replica had good bytes is tried again at the earliest after this, milliseconds; sooner when its
+/// chain changes.
+pub const DAMAGED_RETRY_MS: u64 = 30_000;
+/// Bytes a scrub reads at once.
+pub const SCRUB_PIECE_BYTES: u32 = 1 << 20;
+/// How long a scrub waits before each piece while clients are being served, milliseconds.
+pub const SCRUB_YIELD_MS: u64 = 250;
+/// The first scrub of a target begins at the latest this long after the start, milliseconds.
+pub const SCRUB_FIRST_MS_MAX: u64 = 600_000;
 /// Operations of one read request.
 pub const READ_OPS_MAX: usize = 4096;
 /// Chunks listed by one request.

@@ -29,6 +29,8 @@ impl Service for StorageService {
             Method::StorageSpace => Ok(methods::query::space(core)),
             Method::StorageListChunks => methods::query::list_chunks(core, &request),
             Method::StorageResyncDone => methods::query::resync_done(core, &request),
+            Method::StorageStatus => Ok(Response::new(&core.status())),
+            Method::StorageScrub => Ok(methods::query::scrub(core)),
             other => {
                 let message = format!("a storage node does not serve {}", other.as_str_name());
                 Err(Error::new(Code::Unimplemented, message))

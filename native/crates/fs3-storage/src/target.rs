@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use crate::content::Job;
 use crate::core::Core;
+use crate::upkeep::Upkeep;
 use crate::view::StoreView;
 
 /// A target whose store is open. Thread-safe.
@@ -25,6 +26,7 @@ pub(crate) struct Target {
     pub chain_id: u32,
     pub store: Arc<TargetStore>,
     pub core: Arc<Core>,
+    pub upkeep: Arc<Upkeep>,
     /// Number of this life of the target within the process, from 1.
     pub lives: u32,
     machine: Mutex<Machine>,
@@ -40,6 +42,8 @@ pub(crate) struct Life {
     pub ready: bool,
     pub uptodate: bool,
     pub error: Option<String>,
+    /// The last error that may take the target offline, and where.
+    noted: Option<(ChunkId, String)>,
     /// Why the life before ended, if that was in this process.
     pub former_error: Option<String>,
     pub resync_done_chunks: u64,
@@ -55,11 +59,26 @@ struct Machine {
 }
 
 impl Target {
-    pub fn new(id: u64, chain_id: u32, store: Arc<TargetStore>, core: Arc<Core>, ready: bool) -> Arc<Self> {
-        Self::begin(id, chain_id, store, core, 1, Life { ready, ..Life::default() })
+    pub fn new(
+        id: u64,
+        chain_id: u32,
+        store: Arc<TargetStore>,
+        core: Arc<Core>,
+        upkeep: Arc<Upkeep>,
+        ready: bool,
+    ) -> Arc<Self> {
+        Self::begin(id, chain_id, store, core, upkeep, 1, Life { ready, ..Life::default() })
     }
 
-    fn begin(id: u64, chain_id: u32, store: Arc<TargetStore>, core: Arc<Core>, lives: u32, life: Life) -> Arc<Self> {
+    fn begin(
+        id: u64,
+        chain_id: u32,
+        store: Arc<TargetStore>,
+        core: Arc<Core>,
+        upkeep: Arc<Upkeep>,
+        lives: u32,
+        life: Life,
+    ) -> Arc<Self> {
         let machine = Machine {
             replica: Replica::new(Config::default()),
             jobs: BTreeMap::new(),
@@ -68,14 +87,15 @@ impl Target {
             next_request: 1,
         };
         let (machine, life, changing) = (Mutex::new(machine), Mutex::new(life), Arc::default());
-        Arc::new(Self { id, chain_id, store, core, lives, machine, life, changing })
+        Arc::new(Self { id, chain_id, store, core, upkeep, lives, machine, life, changing })
     }
 
     /// The target after it gave up: it takes part again once the manager has seen that, like after a restart of the
     /// process. Call it when nothing changes the store any more.
     pub fn next_life(&self) -> Arc<Self> {
         let life = Life { former_error: self.life.lock().error.clone(), ..Life::default() };
-        Self::begin(self.id, self.chain_id, self.store.clone(), self.core.clone(), self.lives + 1, life)
+        let (store, core, upkeep) = (self.store.clone(), self.core.clone(), self.upkeep.clone());
+        Self::begin(self.id, self.chain_id, store, core, upkeep, self.lives + 1, life)
     }
 
     /// Whether disk work of this life is still going on.
@@ -119,6 +139,11 @@ impl Target {
                 drop(changing);
                 this.drive(Event::Aborted { op, chunk });
             }),
+            Effect::Repair { op, chunk } => self.core.spawn(async move {
+                let result = this.mend(chunk).await.map_err(|e| e.code);
+                drop(changing);
+                this.drive(Event::Repaired { op, chunk, result });
+            }),
             Effect::Forward { op, chunk, to, attempt, chain_version, version, base, content, delay_ns } => {
                 let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
                 let forward = crate::forward::Forward { to, chain_version, version, base, content };
@@ -131,6 +156,9 @@ impl Target {
                     }
                     let result = this.send_forward(&job, forward).await.map_err(|e| {
                         tracing::debug!(target_id = this.id, to = to.0, %chunk, attempt, "forward: {e}");
+                        if e.code == Code::ChecksumMismatch {
+                            this.note(chunk, &e);
+                        }
                         e.code
                     });
                     this.drive(Event::Forwarded { op, chunk, to, attempt, result });
@@ -151,7 +179,9 @@ impl Target {
             Effect::Done { op } => drop(machine.jobs.remove(&op)),
             Effect::Fatal { chunk, code } => {
                 let mut life = self.life.lock();
-                let known = life.error.get_or_insert_with(|| format!("chunk {chunk}: {code:?}"));
+                let noted = life.noted.take().filter(|(at, _)| *at == chunk).map(|(_, text)| text);
+                let known =
+                    life.error.get_or_insert_with(|| noted.unwrap_or_else(|| format!("chunk {chunk}: {code:?}")));
                 tracing::error!(target_id = self.id, "the target goes offline: {known}");
                 self.core.spawn(self.core.clone().begin_next_life(this));
             }
@@ -159,7 +189,13 @@ impl Target {
     }
 
     async fn prepare(&self, job: &Job, version: u64, chain_version: u64, content: Content) -> Result<VersionInfo> {
-        let Some((change, chunk_bytes)) = job.change(&self.store, &self.core.pool, content).await? else {
+        let change = match content {
+            Content::Fetched { from, outcome } => {
+                Some((self.fetch_updated(job, from, outcome).await?, job.chunk_bytes))
+            }
+            content => job.change(&self.store, &self.core.pool, content).await?,
+        };
+        let Some((change, chunk_bytes)) = change else {
             return Err(Error::new(Code::Internal, format!("chunk {} vanished during its repair", job.chunk)));
         };
         let writer = job.writer.map(|w| fs3_io::WriterRecord { update_version: UpdateVersion(version), ..w });
@@ -178,11 +214,13 @@ impl Target {
         Ok(info)
     }
 
-    /// Keep the text of an error that takes the target offline.
-    fn note(&self, chunk: ChunkId, error: &Error) -> Code {
+    /// Keep the text of an error that may take the target offline, and see to rot.
+    fn note(self: &Arc<Self>, chunk: ChunkId, error: &Error) -> Code {
         if matches!(error.code, Code::DiskError | Code::Internal | Code::ChecksumMismatch) {
-            let mut life = self.life.lock();
-            life.error.get_or_insert_with(|| format!("chunk {chunk}: {error}"));
+            self.life.lock().noted = Some((chunk, format!("chunk {chunk}: {error}")));
+        }
+        if error.code == Code::ChecksumMismatch && self.store.chunk(chunk).is_some_and(|meta| meta.rotten) {
+            self.found_rot(chunk);
         }
         error.code
     }
@@ -345,6 +383,7 @@ impl Target {
         tracing::info!(target_id = self.id, ?view, "chain changed");
         let (chain_version, syncs) = (view.chain_version, view.successors.iter().any(|s| s.syncing));
         self.drive(Event::Routing(view));
+        self.retry_repairs();
         if syncs {
             self.core.spawn(self.clone().resync(chain_version));
         }

@@ -8,11 +8,11 @@ use fs3_io::ChunkMeta;
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{
     ChunkInfo, ListChunksRequest, ListChunksResponse, Method, QueryLastRequest, QueryLastResponse, ResyncDoneRequest,
-    ResyncDoneResponse, SpaceResponse, SyncChainRequest, SyncChainResponse,
+    ResyncDoneResponse, ScrubResponse, SpaceResponse, SyncChainRequest, SyncChainResponse,
 };
 
 use crate::LIST_CHUNKS_MAX;
-use crate::core::Core;
+use crate::core::{Core, Slot};
 use crate::service::{check_replica, decode};
 use crate::target::Target;
 
@@ -62,6 +62,13 @@ async fn forward_sync(target: &Target, chain_version: u64) -> Result<()> {
 /// Capacity of the node's disks.
 pub(crate) fn space(core: &Core) -> Response {
     Response::new(&SpaceResponse { disks: core.disks.space() })
+}
+
+/// Begin a scrub of every target now.
+pub(crate) fn scrub(core: &Core) -> Response {
+    core.scrub_now.send_modify(|times| *times += 1);
+    let targets = core.slots().into_values().filter(|slot| matches!(slot, Slot::Open(_))).count() as u32;
+    Response::new(&ScrubResponse { targets })
 }
 
 /// Metadata of a target's chunks, for resync and audits. Serves without lease: it shows what is on the disk.

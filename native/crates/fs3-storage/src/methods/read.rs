@@ -9,7 +9,7 @@ use fs3_rt::Instant;
 
 use crate::READ_OPS_MAX;
 use crate::core::{Core, Counters};
-use crate::service::decode;
+use crate::service::{check_replica, decode};
 use crate::target::Target;
 
 /// A frame's payload limit, shared by the ops of one request.
@@ -25,6 +25,11 @@ pub(crate) async fn read(core: &Arc<Core>, request: Request) -> Result<Response>
         let message = format!("a read of {} ops and {bytes} bytes is too much for one request", message.ops.len());
         return Err(Error::new(Code::InvalidArgument, message));
     }
+    if message.repair {
+        check_replica(&request)?;
+        return Ok(read_as_stored(core, message.ops).await);
+    }
+    let _busy = core.foreground.enter();
     let mut ready: Vec<Option<Outcome>> = message.ops.iter().map(|op| read_now(core, op)).collect();
     let mut waiting = Vec::new();
     for (at, op) in message.ops.into_iter().enumerate() {
@@ -37,7 +42,9 @@ pub(crate) async fn read(core: &Arc<Core>, request: Request) -> Result<Response>
         let failed = |_| Err(Error::new(Code::Internal, "a read failed; see the service's log"));
         ready[at] = Some(task.await.unwrap_or_else(failed));
     }
-    Ok(respond(core, ready.into_iter().flatten().collect()))
+    // The lease may have ended during the read.
+    let checked = |outcome: Outcome| outcome.and_then(|(target, out)| target.check_reply().map(|()| out));
+    Ok(respond(core, ready.into_iter().flatten().map(checked).collect()))
 }
 
 /// The answer if nobody and no disk has to be waited for.
@@ -56,8 +63,29 @@ fn read_now(core: &Arc<Core>, op: &ReadOp) -> Option<Outcome> {
 async fn read_later(core: &Arc<Core>, op: &ReadOp, deadline: Instant) -> Outcome {
     let (target, chunk) = locate(core, op)?;
     target.admit_read(chunk, op.chain_version, deadline).await?;
-    let out = target.store.read(chunk, op.offset, op.length).await?;
+    let out = read_stored(&target, chunk, op).await?;
     Ok((target, out))
+}
+
+async fn read_stored(target: &Arc<Target>, chunk: ChunkId, op: &ReadOp) -> Result<ReadOut> {
+    let read = target.store.read(chunk, op.offset, op.length).await;
+    if read.as_ref().is_err_and(|e| e.code == Code::ChecksumMismatch) {
+        Counters::add(&target.core.counters.checksum_errors, 1);
+        target.found_rot(chunk);
+    }
+    read
+}
+
+/// For a replica that repairs its own copy and checks what it gets: no lease, no chain version, no waiting.
+async fn read_as_stored(core: &Core, ops: Vec<ReadOp>) -> Response {
+    let mut outcomes = Vec::with_capacity(ops.len());
+    for op in ops {
+        outcomes.push(match locate(core, &op) {
+            Ok((target, chunk)) => read_stored(&target, chunk, &op).await,
+            Err(error) => Err(error),
+        });
+    }
+    respond(core, outcomes)
 }
 
 fn locate(core: &Core, op: &ReadOp) -> Result<(Arc<Target>, ChunkId)> {
@@ -65,12 +93,10 @@ fn locate(core: &Core, op: &ReadOp) -> Result<(Arc<Target>, ChunkId)> {
     Ok((target, super::write::chunk_id(&op.chunk_id)?))
 }
 
-fn respond(core: &Core, outcomes: Vec<Outcome>) -> Response {
+fn respond(core: &Core, outcomes: Vec<Result<ReadOut>>) -> Response {
     let mut response = ReadResponse { results: Vec::with_capacity(outcomes.len()), ..ReadResponse::default() };
     let mut payload = Vec::new();
     for outcome in outcomes {
-        // The lease may have ended during the read.
-        let outcome = outcome.and_then(|(target, out)| target.check_reply().map(|()| out));
         response.results.push(match outcome {
             Ok(out) => {
                 Counters::add(&core.counters.reads, 1);
@@ -84,12 +110,7 @@ fn respond(core: &Core, outcomes: Vec<Outcome>) -> Response {
                     message: String::new(),
                 }
             }
-            Err(error) => {
-                if error.code == Code::ChecksumMismatch {
-                    Counters::add(&core.counters.checksum_errors, 1);
-                }
-                ReadResult { code: error.code as u32, message: error.to_string(), ..ReadResult::default() }
-            }
+            Err(error) => ReadResult { code: error.code as u32, message: error.to_string(), ..ReadResult::default() },
         });
     }
     response.routing_version = core.routing().version;

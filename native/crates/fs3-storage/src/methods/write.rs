@@ -54,6 +54,7 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
         }
         false => Origin::Client,
     };
+    let _busy = core.foreground.enter();
     let outcome = target.update(job, Kind::Write, message.chain_version, origin, request.deadline).await?;
     Ok(answer(core, outcome))
 }

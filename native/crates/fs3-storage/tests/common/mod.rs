@@ -1,5 +1,7 @@
 //! Three storage engines in one process, and a client of their frame protocol.
+#![allow(dead_code)]
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -7,7 +9,7 @@ use fs3_core::{ChunkId, Code, Error, InodeId, Region, RegionMut, Result, crc_blo
 use fs3_net::{Hello, Peers, Sink};
 use fs3_proto::v1::engine_status::TargetStatus;
 use fs3_proto::v1::*;
-use fs3_storage::{DiskConfig, EngineConfig, StorageEngine};
+use fs3_storage::{DiskConfig, EngineConfig, Healing, StorageEngine};
 use prost::Message;
 use tempfile::TempDir;
 
@@ -91,6 +93,7 @@ impl Cluster {
             disks: vec![DiskConfig { path: self.dir(node).to_owned(), uuid: [node as u8 + 1; 16] }],
             read_cache_bytes: 1 << 20,
             durable_writes: false,
+            healing: Healing::default(),
         })
         .unwrap();
         engine.renew_lease(self.serve_until_ns);
@@ -215,7 +218,7 @@ impl Cluster {
             Ok(response.results.iter().map(|r| r.length as usize).collect())
         };
         let sink = Sink { windows: vec![RegionMut::zeroed(length as usize)], lengths };
-        let request = ReadRequest { ops: vec![op] };
+        let request = ReadRequest { ops: vec![op], repair: false };
         let address = self.address(node);
         let call = self.client.call(&address, Method::StorageRead, request, Vec::new(), sink, TIMEOUT);
         let reply = self.runtime.block_on(call)?;
@@ -290,4 +293,23 @@ pub fn code_of<T>(result: Result<T>) -> Code {
         Ok(_) => panic!("it was not refused"),
         Err(e) => e.code,
     }
+}
+
+/// Invert the byte after every place in the data files under `dir` that hold `pattern`; returns how many there are.
+pub fn flip(dir: &Path, pattern: &[u8]) -> usize {
+    let mut flipped = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            flipped += flip(&path, pattern);
+            continue;
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        for at in (0..bytes.len().saturating_sub(pattern.len())).filter(|at| bytes[*at..].starts_with(pattern)) {
+            let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+            file.write_all_at(&[!bytes[at]], at as u64).unwrap();
+            flipped += 1;
+        }
+    }
+    flipped
 }

@@ -1,0 +1,63 @@
+//! What a node says of itself.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use fs3_proto::v1::engine_status::TargetStatus;
+use fs3_proto::v1::{EngineStatus, LocalState};
+
+use crate::core::{Core, Slot};
+use crate::target::Target;
+
+impl Core {
+    /// Targets, disks and counters as they are now.
+    pub fn status(&self) -> EngineStatus {
+        let (payload_bytes, _) = self.pool.usage();
+        let mut counters: Vec<(&str, u64)> =
+            self.counters.all().into_iter().map(|(name, n)| (name, n.load(Ordering::Relaxed))).collect();
+        counters.push(("payload_bytes_held", payload_bytes as u64));
+        EngineStatus {
+            targets: self.slots().into_iter().map(|(id, slot)| slot_status(id, slot)).collect(),
+            disks: self.disks.space(),
+            routing_version: self.routing().version,
+            counters: counters.into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+        }
+    }
+}
+
+fn slot_status(target_id: u64, slot: Slot) -> TargetStatus {
+    let closed = |chain_id, state: LocalState, error| TargetStatus {
+        target_id,
+        chain_id,
+        local_state: state as u32,
+        error,
+        ..TargetStatus::default()
+    };
+    match slot {
+        // Nothing is known yet, so nothing is said: the manager keeps what it assumes of the target.
+        Slot::Opening { chain_id } => closed(chain_id, LocalState::Unspecified, "opening".into()),
+        Slot::Failed { chain_id, error } => closed(chain_id, LocalState::Offline, error),
+        Slot::Open(target) => target_status(&target),
+    }
+}
+
+fn target_status(target: &Arc<Target>) -> TargetStatus {
+    let (state, error) = target.local_state();
+    let life = target.life.lock();
+    let (resync_done_chunks, resync_total_chunks) = (life.resync_done_chunks, life.resync_total_chunks);
+    drop(life);
+    let mut status = TargetStatus {
+        target_id: target.id,
+        chain_id: target.chain_id,
+        local_state: state as u32,
+        chain_version: target.view().chain_version,
+        used_bytes: target.store.used_bytes(),
+        chunks: target.store.chunks(),
+        resync_done_chunks,
+        resync_total_chunks,
+        error: error.unwrap_or_default(),
+        ..TargetStatus::default()
+    };
+    target.upkeep.describe(&mut status, |id| target.store.chunk(id).is_some_and(|meta| meta.rotten));
+    status
+}
