@@ -111,7 +111,8 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
     let view = inner.view();
     let address = view.address(source.node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
     let sink = Sink { windows, lengths };
-    let call = inner.wire.transfer(address, Method::StorageRead, ReadRequest { ops, repair: false }, Vec::new(), sink, until);
+    let call =
+        inner.wire.transfer(address, Method::StorageRead, ReadRequest { ops, repair: false }, Vec::new(), sink, until);
     let reply = call.await.inspect_err(|error| {
         if error.code == Code::Timeout {
             inner.latencies.unanswered(source.disk, bytes, started.elapsed(), Instant::now());

@@ -102,7 +102,7 @@ impl TargetStore {
     fn repair_blocking(&self, id: ChunkId, wanted: UpdateVersion, blocks: &[(u32, Vec<u8>)]) -> Result<()> {
         self.check_usable()?;
         let found = {
-            let table = self.table.lock();
+            let mut table = self.table.lock();
             table.get(id).filter(|c| c.pending.is_none()).and_then(|c| c.committed.clone())
         };
         let version = found

@@ -44,8 +44,12 @@ impl TargetDisks for Mounted {
     fn space(&self) -> Vec<Space> {
         let mut uuids: Vec<Vec<u8>> = self.0.disks.lock().keys().map(|(uuid, _)| uuid.clone()).collect();
         uuids.dedup();
-        let space =
-            |uuid: Vec<u8>| Space { uuid: uuid.into(), capacity_bytes: CAPACITY_BYTES, free_bytes: CAPACITY_BYTES };
+        let space = |uuid: Vec<u8>| Space {
+            uuid: uuid.into(),
+            capacity_bytes: CAPACITY_BYTES,
+            free_bytes: CAPACITY_BYTES,
+            ..Space::default()
+        };
         uuids.into_iter().map(space).collect()
     }
 }

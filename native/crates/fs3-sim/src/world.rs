@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fs3_core::{Code, Error, Result};
 use fs3_net::sim::Net;
 use fs3_proto::v1::Routing;
 use fs3_rt::sim::{Process, Simulator};
-use fs3_storage::{EngineConfig, StorageEngine};
+use fs3_storage::{EngineConfig, Healing, StorageEngine};
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::watch;
@@ -24,6 +25,8 @@ use crate::options::Options;
 /// How long the checks at the end may take, virtual nanoseconds.
 const CHECK_NS_MAX: u64 = 300_000_000_000;
 
+/// From one scrub of a target to the next.
+const SCRUB_INTERVAL: Duration = Duration::from_secs(10);
 /// Operations told in a trace.
 const TRACE_MAX: usize = 200;
 
@@ -96,7 +99,9 @@ impl World {
     /// # Errors
     /// `Unavailable` when the node has no process or has an engine already.
     pub fn start_engine(&self, node: u32, config: EngineConfig) -> Result<u16> {
-        let config = EngineConfig { durable_writes: self.options.durable_writes, ..config };
+        // The interesting bugs of a scrub are those of many of them.
+        let healing = Healing { scrub_interval: SCRUB_INTERVAL, ..config.healing };
+        let config = EngineConfig { durable_writes: self.options.durable_writes, healing, ..config };
         self.nodes.start_engine(node, config)
     }
 

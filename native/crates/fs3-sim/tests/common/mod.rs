@@ -6,7 +6,7 @@ use fs3_proto::v1::{
     Chain, ChainTable, ChainTarget, EngineStatus, LocalState, Node, NodeStatus, PublicState, Routing, Target,
 };
 use fs3_sim::{HappeningKind, World};
-use fs3_storage::EngineConfig;
+use fs3_storage::{EngineConfig, Healing};
 use prost::Message;
 
 pub const CLUSTER: &str = "simulated";
@@ -316,5 +316,6 @@ fn config(node: usize) -> EngineConfig {
         disks: Vec::new(),
         read_cache_bytes: 1 << 20,
         durable_writes: false,
+        healing: Healing::default(),
     }
 }
