@@ -319,7 +319,10 @@ impl Simulator {
         let mut state = self.0.state.lock();
         let state = &mut *state;
         loop {
-            state.ready.append(&mut self.0.woken.lock());
+            // Sorted: `tokio::sync::watch` wakes those that wait in an order of its own.
+            let mut woken = std::mem::take(&mut *self.0.woken.lock());
+            woken.sort_unstable();
+            state.ready.append(&mut woken);
             let at = match state.ready.len() {
                 0 => return None,
                 1 => 0,

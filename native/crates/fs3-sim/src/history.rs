@@ -17,7 +17,7 @@ pub enum Outcome {
 }
 
 /// Bytes `offset..offset + length` of a chunk, all of one value; 0 where nothing was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Run {
     /// First byte.
     pub offset: u32,
@@ -56,11 +56,23 @@ pub enum Kind {
     },
     /// Remove the chunk: all of it reads as zeros afterwards.
     Remove,
-    /// Everything acknowledged before survives power loss. Not about one chunk: `chunk` names the chain's.
+    /// Everything acknowledged on this chunk before survives power loss. A sync that covers several chunks is one
+    /// operation on each.
     Sync,
 }
 
-/// One operation of one client.
+/// Something that befell all replicas of a chain at once, so that more is lost than one replica's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// Their processes ended: of each chunk the last update may be gone if it was not acknowledged, even though it was
+    /// read (replicas prepare and forward at the same time).
+    Processes,
+    /// They lost power without durable writes: what was not synced may be gone.
+    Power,
+}
+
+/// One operation of one client. Every attempt that may take effect by itself is an operation of its own; a write repeated
+/// under one identity is one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Operation {
     /// The client. A client may have several operations under way.
@@ -83,6 +95,7 @@ pub struct Operation {
 #[derive(Clone, Debug, Default)]
 pub struct History {
     operations: Vec<Operation>,
+    losses: Vec<(u64, Loss)>,
 }
 
 impl History {
@@ -107,12 +120,27 @@ impl History {
         operation.returned_ns = Some(now_ns);
     }
 
+    /// The service named the version that operation `number` created or read.
+    pub fn set_version(&mut self, number: usize, version: u64) {
+        self.operations[number].version = Some(version);
+    }
+
     /// Read `number` ended well and saw `bytes`.
     pub fn complete_read(&mut self, number: usize, bytes: &[u8], now_ns: u64) {
         if let Kind::Read { offset, seen, .. } = &mut self.operations[number].kind {
             *seen = runs_of(*offset, bytes);
         }
         self.complete(number, Outcome::Ok, now_ns);
+    }
+
+    /// All replicas failed together at this time.
+    pub fn lose(&mut self, now_ns: u64, loss: Loss) {
+        self.losses.push((now_ns, loss));
+    }
+
+    /// Times and kinds of losses in order of time.
+    pub fn losses(&self) -> &[(u64, Loss)] {
+        &self.losses
     }
 
     /// The operations.

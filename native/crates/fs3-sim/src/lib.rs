@@ -6,6 +6,12 @@
 
 mod audit;
 mod chaos;
+mod check;
+mod check_order;
+mod check_registers;
+mod check_search;
+#[cfg(test)]
+mod check_tests;
 mod control;
 mod disks;
 mod history;
@@ -16,7 +22,8 @@ mod nodes;
 mod options;
 mod world;
 
-pub use history::{History, Kind, Operation, Outcome, Run, TORN, VALUE_BYTES, bytes_of, runs_of};
+pub use check::{Property, Violation, check};
+pub use history::{History, Kind, Loss, Operation, Outcome, Run, TORN, VALUE_BYTES, bytes_of, runs_of};
 pub use nodes::{Happening, HappeningKind};
 pub use options::Options;
 pub use world::World;

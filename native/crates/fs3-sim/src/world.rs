@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::audit;
 use crate::chaos::Chaos;
+use crate::check::check;
 use crate::history::History;
 use crate::load::Load;
 use crate::meta::{Meta, Published};
@@ -183,7 +184,11 @@ impl World {
         }
         self.finish(audit::replicas_agree(self.nodes.clone(), routing))??;
         let load = self.load.clone();
-        self.finish(load.read_all())?.map_err(|e| format!("after healing a read failed: {e}"))
+        self.finish(load.read_all())?.map_err(|e| format!("after healing a read failed: {e}"))?;
+        match self.with_history(check) {
+            None => Ok(()),
+            Some(violation) => Err(violation.to_string()),
+        }
     }
 
     /// Run a task to its end.

@@ -108,7 +108,7 @@ impl Target {
             inode: job.chunk.inode,
             first_index: job.chunk.index,
             last_index: job.chunk.index,
-            writer: None,
+            writer: writer_id(job),
             forwarded: true,
             update_version: forward.version,
             base_version: forward.base,

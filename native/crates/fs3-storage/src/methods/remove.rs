@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use fs3_chain::{Kind, Origin};
 use fs3_core::{ChunkId, Code, Error, Result};
+use fs3_io::WriterRecord;
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{RemoveRequest, RemoveResponse};
 use fs3_rt::JoinSet;
@@ -20,7 +21,8 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
         check_replica(&request)?;
         let chunk = ChunkId { space: message.space, inode: message.inode, index: message.first_index };
         let origin = Origin::Forward { version: message.update_version, base: message.base_version, replace: false };
-        let outcome = target.update(job(chunk), Kind::Remove, message.chain_version, origin, request.deadline).await?;
+        let job = job(chunk, super::write::writer(message.writer.as_ref())?);
+        let outcome = target.update(job, Kind::Remove, message.chain_version, origin, request.deadline).await?;
         let update_version = outcome.update_version;
         return Ok(Response::new(&RemoveResponse { removed_chunks: 1, routing_version, update_version }));
     }
@@ -28,6 +30,7 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
     if !target.view().head {
         return Err(target.error(Code::NotServing, "only the head of a chain removes chunks".into()));
     }
+    let writer = super::write::writer(message.writer.as_ref())?;
     let chunks = target.store.inode_chunks(message.space, message.inode, message.first_index, message.last_index);
     let live = |m: &fs3_io::ChunkMeta| m.pending.is_some() || m.committed.as_ref().is_some_and(|c| !c.removed);
     let mut left = chunks.into_iter().filter(|(_, meta)| live(meta)).map(|(id, _)| id);
@@ -38,7 +41,7 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
             let Some(chunk) = left.next() else { break };
             let (target, deadline, chain_version) = (target.clone(), request.deadline, message.chain_version);
             running.spawn(async move {
-                target.update(job(chunk), Kind::Remove, chain_version, Origin::Client, deadline).await.map(drop)
+                target.update(job(chunk, writer), Kind::Remove, chain_version, Origin::Client, deadline).await.map(drop)
             });
         }
         match running.join_next().await {
@@ -52,6 +55,7 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
     Ok(Response::new(&RemoveResponse { removed_chunks, routing_version, update_version: 0 }))
 }
 
-fn job(chunk: ChunkId) -> Job {
-    Job { chunk, chunk_bytes: 0, body: Body::Remove, writer: None, durable: false }
+/// One writer for all chunks of a request: each chunk keeps its own records.
+fn job(chunk: ChunkId, writer: Option<WriterRecord>) -> Job {
+    Job { chunk, chunk_bytes: 0, body: Body::Remove, writer, durable: false }
 }

@@ -131,7 +131,7 @@ pub(crate) fn chunk_id(bytes: &[u8]) -> Result<ChunkId> {
     ChunkId::from_bytes(bytes).ok_or_else(|| invalid("a chunk id has 16 bytes"))
 }
 
-fn writer(id: Option<&WriterId>) -> Result<Option<WriterRecord>> {
+pub(crate) fn writer(id: Option<&WriterId>) -> Result<Option<WriterRecord>> {
     let Some(id) = id else { return Ok(None) };
     let client = <[u8; 16]>::try_from(&id.client_id[..]).map_err(|_| invalid("a client id has 16 bytes"))?;
     let time_ms = fs3_rt::wall_ns() / 1_000_000;
