@@ -28,7 +28,7 @@ impl Service for StorageService {
             Method::StorageSync => methods::query::sync(core, request).await,
             Method::StorageSpace => Ok(methods::query::space(core)),
             Method::StorageListChunks => methods::query::list_chunks(core, &request),
-            Method::StorageResyncDone => methods::query::resync_done(core, &request),
+            Method::StorageResyncDone => methods::query::resync_done(core, request).await,
             Method::StorageStatus => Ok(Response::new(&core.status())),
             Method::StorageScrub => Ok(methods::query::scrub(core)),
             other => {

@@ -287,6 +287,24 @@ fn writes_during_a_resync_reach_the_syncing_replica() {
 }
 
 #[test]
+fn a_sync_does_not_leave_out_a_replica_that_is_about_to_serve() {
+    let mut c = Cluster::start();
+    c.write(0, chunk(0), 0, b"x").unwrap();
+    let sync = |c: &Cluster| {
+        let chain_version = c.chain_version();
+        let message = SyncChainRequest { chain_id: CHAIN, chain_version, target_id: target(0), forwarded: false };
+        c.request::<SyncChainResponse>(0, Method::StorageSync, message)
+    };
+    let with = |state| [(0, PublicState::Serving), (1, PublicState::Serving), (2, state)];
+    sync(&c).unwrap();
+    c.stop_node(2);
+    c.reroute(&with(PublicState::Syncing));
+    assert!(sync(&c).is_err(), "the syncing replica is not durable");
+    c.reroute(&with(PublicState::Offline));
+    sync(&c).unwrap();
+}
+
+#[test]
 fn all_nodes_restart_and_everything_acknowledged_is_there() {
     let mut c = Cluster::start();
     for index in 0..4 {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fs3_chain::Role;
+use fs3_chain::{Role, RoutingView};
 use fs3_core::{ChunkId, Code, Error, Result};
 use fs3_io::ChunkMeta;
 use fs3_net::{Request, Response};
@@ -10,6 +10,7 @@ use fs3_proto::v1::{
     ChunkInfo, ListChunksRequest, ListChunksResponse, Method, QueryLastRequest, QueryLastResponse, ResyncDoneRequest,
     ResyncDoneResponse, ScrubResponse, SpaceResponse, SyncChainRequest, SyncChainResponse,
 };
+use fs3_rt::JoinSet;
 
 use crate::LIST_CHUNKS_MAX;
 use crate::core::{Core, Slot};
@@ -33,11 +34,12 @@ pub(crate) fn query_last(core: &Core, request: &Request) -> Result<Response> {
     Ok(Response::new(&answer))
 }
 
-/// Make everything acknowledged survive power loss, here and on every serving successor at the same time.
+/// Make everything acknowledged survive power loss, here and on every successor at the same time. Syncing ones count: such
+/// a target may serve, and be the only one that does, as soon as the manager has heard that it holds everything.
 pub(crate) async fn sync(core: &Arc<Core>, request: Request) -> Result<Response> {
     let message: SyncChainRequest = decode(&request)?;
     let target = core.target(message.target_id, message.chain_id)?;
-    target.check_serving(message.chain_version)?;
+    check_syncable(&target, &message)?;
     if message.forwarded {
         check_replica(&request)?;
     } else if !target.view().head {
@@ -47,16 +49,29 @@ pub(crate) async fn sync(core: &Arc<Core>, request: Request) -> Result<Response>
     let (local, forwarded) = tokio::join!(target.store.sync(), forward);
     local?;
     forwarded?;
-    target.check_serving(message.chain_version)?;
+    check_syncable(&target, &message)?;
     Ok(Response::new(&SyncChainResponse { routing_version: core.routing().version }))
 }
 
-async fn forward_sync(target: &Target, chain_version: u64) -> Result<()> {
-    let successor = target.view().successors.into_iter().find(|s| !s.syncing);
-    let Some(successor) = successor else { return Ok(()) };
-    let request =
-        SyncChainRequest { chain_id: target.chain_id, chain_version, target_id: successor.target.0, forwarded: true };
-    target.call(successor.target, Method::StorageSync, request, Vec::new()).await.map(drop)
+fn check_syncable(target: &Target, message: &SyncChainRequest) -> Result<()> {
+    let view = target.view();
+    if message.forwarded && view.role == Role::Syncing && view.chain_version == message.chain_version {
+        return Ok(());
+    }
+    target.check_serving(message.chain_version)
+}
+
+async fn forward_sync(target: &Arc<Target>, chain_version: u64) -> Result<()> {
+    let mut running = JoinSet::new();
+    for successor in target.view().successors {
+        let (this, to) = (target.clone(), successor.target);
+        let request = SyncChainRequest { chain_id: this.chain_id, chain_version, target_id: to.0, forwarded: true };
+        running.spawn(async move { this.call(to, Method::StorageSync, request, Vec::new()).await.map(drop) });
+    }
+    while let Some(ended) = running.join_next().await {
+        ended.map_err(|_| Error::new(Code::Internal, "a forwarded sync failed; see the log"))??;
+    }
+    Ok(())
 }
 
 /// Capacity of the node's disks.
@@ -123,19 +138,27 @@ pub(crate) fn info(id: ChunkId, meta: &ChunkMeta) -> Option<ChunkInfo> {
     })
 }
 
-/// The predecessor says that this syncing target holds everything.
-pub(crate) fn resync_done(core: &Core, request: &Request) -> Result<Response> {
-    let message: ResyncDoneRequest = decode(request)?;
-    check_replica(request)?;
+/// The predecessor says that this syncing target holds everything. Much of it was durable elsewhere before it came, so it
+/// has to be durable here before this target may serve: after a power loss it may be the one that the others follow.
+pub(crate) async fn resync_done(core: &Core, request: Request) -> Result<Response> {
+    let message: ResyncDoneRequest = decode(&request)?;
+    check_replica(&request)?;
     let target = core.target(message.target_id, message.chain_id)?;
+    check_syncing(&target, message.chain_version)?;
+    target.store.sync().await?;
+    let view = check_syncing(&target, message.chain_version)?;
+    target.life.lock().uptodate = true;
+    tracing::info!(target_id = target.id, chain_version = view.chain_version, "resync done");
+    Ok(Response::new(&ResyncDoneResponse {}))
+}
+
+fn check_syncing(target: &Target, chain_version: u64) -> Result<RoutingView> {
     let view = target.view();
-    if message.chain_version != view.chain_version {
+    if chain_version != view.chain_version {
         return Err(target.error(Code::StaleChain, "the chain has changed; the resync starts again".into()));
     }
     if view.role != Role::Syncing {
         return Err(Error::new(Code::NotServing, "the target is not syncing"));
     }
-    target.life.lock().uptodate = true;
-    tracing::info!(target_id = target.id, chain_version = view.chain_version, "resync done");
-    Ok(Response::new(&ResyncDoneResponse {}))
+    Ok(view)
 }
