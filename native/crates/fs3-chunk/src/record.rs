@@ -1,7 +1,7 @@
 use fs3_core::{ChainVersion, ChunkId, Region, UpdateVersion};
 
 use crate::codec::{Reader, Writer};
-use crate::{BLOCK_BYTES, Location, WriterRecord};
+use crate::{BLOCK_BYTES, CHUNK_BYTES_MAX, Location, WriterRecord, block_count};
 
 /// Version of the encoding, the first byte of every record.
 const FORMAT: u8 = 1;
@@ -97,6 +97,15 @@ pub enum Body {
         crcs: Vec<u32>,
         /// Their bytes, 4 KiB each, the last one padded.
         blocks: Vec<Region>,
+    },
+    /// The crc blocks `first..end` are zeros, which have yet to be written in place, and so have the `edges`.
+    Punch {
+        /// First crc block of zeros.
+        first: u32,
+        /// One past the last.
+        end: u32,
+        /// Crc blocks that became zeros in part, at most two: index, checksum and bytes as in a patch.
+        edges: Vec<(u32, u32, Region)>,
     },
     /// Shortened to `length`, or unchanged.
     Cut {
@@ -256,6 +265,17 @@ impl Prepare {
                 w.u32(tail_crc.unwrap_or(0));
             }
             Body::Tombstone => w.u8(5),
+            Body::Punch { first, end, edges } => {
+                w.u8(6);
+                w.u32(*first);
+                w.u32(*end);
+                w.u8(edges.len() as u8);
+                for (block, crc, bytes) in edges {
+                    w.u32(*block);
+                    w.u32(*crc);
+                    w.block(bytes);
+                }
+            }
         }
         w.writers(self.writer.as_slice());
         w.u8(u8::from(self.writers.is_some()));
@@ -281,6 +301,14 @@ impl Prepare {
                 Body::Cut { tail_crc: some.then_some(crc) }
             }
             5 => Body::Tombstone,
+            6 => {
+                let (first, end, count) = (r.u32()?, r.u32()?, r.u8()?);
+                let edges = (0..count).map(|_| Some((r.u32()?, r.u32()?, r.block()?))).collect::<Option<_>>()?;
+                if first > end || end > block_count(CHUNK_BYTES_MAX) {
+                    return None;
+                }
+                Body::Punch { first, end, edges }
+            }
             _ => return None,
         };
         let writer = r.writers()?.pop();

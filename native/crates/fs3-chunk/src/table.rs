@@ -7,7 +7,7 @@ use fs3_core::{ChunkId, Region};
 use crate::packed::Packed;
 use crate::{
     BLOCK_BYTES, Block, Blocks, Body, ChunkImage, ChunkMeta, Location, Prepare, Record, VersionImage, VersionInfo,
-    WriterRecord, block_count, chunk_crc, remember,
+    WriterRecord, block_count, chunk_crc, remember, zero_block, zero_block_crc,
 };
 
 /// A crc block of new bytes that is in the log but not yet in its place.
@@ -21,6 +21,7 @@ pub struct Patch {
 }
 
 impl Patch {
+    // Patches of zeros share their bytes. Taking one for another is fine: what they make of the block is the same.
     fn same(&self, other: &Patch) -> bool {
         std::ptr::eq(self.bytes.as_ptr(), other.bytes.as_ptr())
     }
@@ -311,20 +312,22 @@ impl Table {
         self.patched.iter().copied().collect()
     }
 
-    /// Locations of all blocks referred to, ascending.
+    /// Locations of all blocks referred to, ascending, once for each chunk.
     pub fn locations(&self) -> Vec<Location> {
         let mut all = vec![];
         for entry in self.entries.values() {
             match entry {
                 Entry::Live(c) => {
-                    let versions = c.committed.iter().chain(c.pending.iter().map(|p| &p.version));
-                    all.extend(versions.filter_map(|v| v.block.as_ref().map(|b| b.location)));
+                    let at = |v: &Arc<Version>| v.block.as_ref().map(|b| b.location);
+                    let (committed, pending) =
+                        (c.committed.as_ref().and_then(at), c.pending.as_ref().and_then(|p| at(&p.version)));
+                    all.extend(committed);
+                    all.extend(pending.filter(|_| pending != committed));
                 }
                 Entry::Packed(packed) => all.extend(packed.summary().at),
             }
         }
         all.sort();
-        all.dedup();
         all
     }
 
@@ -559,6 +562,18 @@ fn pending_of(
                 map.insert(first + i as u32, Patch { bytes, position });
             }
             (base.block.clone(), spliced(&base.crcs, first, &crcs)?, patches)
+        }
+        Body::Punch { first, end, edges } => {
+            let base = base?;
+            let (mut crcs, mut patches) = (base.crcs.clone(), base.patches.clone());
+            crcs.get_mut(first as usize..end as usize)?.fill(zero_block_crc());
+            let map = Arc::make_mut(&mut patches);
+            map.extend((first..end).map(|block| (block, Patch { bytes: zero_block(), position })));
+            for (block, crc, bytes) in edges {
+                *crcs.get_mut(block as usize)? = crc;
+                map.insert(block, Patch { bytes, position });
+            }
+            (base.block.clone(), crcs, patches)
         }
         Body::Cut { tail_crc } => {
             let base = base?;

@@ -1,4 +1,6 @@
-use fs3_core::{CRC_BLOCK_BYTES, ChainVersion, ClientId, UpdateVersion, crc32c, pack_crcs};
+use std::sync::LazyLock;
+
+use fs3_core::{AlignedBuf, CRC_BLOCK_BYTES, ChainVersion, ClientId, Region, UpdateVersion, crc32c, pack_crcs};
 use fs3_proto::v1;
 
 /// Bytes of a crc block, the unit of checksums, patches and direct I/O.
@@ -84,6 +86,19 @@ pub struct ChunkMeta {
 /// Number of crc blocks in `length` bytes.
 pub fn block_count(length: u32) -> u32 {
     length.div_ceil(BLOCK_BYTES)
+}
+
+/// A crc block of zeros, aligned for direct I/O.
+pub fn zero_block() -> Region {
+    static ZEROS: LazyLock<Region> =
+        LazyLock::new(|| Region::from_aligned(AlignedBuf::new(CRC_BLOCK_BYTES), CRC_BLOCK_BYTES));
+    ZEROS.clone()
+}
+
+/// Its checksum.
+pub fn zero_block_crc() -> u32 {
+    static CRC: LazyLock<u32> = LazyLock::new(|| crc32c(&zero_block()));
+    *CRC
 }
 
 /// CRC32C over the packed block crcs.

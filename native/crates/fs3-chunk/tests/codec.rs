@@ -24,6 +24,11 @@ impl Seed {
             1 => Body::Append { first: index, crcs },
             2 => Body::Patch { first: index, blocks: crcs.iter().map(|&c| block(c as u8)).collect(), crcs },
             3 => Body::Cut { tail_crc: self.tail_crc },
+            4 => Body::Punch {
+                first: index % 100,
+                end: index % 100 + chunk_bytes % 100,
+                edges: crcs.iter().take(2).map(|&c| (c, c, block(c as u8))).collect(),
+            },
             _ => Body::Tombstone,
         };
         Record::Prepare(Prepare {

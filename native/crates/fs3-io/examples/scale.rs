@@ -179,9 +179,17 @@ impl DiskFile for HollowFile {
         Ok(())
     }
 
-    fn allocate(&self, len: u64) -> io::Result<()> {
-        self.0.fetch_max(len, Ordering::Relaxed);
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.0.fetch_max(offset + bytes, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn punch(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn space(&self) -> io::Result<u64> {
+        self.len()
     }
 
     fn len(&self) -> io::Result<u64> {

@@ -83,13 +83,13 @@ fn main() {
     if let (Some(before), Some(after)) = (before, disk_writes()) {
         println!("{:<34} {:>9.2} x", "4 KiB overwrite amplification", (after - before) as f64 / (total * 4096) as f64);
     }
-    let (small, crcs) = (small.clone(), small_crcs.clone());
+    let (new, crcs) = (small.clone(), small_crcs.clone());
     bench.run(&runtime, "4 KiB new chunks, depth 4", 4, 4096, move |store, i| {
-        let change = Change::Write { offset: 0, data: small.clone(), crcs: crcs.clone() };
+        let change = Change::Write { offset: 0, data: new.clone(), crcs: crcs.clone() };
         async move { put(&store, 1_000_000 + i as u32 % 20_000, change).await }
     });
     bench.run(&runtime, "sync after a 4 KiB write, depth 1", 1, 4096, {
-        let (small, crcs) = (data.slice(0, 4096), small_crcs.clone());
+        let (small, crcs) = (small.clone(), small_crcs.clone());
         move |store, i| {
             let change = Change::Write { offset: 4096, data: small.clone(), crcs: crcs.clone() };
             let _ = i;
@@ -99,6 +99,17 @@ fn main() {
             }
         }
     });
+    for depth in [1, 32] {
+        let (small, crcs) = (small.clone(), small_crcs.clone());
+        bench.run(&runtime, &format!("durable 4 KiB overwrites, depth {depth}"), depth, 4096, move |store, i| {
+            let change =
+                Change::Write { offset: (scatter(i) as u32 & 255) * 4096, data: small.clone(), crcs: crcs.clone() };
+            async move {
+                put(&store, i as u32 % CHUNKS, change).await;
+                store.sync().await.expect("sync");
+            }
+        });
+    }
     println!("used {} MiB, {} chunks", bench.store.used_bytes() >> 20, bench.store.chunks());
     runtime.block_on(bench.store.close());
     drop(bench);

@@ -12,7 +12,7 @@ use fs3_core::{ChunkId, Code, Error, Result, crc32c};
 
 use crate::disk::{Access, Disk};
 use crate::frames::Frames;
-use crate::log::{disk_error, segment_number};
+use crate::log::{disk_error, segment_number, sync_error};
 use crate::store::TargetStore;
 
 pub(crate) const SNAPSHOT: &str = "meta.snap";
@@ -43,7 +43,20 @@ impl TargetStore {
             let _still = self.applying.write();
             self.log.switch()?
         };
-        let _ = self.disk.remove(SNAPSHOT_NEW);
+        let written = self.write_snapshot(first_segment, position).inspect_err(|_| {
+            // Unfinished it is of no use, and the disk may be full. The next open removes it if this fails too.
+            let _ = self.disk.remove(SNAPSHOT_NEW);
+        })?;
+        self.disk.rename(SNAPSHOT_NEW, SNAPSHOT).map_err(cannot)?;
+        self.disk.sync_dir().map_err(|e| sync_error("a metadata snapshot", e))?;
+        self.snapshot_bytes.store(written, Ordering::Relaxed);
+        remove_segments_before(&*self.disk, first_segment)
+    }
+
+    /// Write all chunks to a new file and make it durable; returns its size.
+    fn write_snapshot(&self, first_segment: u64, position: u64) -> Result<u64> {
+        let cannot = |e| disk_error("cannot write a metadata snapshot", e);
+        remove_if_there(&*self.disk, SNAPSHOT_NEW)?;
         let file = self.disk.open(SNAPSHOT_NEW, Access::Buffered).map_err(cannot)?;
         let mut out = header(first_segment, position);
         let mut written = 0u64;
@@ -71,11 +84,16 @@ impl TargetStore {
         // A sync that finds no new records does not touch the data files, hence the first line.
         self.files.sync()?;
         self.sync_blocking()?;
-        file.sync().map_err(cannot)?;
-        self.disk.rename(SNAPSHOT_NEW, SNAPSHOT).map_err(cannot)?;
-        self.disk.sync_dir().map_err(cannot)?;
-        self.snapshot_bytes.store(written, Ordering::Relaxed);
-        remove_segments_before(&*self.disk, first_segment)
+        file.sync().map_err(|e| sync_error("a metadata snapshot", e))?;
+        Ok(written)
+    }
+}
+
+/// Remove a file that may not exist.
+pub(crate) fn remove_if_there(disk: &dyn Disk, name: &str) -> Result<()> {
+    match disk.remove(name) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(disk_error("cannot remove a file", e)),
+        _ => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -41,8 +41,14 @@ pub trait DiskFile: Send + Sync {
     fn write_at(&self, bufs: &mut [IoSlice], offset: u64) -> io::Result<()>;
     /// Make all writes that have returned survive a power loss.
     fn sync(&self) -> io::Result<()>;
-    /// Reserve space and extend the file to at least `len` bytes of zeros.
-    fn allocate(&self, len: u64) -> io::Result<()>;
+    /// Reserve disk space for `bytes` bytes at `offset`, extending the file with zeros if need be: writes there will not
+    /// find the disk full.
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()>;
+    /// Give the disk space of `bytes` bytes at `offset` back; they read as zeros or as they were. A file system that
+    /// cannot do that keeps the space.
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()>;
+    /// Bytes of disk space it takes.
+    fn space(&self) -> io::Result<u64>;
     /// Size in bytes.
     fn len(&self) -> io::Result<u64>;
     /// Whether it has no bytes.
@@ -182,24 +188,38 @@ impl DiskFile for RealFile {
         self.0.sync_data()
     }
 
-    fn allocate(&self, len: u64) -> io::Result<()> {
-        let old = self.0.metadata()?.len();
-        if len <= old {
-            return Ok(());
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        match fallocate(&self.0, 0, offset, bytes) {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => self.0.set_len(self.len()?.max(offset + bytes)),
+            done => done,
         }
-        // SAFETY: plain system call on an open descriptor.
-        let rc = unsafe { libc::fallocate(self.0.as_raw_fd(), 0, old as i64, (len - old) as i64) };
-        if rc == 0 {
-            return Ok(());
+    }
+
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        match fallocate(&self.0, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, bytes) {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            done => done,
         }
-        let e = io::Error::last_os_error();
-        if e.raw_os_error() == Some(libc::EOPNOTSUPP) {
-            return self.0.set_len(len);
-        }
-        Err(e)
+    }
+
+    fn space(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.blocks() * 512)
     }
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())
+    }
+}
+
+fn fallocate(file: &File, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
+    loop {
+        // SAFETY: plain system call on an open descriptor.
+        if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, bytes as i64) } == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
     }
 }

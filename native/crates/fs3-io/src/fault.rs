@@ -10,6 +10,8 @@ use parking_lot::Mutex;
 use crate::disk::{Access, Disk, DiskFile};
 
 const SECTOR: usize = 512;
+/// Unit of disk space.
+const PAGE: u64 = 4096;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,8 @@ pub enum Fault {
     Read,
     /// Reserving space reports ENOSPC, until the next restart, crash or injection.
     Space,
+    /// A write stores a part of its bytes and reports ENOSPC.
+    Full,
     /// From this write, sync, reservation or rename on nothing has an effect: the process is dying.
     Halt,
 }
@@ -43,6 +47,7 @@ struct State {
     fault: Option<(Fault, u64)>,
     halted: bool,
     operations: u64,
+    space_max: u64,
 }
 
 #[derive(Default)]
@@ -50,6 +55,14 @@ struct FileState {
     durable: Vec<u8>,
     current: Vec<u8>,
     unsynced: Vec<(usize, Vec<u8>)>,
+    // By page: whether it has disk space.
+    pages: Vec<bool>,
+}
+
+impl FileState {
+    fn space(&self) -> u64 {
+        self.pages.iter().filter(|page| **page).count() as u64 * PAGE
+    }
 }
 
 struct FaultFile {
@@ -73,12 +86,23 @@ impl FaultDisk {
             fault: None,
             halted: false,
             operations: 0,
+            space_max: u64::MAX,
         })))
     }
 
     /// Let `fault` happen after `after` more operations of its kind (for `Halt`: of any kind).
     pub fn inject(&self, fault: Fault, after: u64) {
         self.0.lock().fault = Some((fault, after));
+    }
+
+    /// The disk has space for `bytes` bytes from now on, in pages of 4 KiB.
+    pub fn set_space(&self, bytes: u64) {
+        self.0.lock().space_max = bytes;
+    }
+
+    /// Bytes of disk space in use.
+    pub fn space_used(&self) -> u64 {
+        self.0.lock().space_used()
     }
 
     /// Operations that changed something so far.
@@ -212,6 +236,23 @@ impl State {
         if self.halted { Err(eio()) } else { Ok(()) }
     }
 
+    fn space_used(&self) -> u64 {
+        self.names.values().map(|file| self.files[file].space()).sum()
+    }
+
+    /// Give `file` disk space for a range, as far as the disk has any.
+    fn reserve(&mut self, file: u64, offset: u64, bytes: u64) -> io::Result<()> {
+        let mut left = self.space_max.saturating_sub(self.space_used()) / PAGE;
+        let pages = &mut self.files.get_mut(&file).expect("an open file exists").pages;
+        let range = (offset / PAGE) as usize..(offset + bytes).div_ceil(PAGE) as usize;
+        pages.resize(pages.len().max(range.end), false);
+        for page in pages[range].iter_mut().filter(|page| !**page) {
+            left = left.checked_sub(1).ok_or(io::Error::from_raw_os_error(libc::ENOSPC))?;
+            *page = true;
+        }
+        Ok(())
+    }
+
     fn names_changed(&mut self) {
         self.names_unsynced.push(self.names.clone());
     }
@@ -313,8 +354,10 @@ impl DiskFile for FaultFile {
             at += buf.len() as u64;
         }
         self.with(|state| {
-            let mut bytes: Vec<u8> = bufs.iter().flat_map(|b| b.iter().copied()).collect();
-            let fails = state.change().is_err() || state.strikes(Fault::Write);
+            let mut bytes = Vec::with_capacity(bufs.iter().map(|b| b.len()).sum());
+            bufs.iter().for_each(|b| bytes.extend_from_slice(b));
+            let full = state.reserve(self.file, offset, bytes.len() as u64).is_err() || state.strikes(Fault::Full);
+            let fails = state.change().is_err() || state.strikes(Fault::Write) || full;
             if fails {
                 let keep = draw(&mut state.random) as usize % (bytes.len() + 1);
                 bytes.truncate(keep / SECTOR * SECTOR);
@@ -322,7 +365,11 @@ impl DiskFile for FaultFile {
             let file = state.files.get_mut(&self.file).expect("an open file exists");
             put(&mut file.current, offset as usize, &bytes);
             file.unsynced.push((offset as usize, bytes));
-            if fails { Err(eio()) } else { Ok(()) }
+            match (fails, full) {
+                (true, true) => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+                (true, false) => Err(eio()),
+                (false, _) => Ok(()),
+            }
         })
     }
 
@@ -344,17 +391,37 @@ impl DiskFile for FaultFile {
         })
     }
 
-    fn allocate(&self, len: u64) -> io::Result<()> {
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
         self.with(|state| {
             state.change()?;
             if state.strikes(Fault::Space) {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
+            state.reserve(self.file, offset, bytes)?;
             let file = state.files.get_mut(&self.file).expect("an open file exists");
-            let len = file.current.len().max(len as usize);
+            let len = file.current.len().max((offset + bytes) as usize);
             file.current.resize(len, 0);
             Ok(())
         })
+    }
+
+    fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        assert!(offset.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE));
+        self.with(|state| {
+            state.change()?;
+            let file = state.files.get_mut(&self.file).expect("an open file exists");
+            let end = (file.current.len() as u64).min(offset + bytes) as usize;
+            let zeros = vec![0; end.saturating_sub(offset as usize)];
+            put(&mut file.current, offset as usize, &zeros);
+            file.unsynced.push((offset as usize, zeros));
+            let pages = (offset / PAGE) as usize..((offset + bytes) / PAGE) as usize;
+            file.pages.get_mut(pages).into_iter().flatten().for_each(|page| *page = false);
+            Ok(())
+        })
+    }
+
+    fn space(&self) -> io::Result<u64> {
+        self.with(|state| Ok(state.files[&self.file].space()))
     }
 
     fn len(&self) -> io::Result<u64> {

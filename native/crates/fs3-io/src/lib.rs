@@ -12,6 +12,7 @@ mod maintain;
 mod read;
 mod recover;
 mod scrub;
+mod space;
 mod store;
 mod threads;
 mod update;

@@ -3,19 +3,22 @@
 use std::io::IoSlice;
 use std::sync::Arc;
 
-use fs3_chunk::{FRAME_HEADER_BYTES, Record, frame};
+use fs3_chunk::{Body, FRAME_HEADER_BYTES, Record, frame};
 use fs3_core::{Code, Error, Result};
 use parking_lot::Mutex;
 
 use crate::disk::{Access, Disk, DiskFile};
 use crate::frames::Frames;
+use crate::space::use_spare;
 
 const MAGIC: &[u8; 8] = b"FS3CLOG1";
 const HEADER_BYTES: u64 = 128;
 /// A segment grows by this much at a time.
-const GROW_BYTES: u64 = 4 << 20;
-/// Kept free for commits and aborts, so that they never meet a full disk.
-const RESERVE_BYTES: u64 = 1 << 20;
+pub(crate) const GROW_BYTES: u64 = 4 << 20;
+/// Kept free for what makes room on a full disk: removals and cuts.
+const REMOVE_RESERVE_BYTES: u64 = 512 << 10;
+/// Kept free for what follows a prepare: commits, aborts and marks never meet a full disk.
+const COMMIT_RESERVE_BYTES: u64 = 512 << 10;
 
 pub(crate) fn segment_name(number: u64) -> String {
     format!("meta.{number:016x}.log")
@@ -67,17 +70,23 @@ pub(crate) fn disk_error(what: &str, e: std::io::Error) -> Error {
     Error::new(Code::DiskError, format!("{what}: {e}; check or replace the disk"))
 }
 
+/// As [`disk_error`] for a sync: whatever its reason, what was to become durable may be lost, and no later sync can
+/// tell.
+pub(crate) fn sync_error(what: &str, e: std::io::Error) -> Error {
+    Error::new(Code::DiskError, format!("cannot make {what} durable: {e}; check or replace the disk"))
+}
+
 impl Log {
     /// Start a new segment `number` at position `start`.
     pub fn create(disk: Arc<dyn Disk>, number: u64, start: u64) -> Result<Self> {
-        let file = new_segment(&*disk, number, start)?;
+        let (file, bytes) = new_segment(&*disk, number, start)?;
         Ok(Self {
             disk,
             buffer: Mutex::new(Buffer {
                 bytes: vec![],
                 spare: vec![],
                 end: start,
-                space_end: start + GROW_BYTES - HEADER_BYTES,
+                space_end: start + bytes - HEADER_BYTES,
             }),
             file: Mutex::new(Segment { file, number, start, written: start, failed: None }),
         })
@@ -94,27 +103,35 @@ impl Log {
         file.written - file.start
     }
 
-    /// Queue a record for writing; returns the position after it. A prepare is refused with NoSpace when
-    /// the disk is full; commits and aborts have space kept for them.
+    /// Queue a record for writing; returns the position after it. Fails with NoSpace when the disk is full, writes
+    /// first, removals later, and what follows a prepare last.
     pub fn append(&self, record: &Record) -> Result<u64> {
-        let may_refuse = matches!(record, Record::Prepare(_));
+        let keep = match record {
+            Record::Prepare(p) if matches!(p.body, Body::Tombstone | Body::Cut { .. }) => COMMIT_RESERVE_BYTES,
+            Record::Prepare(_) => COMMIT_RESERVE_BYTES + REMOVE_RESERVE_BYTES,
+            _ => 0,
+        };
         loop {
             let mut buffer = self.buffer.lock();
-            let keep = if may_refuse { RESERVE_BYTES } else { 0 };
-            if buffer.end + record_bytes_max(record) + keep <= buffer.space_end {
+            let space_end = buffer.space_end;
+            if buffer.end + record_bytes_max(record) + keep <= space_end {
                 return Ok(buffer.push(record));
             }
             drop(buffer);
-            self.grow(record_bytes_max(record))?;
+            self.grow(space_end, record_bytes_max(record))?;
         }
     }
 
-    fn grow(&self, bytes: u64) -> Result<()> {
+    /// Reserve more space for the segment, unless somebody did since it ended at `space_end`.
+    fn grow(&self, space_end: u64, bytes: u64) -> Result<()> {
         let file = self.file.lock();
-        let space_end = self.buffer.lock().space_end + GROW_BYTES.max(bytes.next_multiple_of(GROW_BYTES));
-        let len = HEADER_BYTES + (space_end - file.start);
-        file.file.allocate(len).map_err(|e| disk_error("cannot extend the metadata log", e))?;
-        self.buffer.lock().space_end = space_end;
+        if self.buffer.lock().space_end != space_end {
+            return Ok(());
+        }
+        let more = GROW_BYTES.max(bytes.next_multiple_of(GROW_BYTES));
+        let offset = HEADER_BYTES + (space_end - file.start);
+        file.file.allocate(offset, more).map_err(|e| disk_error("cannot extend the metadata log", e))?;
+        self.buffer.lock().space_end = space_end + more;
         Ok(())
     }
 
@@ -155,7 +172,7 @@ impl Log {
             self.flush_locked(&mut file)?;
             file.file.clone()
         };
-        file.sync().map_err(|e| disk_error("cannot sync the metadata log", e))
+        file.sync().map_err(|e| sync_error("the metadata log", e))
     }
 
     /// Continue in a new segment; returns its number and start.
@@ -168,10 +185,10 @@ impl Log {
             file.write(&rest)?;
         }
         // The old segment is whole on disk before a later one can be: recovery never sees a gap.
-        file.file.sync().map_err(|e| disk_error("cannot sync the metadata log", e))?;
+        file.file.sync().map_err(|e| sync_error("the metadata log", e))?;
         let (number, start) = (file.number + 1, buffer.end);
-        let new = new_segment(&*self.disk, number, start)?;
-        buffer.space_end = start + GROW_BYTES - HEADER_BYTES;
+        let (new, bytes) = new_segment(&*self.disk, number, start)?;
+        buffer.space_end = start + bytes - HEADER_BYTES;
         *file = Segment { file: new, number, start, written: start, failed: None };
         Ok((number, start))
     }
@@ -202,11 +219,11 @@ impl Buffer {
 
 /// An upper bound of a framed record's size.
 fn record_bytes_max(record: &Record) -> u64 {
-    use fs3_chunk::Body;
     let body = match record {
         Record::Prepare(p) => match &p.body {
             Body::Whole { crcs, .. } | Body::Append { crcs, .. } => crcs.len() * 4,
             Body::Patch { crcs, .. } => crcs.len() * 4100,
+            Body::Punch { edges, .. } => edges.len() * 4104,
             Body::Cut { .. } | Body::Tombstone => 0,
         },
         _ => 0,
@@ -215,11 +232,21 @@ fn record_bytes_max(record: &Record) -> u64 {
     body as u64 + 4096
 }
 
-fn new_segment(disk: &dyn Disk, number: u64, start: u64) -> Result<Arc<dyn DiskFile>> {
+/// A new segment and the bytes reserved for it; on a full disk only enough for what makes room.
+fn new_segment(disk: &dyn Disk, number: u64, start: u64) -> Result<(Arc<dyn DiskFile>, u64)> {
     let cannot = |e| disk_error("cannot start a metadata log segment", e);
     let name = segment_name(number);
     let file = disk.open(&name, Access::Buffered).map_err(cannot)?;
-    file.allocate(GROW_BYTES).map_err(cannot)?;
+    let reserve = |bytes| file.allocate(0, bytes).map(|()| bytes).map_err(cannot);
+    let full = |done: &Result<u64>| matches!(done, Err(e) if e.code == Code::NoSpace);
+    let mut bytes = reserve(GROW_BYTES);
+    if full(&bytes) && use_spare(disk)? {
+        bytes = reserve(GROW_BYTES);
+    }
+    if full(&bytes) {
+        bytes = reserve(COMMIT_RESERVE_BYTES + REMOVE_RESERVE_BYTES);
+    }
+    let bytes = bytes?;
     let mut header = Vec::with_capacity(HEADER_BYTES as usize);
     header.extend_from_slice(MAGIC);
     header.extend_from_slice(&number.to_le_bytes());
@@ -233,9 +260,9 @@ fn new_segment(disk: &dyn Disk, number: u64, start: u64) -> Result<Arc<dyn DiskF
     header.extend_from_slice(&crc.to_le_bytes());
     file.write_at(&mut [IoSlice::new(&header)], 0).map_err(cannot)?;
     // Durable with its name before any record in it can be: recovery never misses a segment.
-    file.sync().map_err(cannot)?;
-    disk.sync_dir().map_err(cannot)?;
-    Ok(file)
+    file.sync().map_err(|e| sync_error("a metadata log segment", e))?;
+    disk.sync_dir().map_err(|e| sync_error("a metadata log segment", e))?;
+    Ok((file, bytes))
 }
 
 /// Find out how far a segment was written. `None` when its header never became whole, which happens only when its
@@ -248,6 +275,14 @@ pub(crate) fn scan(file: &dyn DiskFile) -> Result<Option<Scan>> {
         scan.mark = scan.mark.max(Record::mark(payload));
     }
     Ok(Some(scan))
+}
+
+/// Give back the space reserved behind a segment that is not continued, and with it what a torn write left there.
+pub(crate) fn give_back_tail(file: &dyn DiskFile, scan: &Scan) -> Result<()> {
+    let cannot = |e| disk_error("cannot give back the space of an old log segment", e);
+    let used = (HEADER_BYTES + scan.end - scan.start).next_multiple_of(4096);
+    let len = file.len().map_err(cannot)?.next_multiple_of(4096);
+    if len > used { file.punch(used, len - used).map_err(cannot) } else { Ok(()) }
 }
 
 /// Call `each` with the end position and the record of all that a segment has, in order.

@@ -5,13 +5,13 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fs3_chunk::{BLOCK_BYTES, Block, Patch, Record, Version};
+use fs3_chunk::{BLOCK_BYTES, Block, Patch, Record, Run, Version};
 use fs3_core::{ChunkId, Code, Error, Result};
 use parking_lot::Mutex;
 
 use crate::cache::PAGE_BLOCKS;
 use crate::disk::{Access, Disk, DiskFile};
-use crate::log::disk_error;
+use crate::log::{disk_error, sync_error};
 use crate::store::{TargetStore, now_ms};
 
 /// Framed size of a mark in the log: frame header, format, kind, position.
@@ -47,7 +47,7 @@ impl DataFiles {
         let file = self.disk.open(&Self::name(class), Access::Direct).map_err(cannot)?;
         if file.is_empty().map_err(cannot)? {
             // Its name must be durable before any record that names its blocks.
-            self.disk.sync_dir().map_err(cannot)?;
+            self.disk.sync_dir().map_err(|e| sync_error("a data file", e))?;
         }
         let file = Arc::new(DataFile { file, dirty: AtomicBool::new(true) });
         files.insert(class, file.clone());
@@ -60,11 +60,25 @@ impl DataFiles {
         Ok((len >> class) as u32)
     }
 
-    pub fn grow(&self, class: u8, blocks: u32) -> Result<()> {
-        let file = self.get(class)?;
-        file.file.allocate(u64::from(blocks) << class).map_err(|e| disk_error("cannot extend a data file", e))?;
+    /// Reserve disk space for the blocks of `run`.
+    pub fn reserve(&self, run: &Run) -> Result<()> {
+        let file = self.get(run.class)?;
+        let done = file.file.allocate(run.offset(), run.bytes());
         file.dirty.store(true, Ordering::Release);
-        Ok(())
+        done.map_err(|e| disk_error("cannot reserve space for data", e))
+    }
+
+    /// Give the disk space of the blocks of `run` back.
+    pub fn punch(&self, run: &Run) -> Result<()> {
+        let done = self.get(run.class)?.file.punch(run.offset(), run.bytes());
+        done.map_err(|e| disk_error("cannot give back the space of free blocks", e))
+    }
+
+    /// Bytes of disk space that all data files take.
+    pub fn space(&self) -> Result<u64> {
+        let files = self.files.lock();
+        let sum = files.values().map(|f| f.file.space()).sum::<std::io::Result<u64>>();
+        sum.map_err(|e| disk_error("cannot tell the space of data files", e))
     }
 
     /// Write at `offset` of a block; everything is aligned to 4096.
@@ -93,7 +107,7 @@ impl DataFiles {
         for file in files {
             // Cleared before the sync: a write during it makes the file dirty again.
             if file.dirty.swap(false, Ordering::AcqRel) {
-                file.file.sync().map_err(|e| Error::new(Code::DiskError, format!("cannot sync data: {e}")))?;
+                file.file.sync().map_err(|e| sync_error("data", e))?;
             }
         }
         Ok(())
@@ -101,63 +115,6 @@ impl DataFiles {
 }
 
 impl TargetStore {
-    /// A free block of `class`, extending the file if need be.
-    pub(crate) fn take_block(&self, class: u8) -> Result<Arc<Block>> {
-        self.collect_returned();
-        match self.try_take_block(class) {
-            // Freed blocks may only wait for the log to become durable.
-            Err(e) if e.code == Code::NoSpace && self.alloc.lock().quarantined_bytes() > 0 => {
-                self.sync_blocking()?;
-                self.try_take_block(class)
-            }
-            done => done,
-        }
-    }
-
-    fn try_take_block(&self, class: u8) -> Result<Arc<Block>> {
-        let mut alloc = self.alloc.lock();
-        if self.used_bytes().saturating_add(1 << class) > self.options.capacity_bytes {
-            return Err(Error::new(Code::NoSpace, "the target has reached its capacity; add disks or free space"));
-        }
-        if let Some(location) = alloc.take(class) {
-            return Ok(self.blocks.handle(location));
-        }
-        let old = alloc.blocks(class);
-        let blocks =
-            old.checked_add(alloc.growth(class)).ok_or_else(|| Error::new(Code::NoSpace, "too many blocks"))?;
-        match self.files.grow(class, blocks) {
-            Ok(()) => alloc.grown(class, blocks),
-            // Near the end of the disk one more block may still fit.
-            Err(e) if e.code == Code::NoSpace => {
-                self.files.grow(class, old + 1)?;
-                alloc.grown(class, old + 1);
-            }
-            Err(e) => {
-                drop(alloc);
-                return self.fail_on_disk_error(Err(e));
-            }
-        }
-        let location = alloc.take(class).ok_or_else(|| Error::new(Code::Internal, "a grown file has no free block"))?;
-        Ok(self.blocks.handle(location))
-    }
-
-    /// Take note of blocks nobody refers to any more.
-    pub(crate) fn collect_returned(&self) {
-        let returned = self.blocks.take_returned();
-        if returned.is_empty() {
-            return;
-        }
-        // Whatever freed them is in the log before this position.
-        let position = self.log.end();
-        let mut alloc = self.alloc.lock();
-        for location in returned {
-            if !alloc.quarantine(location, position) {
-                debug_assert!(false, "{location:?} was freed twice");
-                tracing::error!(?location, "a disk block was freed twice; it is not used twice");
-            }
-        }
-    }
-
     pub(crate) fn sync_blocking(&self) -> Result<()> {
         let wanted = self.log.end();
         let _one = self.syncing.lock();
@@ -178,7 +135,9 @@ impl TargetStore {
         // A failed sync is never retried: the kernel may have dropped the dirty pages.
         let end = match result {
             Ok(end) => end,
-            Err(e) => return self.fail_on_disk_error(Err(Error::new(Code::DiskError, format!("sync failed: {e}")))),
+            // No mark was made; the data are durable all the same.
+            Err(e) if e.code == Code::NoSpace => return Err(e),
+            Err(e) => return self.fail_on_disk_error(Err(e)),
         };
         // With nothing but the mark itself after `position` the log is clean to its end.
         let clean = end - position == SYNCED_RECORD_BYTES;
@@ -197,7 +156,10 @@ impl TargetStore {
             let store = self.clone();
             self.options.threads.spawn(move || {
                 store.maintenance_queued.store(false, Ordering::Release);
-                let _ = store.maintain();
+                // An error of the disk is remembered as the store's failure.
+                if let Err(e) = store.maintain() {
+                    tracing::warn!(error = %e, "maintenance of a target stopped early");
+                }
             });
         }
     }
@@ -216,6 +178,8 @@ impl TargetStore {
         self.sync_blocking()?;
         self.apply_patches()?;
         self.forget_tombstones()?;
+        self.give_back_surplus()?;
+        self.keep_spare()?;
         if self.checkpoint_due() {
             self.fail_on_disk_error(self.checkpoint())?;
         }

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use fs3_chunk::{Allocator, Blocks, Chunk, Table, Version};
+use fs3_chunk::{Allocator, Blocks, Chunk, Run, Table, Version};
 use fs3_core::{ChunkId, Code, Error, Result};
 use parking_lot::{Mutex, RwLock};
 
-use crate::checkpoint::{SNAPSHOT_NEW, SnapshotHead, load, remove_segments_before};
+use crate::checkpoint::{SNAPSHOT_NEW, SnapshotHead, load, remove_if_there, remove_segments_before};
 use crate::disk::{Access, Disk};
-use crate::log::{Log, Scan, disk_error, replay, scan, segment_name, segment_number};
+use crate::log::{GROW_BYTES, Log, Scan, disk_error, give_back_tail, replay, scan, segment_name, segment_number};
 use crate::maintain::DataFiles;
-use crate::store::{StoreOptions, TargetStore};
+use crate::store::{StoreOptions, SyncQueue, TargetStore};
 
 /// Segments and bytes of log at open beyond which a snapshot is made at once.
 const SEGMENTS_MAX: usize = 4;
@@ -24,9 +24,7 @@ type Marked = BTreeMap<ChunkId, Option<Chunk>>;
 pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<TargetStore>> {
     let cannot = |e| disk_error("cannot open the target", e);
     let blocks = Arc::new(Blocks::default());
-    if disk.list().map_err(cannot)?.iter().any(|n| n == SNAPSHOT_NEW) {
-        disk.remove(SNAPSHOT_NEW).map_err(cannot)?;
-    }
+    remove_if_there(&*disk, SNAPSHOT_NEW)?;
     let (mut table, snapshot) = load(&*disk, blocks.clone(), options.live_chunks_max)?;
     let head = snapshot.unwrap_or_default();
     let scans = scan_segments(&*disk, head, snapshot.is_some())?;
@@ -40,7 +38,7 @@ pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<Tar
     let mut alloc = Allocator::default();
     let files = DataFiles::new(disk.clone());
     rebuild_allocator(&table, &files, &disk.list().map_err(cannot)?, &mut alloc)?;
-    let log = Log::create(disk.clone(), number.max(1), end)?;
+    let log = create_log(&disk, number.max(1), end, &files, &mut alloc)?;
     let store = Arc::new(TargetStore {
         options,
         files,
@@ -50,6 +48,7 @@ pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<Tar
         blocks,
         applying: RwLock::new(()),
         syncing: Mutex::new(()),
+        sync_queue: Mutex::new(SyncQueue::default()),
         synced: AtomicU64::new(0),
         maintaining: Mutex::new(()),
         maintenance_queued: AtomicBool::new(false),
@@ -88,6 +87,7 @@ fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Res
             // A former process may not have synced it; the segment that follows must not be durable before.
             file.sync().map_err(cannot)?;
         }
+        give_back_tail(&*file, &found)?;
         end = found.end;
         scans.push(found);
     }
@@ -95,6 +95,20 @@ fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Res
         return Err(damaged());
     }
     Ok(scans)
+}
+
+/// Start the log's next segment. On a full disk the free blocks make room for it.
+fn create_log(disk: &Arc<dyn Disk>, number: u64, start: u64, files: &DataFiles, alloc: &mut Allocator) -> Result<Log> {
+    match Log::create(disk.clone(), number, start) {
+        Err(e) if e.code == Code::NoSpace => {
+            for run in alloc.take_surplus(2 * GROW_BYTES) {
+                files.punch(&run)?;
+                alloc.hollow(run);
+            }
+            Log::create(disk.clone(), number, start)
+        }
+        done => done,
+    }
 }
 
 fn damaged() -> Error {
@@ -129,8 +143,9 @@ fn rebuild_allocator(table: &Table, files: &DataFiles, names: &[String], alloc: 
         }
         // A power loss may undo the growth of a file; what was lost with it fails its checksums.
         let needed = used.last().map_or(0, |last| last + 1);
-        if files.blocks(class)? < needed {
-            files.grow(class, needed)?;
+        let there = files.blocks(class)?;
+        if there < needed {
+            files.reserve(&Run { class, blocks: there..needed })?;
         }
         let blocks = files.blocks(class)?;
         alloc.rebuild(class, blocks, &used);
@@ -177,6 +192,9 @@ impl TargetStore {
         let used = self.table.lock().locations();
         // Handles dropped by the replay and by rolling back say nothing about what is in use now.
         self.blocks.take_returned();
+        if used.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(damaged());
+        }
         let mut alloc = self.alloc.lock();
         for class in Allocator::classes() {
             let blocks = alloc.blocks(class);
@@ -184,6 +202,12 @@ impl TargetStore {
             alloc.rebuild(class, blocks, &of_class);
         }
         drop(alloc);
-        if snapshot { self.checkpoint() } else { self.sync_blocking() }
+        let done = if snapshot { self.checkpoint() } else { self.sync_blocking() };
+        match done {
+            // The log has it all; a snapshot is made when there is space.
+            Err(e) if e.code == Code::NoSpace => self.sync_blocking(),
+            done => done,
+        }?;
+        self.keep_spare()
     }
 }

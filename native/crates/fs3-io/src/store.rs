@@ -11,7 +11,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::cache::ReadCache;
 use crate::disk::{Disk, RealDisk};
-use crate::log::{Log, disk_error};
+use crate::log::{GROW_BYTES, Log, disk_error};
 use crate::maintain::DataFiles;
 use crate::threads::IoThreads;
 
@@ -26,8 +26,11 @@ pub struct StoreOptions {
     pub threads: Arc<IoThreads>,
     /// `prepare` and `commit` return only when they survive power loss.
     pub durable_writes: bool,
-    /// Bytes of disk blocks the target may have; beyond it writes fail with NoSpace.
+    /// Bytes of disk space that the target's data files may take; beyond it writes fail with NoSpace.
     pub capacity_bytes: u64,
+    /// Free disk blocks whose space is kept for new chunks, in bytes (an eighth of the used ones if that is more); the
+    /// space of others is given back in the background.
+    pub free_bytes_kept: u64,
     /// Age after which a tombstone is dropped, in milliseconds.
     pub tombstone_ms: i64,
     /// Freed bytes and small overwrites waiting in memory for the log to become durable; beyond either the
@@ -51,6 +54,7 @@ impl StoreOptions {
             threads: IoThreads::shared(),
             durable_writes: false,
             capacity_bytes: u64::MAX,
+            free_bytes_kept: 64 << 20,
             tombstone_ms: 3_600_000,
             unsynced_free_bytes_max: 64 << 20,
             patch_bytes_max: 4 << 20,
@@ -86,6 +90,13 @@ pub enum Change {
         /// New length in bytes.
         length: u32,
     },
+    /// Make a range zeros, as far as it lies in the chunk; the length stays (the version is raised in any case).
+    Punch {
+        /// Bytes from the start of the chunk.
+        offset: u32,
+        /// Bytes.
+        length: u32,
+    },
     /// Remove; leaves a tombstone.
     Remove,
 }
@@ -119,6 +130,13 @@ pub struct ReadOut {
     pub version: VersionInfo,
 }
 
+/// Callers of `sync` who wait for the next one.
+#[derive(Default)]
+pub(crate) struct SyncQueue {
+    waiting: Vec<tokio::sync::oneshot::Sender<Result<()>>>,
+    running: bool,
+}
+
 /// The chunks of one target on one disk. Thread-safe.
 ///
 /// Updates of one chunk are serialised by the caller, from prepare to commit or abort; different chunks are
@@ -141,6 +159,7 @@ pub struct TargetStore {
     pub(crate) applying: RwLock<()>,
     // Held by the one sync that runs.
     pub(crate) syncing: Mutex<()>,
+    pub(crate) sync_queue: Mutex<SyncQueue>,
     pub(crate) synced: AtomicU64,
     pub(crate) maintaining: Mutex<()>,
     pub(crate) maintenance_queued: AtomicBool,
@@ -185,24 +204,29 @@ impl TargetStore {
     /// Make `update` the chunk's pending version, replacing one that is there.
     ///
     /// Errors: PayloadChecksum when the data do not match their crcs; ChecksumMismatch when old bytes it has
-    /// to be merged with are rotten; NoSpace; ChunkNotFound for a truncate of a missing chunk;
+    /// to be merged with are rotten; NoSpace; ChunkNotFound for a truncate or punch of a missing chunk;
     /// InvalidArgument; DiskError. After an error the chunk is as it was.
     pub async fn prepare(self: &Arc<Self>, update: Update) -> Result<VersionInfo> {
         let store = self.clone();
-        self.options.threads.run(move || store.prepare_blocking(update)).await
+        let prepared = self.options.threads.run(move || store.prepare_blocking(update)).await?;
+        self.sync_if_durable().await?;
+        Ok(prepared)
     }
 
     /// Make the pending version the committed one, together with its exactly-once record. A version that is
     /// committed already is fine; one that was never prepared is a VersionGap.
     pub async fn commit(self: &Arc<Self>, id: ChunkId, version: UpdateVersion) -> Result<VersionInfo> {
         let store = self.clone();
-        self.options.threads.run(move || store.commit_blocking(id, version)).await
+        let committed = self.options.threads.run(move || store.commit_blocking(id, version)).await?;
+        self.sync_if_durable().await?;
+        Ok(committed)
     }
 
     /// Drop the pending version if it is `version`.
     pub async fn abort(self: &Arc<Self>, id: ChunkId, version: UpdateVersion) -> Result<()> {
         let store = self.clone();
-        self.options.threads.run(move || store.abort_blocking(id, version)).await
+        self.options.threads.run(move || store.abort_blocking(id, version)).await?;
+        self.sync_if_durable().await
     }
 
     /// Committed bytes from `offset` on: at most `length`, cut at the chunk's end. `offset` is a multiple of
@@ -227,10 +251,42 @@ impl TargetStore {
         self.read_cached(&version, offset, length).map(Ok)
     }
 
-    /// Make everything that has returned survive a power loss.
+    /// Make everything that has returned survive a power loss. Calls that wait at the same time share one sync.
     pub async fn sync(self: &Arc<Self>) -> Result<()> {
-        let store = self.clone();
-        self.options.threads.run(move || store.sync_blocking()).await
+        let (done, result) = tokio::sync::oneshot::channel();
+        {
+            let mut queue = self.sync_queue.lock();
+            queue.waiting.push(done);
+            if !std::mem::replace(&mut queue.running, true) {
+                let store = self.clone();
+                self.options.threads.spawn(move || store.serve_syncs());
+            }
+        }
+        result
+            .await
+            .unwrap_or_else(|_| Err(Error::new(Code::Internal, "a sync broke off; see the log").maybe_applied()))
+    }
+
+    /// Sync for all that wait until nobody does.
+    fn serve_syncs(&self) {
+        loop {
+            let waiting = {
+                let mut queue = self.sync_queue.lock();
+                queue.running = !queue.waiting.is_empty();
+                std::mem::take(&mut queue.waiting)
+            };
+            if waiting.is_empty() {
+                return;
+            }
+            let result = self.sync_blocking();
+            for done in waiting {
+                let _ = done.send(result.clone());
+            }
+        }
+    }
+
+    async fn sync_if_durable(self: &Arc<Self>) -> Result<()> {
+        if self.options.durable_writes { self.sync().await } else { Ok(()) }
     }
 
     /// Bytes of the disk blocks in use.
@@ -278,14 +334,18 @@ impl TargetStore {
 
     /// Write a record to the log and apply it to the table.
     pub(crate) fn persist(&self, record: Record, block: Option<Arc<Block>>) -> Result<()> {
-        let applying = self.applying.read();
-        let position = self.log.append(&record)?;
+        let mut applying = self.applying.read();
+        let mut appended = self.log.append(&record);
+        if matches!(&appended, Err(e) if e.code == Code::NoSpace) {
+            drop(applying);
+            self.make_room(2 * GROW_BYTES)?;
+            applying = self.applying.read();
+            appended = self.log.append(&record);
+        }
+        let position = self.fail_on_disk_error(appended)?;
         self.fail_on_disk_error(self.log.flush(position))?;
         self.table.lock().apply(position, record, block);
         drop(applying);
-        if self.options.durable_writes {
-            self.sync_blocking()?;
-        }
         Ok(())
     }
 
@@ -346,6 +406,7 @@ pub(crate) fn check_update(update: &Update) -> Result<()> {
         Change::Write { offset, data, .. } => u64::from(*offset) + data.len() as u64,
         Change::Replace { data, .. } => data.len() as u64,
         Change::Truncate { length } => u64::from(*length),
+        Change::Punch { offset, length } => u64::from(*offset) + u64::from(*length),
         Change::Remove => 0,
     };
     if end > u64::from(bytes) {

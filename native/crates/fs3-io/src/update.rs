@@ -73,6 +73,7 @@ impl TargetStore {
                 self.build_whole(Input::verified(0, data, crcs)?)
             }
             Change::Truncate { length } => self.build_cut(base.as_deref(), length),
+            Change::Punch { offset, length } => self.build_punch(base.as_deref(), offset, length),
             Change::Remove => Ok(Built { body: Body::Tombstone, length: 0, block: None }),
         };
         let built = built.inspect_err(|e| {
@@ -156,6 +157,32 @@ impl TargetStore {
             tail_crc = Some(crc32c(&tail.data.iter().flat_map(|r| r.iter().copied()).collect::<Vec<u8>>()));
         }
         Ok(Built { body: Body::Cut { tail_crc }, length, block: None })
+    }
+
+    /// Whole crc blocks of the range become zeros without being read; those it covers in part are merged.
+    fn build_punch(&self, base: Option<&Version>, offset: u32, length: u32) -> Result<Built> {
+        let base = base.ok_or_else(|| Error::new(Code::ChunkNotFound, "no chunk to punch"))?;
+        let (old, stop) = (base.info.length, (offset + length).min(base.info.length));
+        if offset >= stop {
+            return Ok(Built { body: Body::Cut { tail_crc: None }, length: old, block: None });
+        }
+        let end = stop / BLOCK_BYTES;
+        let first = offset.div_ceil(BLOCK_BYTES).min(end);
+        let mut partial = vec![offset / BLOCK_BYTES, (stop - 1) / BLOCK_BYTES];
+        partial.dedup();
+        partial.retain(|block| !(first..end).contains(block));
+        let mut edges = vec![];
+        for block in partial {
+            let start = block * BLOCK_BYTES;
+            let bytes = (old - start).min(BLOCK_BYTES);
+            let mut buf = self.options.pool.take(BLOCK_BYTES as usize);
+            self.copy_version(base, start, start + bytes, &mut buf, start)?;
+            let at = |offset: u32| (offset.clamp(start, start + bytes) - start) as usize;
+            buf[at(offset)..at(stop)].fill(0);
+            buf[bytes as usize..].fill(0);
+            edges.push((block, crc32c(&buf[..bytes as usize]), buf.freeze()));
+        }
+        Ok(Built { body: Body::Punch { first, end, edges }, length: old, block: None })
     }
 
     /// The bytes of the crc blocks `first..end` after the write: verified old bytes, zeros in gaps and

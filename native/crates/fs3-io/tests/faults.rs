@@ -6,55 +6,10 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use common::{CHUNK, bytes_of, id, options, pattern, runtime, update, write};
+use common::{Bed, CHUNK, bytes_of, code, id, options, pattern, runtime, update, write};
 use fs3_core::{Code, Region, UpdateVersion, crc_blocks};
-use fs3_io::fault::{Fault, FaultDisk};
-use fs3_io::{Change, Disk, IoThreads, StoreOptions, TargetStore};
-
-struct Bed {
-    disk: FaultDisk,
-    options: StoreOptions,
-    store: Arc<TargetStore>,
-    runtime: tokio::runtime::Runtime,
-}
-
-impl Bed {
-    fn new() -> Self {
-        let (disk, options) = (FaultDisk::new(1), options(&IoThreads::new(2)));
-        let store = TargetStore::open_on(Arc::new(disk.clone()), options.clone()).unwrap();
-        Self { disk, options, store, runtime: runtime() }
-    }
-
-    fn reopen(&mut self) {
-        self.options.read_cache.clear();
-        self.store = TargetStore::open_on(Arc::new(self.disk.clone()), self.options.clone()).unwrap();
-    }
-
-    fn prepare(&self, chunk: u32, version: u64, change: Change) -> fs3_core::Result<fs3_io::VersionInfo> {
-        self.runtime.block_on(self.store.prepare(update(chunk, version, change)))
-    }
-
-    fn commit(&self, chunk: u32, version: u64) -> fs3_core::Result<fs3_io::VersionInfo> {
-        self.runtime.block_on(self.store.commit(id(chunk), UpdateVersion(version)))
-    }
-
-    fn put(&self, chunk: u32, version: u64, change: Change) {
-        self.prepare(chunk, version, change).unwrap();
-        self.commit(chunk, version).unwrap();
-    }
-
-    fn read(&self, chunk: u32) -> Result<Vec<u8>, Code> {
-        self.runtime.block_on(self.store.read(id(chunk), 0, CHUNK)).map(|out| bytes_of(&out)).map_err(|e| e.code)
-    }
-
-    fn sync(&self) -> fs3_core::Result<()> {
-        self.runtime.block_on(self.store.sync())
-    }
-}
-
-fn code<T>(result: fs3_core::Result<T>) -> Option<Code> {
-    result.err().map(|e| e.code)
-}
+use fs3_io::fault::Fault;
+use fs3_io::{Change, Disk, IoThreads, TargetStore};
 
 #[test]
 fn damaged_payloads_are_refused_and_change_nothing() {
@@ -174,6 +129,34 @@ fn a_failed_data_write_fails_the_store_and_keeps_what_was_committed() {
     assert_eq!(bed.read(0), Ok(vec![1; 9000]));
     bed.reopen();
     assert_eq!(bed.read(0), Ok(vec![1; 9000]));
+}
+
+#[test]
+fn a_disk_that_fills_up_in_the_middle_of_a_log_record_fails_the_store_and_keeps_what_was_acknowledged() {
+    for skip in 0..4 {
+        let mut bed = Bed::new();
+        bed.put(0, 1, write(0, vec![1; 9000]));
+        bed.disk.inject(Fault::Full, skip);
+        let mut version = 1;
+        let failed = loop {
+            // Small overwrites travel through the log alone.
+            match bed.prepare(0, version + 1, write(4096, vec![version as u8 + 1; 4096])) {
+                Ok(_) => match bed.commit(0, version + 1) {
+                    Ok(_) => version += 1,
+                    Err(e) => break e,
+                },
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(failed.code, Code::DiskError);
+        assert_eq!(code(bed.prepare(9, 1, write(0, vec![1]))), Some(Code::DiskError));
+        bed.disk.restart();
+        bed.reopen();
+        let meta = bed.store.chunk(id(0)).unwrap();
+        assert_eq!(meta.committed.unwrap().update_version, UpdateVersion(version));
+        assert_eq!(bed.read(0).unwrap()[4096], if version == 1 { 1 } else { version as u8 });
+        bed.put(1, 1, write(0, vec![7; 9000]));
+    }
 }
 
 #[test]

@@ -62,6 +62,56 @@ pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().build().unwrap()
 }
 
+/// A store on a disk in memory, and a runtime to drive it.
+pub struct Bed {
+    pub disk: FaultDisk,
+    pub options: StoreOptions,
+    pub store: Arc<TargetStore>,
+    pub runtime: tokio::runtime::Runtime,
+}
+
+impl Bed {
+    pub fn new() -> Self {
+        Self::on(FaultDisk::new(1))
+    }
+
+    pub fn on(disk: FaultDisk) -> Self {
+        let options = options(&IoThreads::new(2));
+        let store = TargetStore::open_on(Arc::new(disk.clone()), options.clone()).unwrap();
+        Self { disk, options, store, runtime: runtime() }
+    }
+
+    pub fn reopen(&mut self) {
+        self.options.read_cache.clear();
+        self.store = TargetStore::open_on(Arc::new(self.disk.clone()), self.options.clone()).unwrap();
+    }
+
+    pub fn prepare(&self, chunk: u32, version: u64, change: Change) -> Result<VersionInfo> {
+        self.runtime.block_on(self.store.prepare(update(chunk, version, change)))
+    }
+
+    pub fn commit(&self, chunk: u32, version: u64) -> Result<VersionInfo> {
+        self.runtime.block_on(self.store.commit(id(chunk), UpdateVersion(version)))
+    }
+
+    pub fn put(&self, chunk: u32, version: u64, change: Change) {
+        self.prepare(chunk, version, change).unwrap();
+        self.commit(chunk, version).unwrap();
+    }
+
+    pub fn read(&self, chunk: u32) -> std::result::Result<Vec<u8>, Code> {
+        self.runtime.block_on(self.store.read(id(chunk), 0, CHUNK)).map(|out| bytes_of(&out)).map_err(|e| e.code)
+    }
+
+    pub fn sync(&self) -> Result<()> {
+        self.runtime.block_on(self.store.sync())
+    }
+}
+
+pub fn code<T>(result: Result<T>) -> Option<Code> {
+    result.err().map(|e| e.code)
+}
+
 /// What one step of a random run does.
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -69,6 +119,7 @@ pub enum Op {
     Append { chunk: u32, len: u32, gap: u32 },
     Replace { chunk: u32, len: u32 },
     Truncate { chunk: u32, length: u32 },
+    Punch { chunk: u32, offset: u32, len: u32 },
     Remove { chunk: u32 },
     Commit { chunk: u32 },
     Abort { chunk: u32 },
@@ -163,6 +214,12 @@ impl Rig {
                 content.truncate(length as usize);
                 self.prepare(chunk, Change::Truncate { length }, Some(content))
             }
+            Op::Punch { chunk, offset, len } => {
+                let Some(mut content) = self.model.get(&chunk).and_then(|m| m.content.clone()) else { return Ok(()) };
+                let end = content.len().min((offset + len) as usize);
+                content[end.min(offset as usize)..end].fill(0);
+                self.prepare(chunk, Change::Punch { offset, length: len }, Some(content))
+            }
             Op::Remove { chunk } => self.prepare(chunk, Change::Remove, None),
             Op::Commit { chunk } => self.commit(chunk),
             Op::Abort { chunk } => {
@@ -190,6 +247,7 @@ impl Rig {
                 self.disk.crash();
                 self.options.read_cache.clear();
                 self.reopen();
+                self.store.audit_for_tests().unwrap();
                 self.check_after_power_loss();
                 Ok(())
             }
@@ -203,6 +261,9 @@ impl Rig {
         let state = self.model.get_mut(&chunk).unwrap();
         let (version, content) = state.pending.take().unwrap();
         (state.version, state.content) = (version, content);
+        if self.options.durable_writes {
+            self.synced.insert(chunk, version);
+        }
         Ok(())
     }
 
