@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import lmdb
 
 from fs3.kv import lmdb_records as records
+from fs3.kv import lmdb_wal
 from fs3.kv.api import TRANSACTION_MS_MAX, KvError, TooOld, Unavailable
 from fs3.kv.buffer import BufferedTransaction
 from fs3.kv.lmdb_commit import QUEUED_TRANSACTIONS_MAX, Committer, Request
@@ -48,15 +49,28 @@ class _Environment:
         self.path = path
         self.durable = durable
         self.users = 0
-        self.env = _open_lmdb(path, durable, map_bytes)
+
+        def open_tree(directory: Path, sync: bool) -> Any:
+            return _open_lmdb(str(directory), sync, map_bytes)
+
+        try:
+            self._users_fd = lmdb_wal.prepare(Path(path), durable, open_tree)
+        except (OSError, lmdb.Error) as error:
+            raise KvError(f"cannot prepare the key-value store {path}: {error}") from error
+        try:
+            self.env = _open_lmdb(path, False, map_bytes)
+        except BaseException:
+            os.close(self._users_fd)
+            raise
         try:
             self.env.reader_check()
             self.base = _prepare(self.env, path)
-            if durable:
-                _sync_names(path)
-            self.committer = Committer(self.env, self.base, now_ms)
+            self.snapshots = lmdb_wal.Snapshots(Path(path), self.env)
+            self.wal = lmdb_wal.Wal(Path(path)) if durable else None
+            self.committer = Committer(self.env, self.base, now_ms, self.wal, self.snapshots)
         except BaseException:
             self.env.close()
+            os.close(self._users_fd)
             raise
 
     @classmethod
@@ -83,16 +97,20 @@ class _Environment:
                 return
             del self._open[self.path]
             self.committer.stop()
+            self.snapshots.wait()
+            if self.wal is not None:
+                self.wal.close()
             self.env.close()
+            os.close(self._users_fd)
 
 
-def _open_lmdb(path: str, durable: bool, map_bytes: int) -> Any:
+def _open_lmdb(path: str, sync: bool, map_bytes: int) -> Any:
     try:
         return lmdb.open(
             path,
             map_size=map_bytes,
-            sync=durable,
-            metasync=durable,
+            sync=sync,
+            metasync=sync,
             max_readers=READERS_MAX,
             max_spare_txns=SPARE_READERS,
             readahead=False,
@@ -102,19 +120,6 @@ def _open_lmdb(path: str, durable: bool, map_bytes: int) -> Any:
         raise KvError(f"{path} is not an fs3 key-value store, or is damaged: {error}") from error
     except (lmdb.Error, OSError) as error:
         raise KvError(f"cannot open the key-value store {path}: {error}") from error
-
-
-def _sync_names(path: str) -> None:
-    """LMDB syncs its file but not the file's name: without this a power loss could take the whole store away."""
-    try:
-        for directory in (path, os.path.dirname(path)):
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        raise KvError(f"cannot sync the directory of the key-value store {path}: {error.strerror}") from error
 
 
 def _prepare(env: Any, path: str) -> int:
@@ -129,10 +134,9 @@ def _prepare(env: Any, path: str) -> int:
             raise KvError(f"{path} is an LMDB directory of another program: choose another path")
     with env.begin(write=True) as txn:
         record = txn.get(records.FORMAT_KEY)
-        if record is None:
-            txn.put(records.FORMAT_KEY, records.encode_format(records.FORMAT))
-        else:
+        if record is not None:
             _checked_format(record, path)
+        txn.put(records.FORMAT_KEY, records.encode_format(records.FORMAT))
         base = int.from_bytes(txn.get(records.BASE_KEY) or b"", "big")
         newest = _newest_logged(txn)
         if newest > base + txn.id():
@@ -189,8 +193,9 @@ class _Company:
 class LmdbKv:
     """A store in a directory; see :class:`fs3.kv.api.KvStore`.
 
-    ``durable``: a commit returns after its pages are synced to the disk. Without it a commit survives the end of
-    every process, but a crash of the machine may lose or damage the whole store. ``map_bytes`` bounds the size of the
+    ``durable``: a commit returns when it is in a log on the disk and survives a power loss (:mod:`fs3.kv.lmdb_wal`).
+    Without it a commit survives the end of every process, but a crash of the machine may lose or damage the whole
+    store. All processes that have the directory open choose the same. ``map_bytes`` bounds the size of the
     data file, which is sparse; processes that share the directory should use the same. ``now_ms`` is a
     monotonic clock in milliseconds, common to all processes of the machine.
 

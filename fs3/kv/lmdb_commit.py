@@ -31,6 +31,7 @@ from fs3.kv.api import (
 )
 from fs3.kv.buffer import add_wrapping
 from fs3.kv.conflicts import ENTRIES_MAX, WINDOW_MS, ConflictLog, Entry, KeyRange
+from fs3.kv.lmdb_wal import Record, Snapshots, Wal
 
 if TYPE_CHECKING:
     from fs3.kv.lmdb import LmdbTransaction
@@ -77,10 +78,19 @@ class Committer:
     Making one lowers the interpreter's thread switch interval to SWITCH_INTERVAL_S, for the whole process.
     """
 
-    def __init__(self, env: Any, base: int, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        env: Any,
+        base: int,
+        now_ms: Callable[[], int],
+        wal: Wal | None = None,
+        snapshots: Snapshots | None = None,
+    ) -> None:
         self.batches = 0
         self.transactions = 0
         self._env = env
+        self._wal = wal
+        self._snapshots = snapshots
         self._base = base
         self._now_ms = now_ms
         self._known = base + int(env.info()["last_txnid"])  # the log below holds every commit up to this one
@@ -219,20 +229,43 @@ class Committer:
                 self._next_prune_ms = now_ms + LOG_PRUNE_INTERVAL_MS
                 self._prune_stored(txn, version, now_ms)
             txn.put(records.log_key(version), records.encode_log(now_ms, staged.keys, staged.ranges))
+            begun = self._log_durably(txn, version, staged)
         except BaseException:
             txn.abort()
             raise
         try:
             txn.commit()
         except lmdb.Error as error:
+            self._retract(error)
             if _is_full(error):
                 raise  # pages did not fit, so the new root was not written
             raise _OutcomeUnknown from error
+        if begun and self._snapshots is not None:
+            self._snapshots.consider()
         self._log.append(Entry(version, now_ms, staged.keys, staged.ranges))
         self._known = version
         self.batches += 1
         self.transactions += len(batch)
         return outcomes
+
+    def _log_durably(self, txn: Any, version: int, staged: _Staged) -> bool:
+        """Write the batch to the log; returns whether a new segment began."""
+        if self._wal is None:
+            return False
+        try:
+            return self._wal.append(txn, Record(version, staged.removed, staged.changes))
+        except OSError as error:
+            if _is_full(error):
+                raise
+            raise _OutcomeUnknown from error
+
+    def _retract(self, error: Exception) -> None:
+        if self._wal is None:
+            return
+        try:
+            self._wal.retract()
+        except OSError:
+            raise _OutcomeUnknown from error
 
     def _begin(self) -> Any:
         try:
@@ -316,17 +349,20 @@ class _Staged:
 
     def __init__(self, txn: Any) -> None:
         self._txn = txn
-        self._changes: dict[bytes, bytes | None] = {}
+        self.changes: dict[bytes, bytes | None] = {}
+        # Ranges that went before the changes.
+        self.removed: list[KeyRange] = []
         self.keys: list[bytes] = []
         self.ranges: list[KeyRange] = []
 
     def stage(self, request: LmdbTransaction, stamp: bytes) -> None:
-        changes = self._changes
+        changes = self.changes
         for begin, end in request._clears:
             # What is below the changes can go at once: nothing staged depends on it any more.
             for key in [key for key in changes if begin <= key < end]:
                 del changes[key]
             records.delete_range(self._txn, begin, end)
+            self.removed.append((begin, end))
         for key, write in request._writes.items():
             if isinstance(write, int):
                 current = changes[key] if key in changes else records.get(self._txn, key)
@@ -339,8 +375,8 @@ class _Staged:
 
     def flush(self) -> None:
         puts: list[tuple[bytes, bytes]] = []
-        for key in sorted(self._changes):
-            value = self._changes[key]
+        for key in sorted(self.changes):
+            value = self.changes[key]
             if value is not None and len(key) <= records.SHORT_KEY_BYTES_MAX:
                 puts.append((key, value))
             else:

@@ -19,7 +19,8 @@ FORMAT_KEY = b"\xff/format"
 BASE_KEY = b"\xff/base"
 LOG_PREFIX = b"\xff/log/"
 LOG_END = b"\xff/log0"
-FORMAT = 1
+# 2: the tree alone is not durable, see lmdb_wal.
+FORMAT = 2
 SHORT_KEY_BYTES_MAX = 510
 
 _FORMAT_RECORD = struct.Struct("<4sI")
