@@ -163,7 +163,7 @@ def native_write(
 
 
 def native_read(
-    fs: FileSystem, path: str, total_bytes: int, *, piece_bytes: int = 32 * MIB, pids: Iterable[int] = ()
+    fs: FileSystem, path: str, total_bytes: int, *, piece_bytes: int = 8 * MIB, pids: Iterable[int] = ()
 ) -> Measured:
     """Read the first `total_bytes` of a file into one reused buffer."""
     buffer = memoryview(bytearray(piece_bytes))

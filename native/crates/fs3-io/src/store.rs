@@ -222,6 +222,23 @@ impl TargetStore {
         Ok(committed)
     }
 
+    /// As [`TargetStore::prepare`] without waiting: `done` gets the result on the thread that did it and must not block.
+    pub fn prepare_then(self: &Arc<Self>, update: Update, done: impl FnOnce(Result<VersionInfo>) + Send + 'static) {
+        let store = self.clone();
+        self.options.threads.run_then(move || store.prepare_blocking(update), done);
+    }
+
+    /// As [`TargetStore::commit`] without waiting: `done` gets the result on the thread that did it and must not block.
+    pub fn commit_then(
+        self: &Arc<Self>,
+        id: ChunkId,
+        version: UpdateVersion,
+        done: impl FnOnce(Result<VersionInfo>) + Send + 'static,
+    ) {
+        let store = self.clone();
+        self.options.threads.run_then(move || store.commit_blocking(id, version), done);
+    }
+
     /// Drop the pending version if it is `version`.
     pub async fn abort(self: &Arc<Self>, id: ChunkId, version: UpdateVersion) -> Result<()> {
         let store = self.clone();

@@ -3,7 +3,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use fs3_core::{Code, Error, Result};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -25,6 +25,9 @@ struct Shared {
 struct Queue {
     jobs: VecDeque<Job>,
     idle: usize,
+    /// An idle thread is on its way to the jobs. It wakes the next one if it finds more than one job: many short jobs
+    /// are done by few threads, and a thread that blocks does not hold up the others.
+    waking: bool,
     closed: bool,
 }
 
@@ -57,10 +60,20 @@ impl IoThreads {
         }
         let mut queue = self.shared.queue.lock();
         queue.jobs.push_back(Box::new(job));
-        if queue.idle > 0 {
-            drop(queue);
-            self.shared.wake.notify_one();
-        }
+        self.shared.wake_one(queue);
+    }
+
+    /// Run `job` some time soon and then, on the same thread, `done` with its result: no other thread has to wake for
+    /// it. `done` must not block.
+    pub fn run_then<T: 'static>(
+        &self,
+        job: impl FnOnce() -> Result<T> + Send + 'static,
+        done: impl FnOnce(Result<T>) + Send + 'static,
+    ) {
+        self.spawn(move || {
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+            done(result.unwrap_or_else(|_| Err(job_failed())));
+        });
     }
 
     /// Run `job` and wait for its result without blocking the caller's thread. The job runs to its end
@@ -70,18 +83,29 @@ impl IoThreads {
         self.spawn(move || {
             let _ = done.send(job());
         });
-        result
-            .await
-            .unwrap_or_else(|_| Err(Error::new(Code::Internal, "a disk job failed; see the log").maybe_applied()))
+        result.await.unwrap_or_else(|_| Err(job_failed()))
     }
 }
 
+fn job_failed() -> Error {
+    Error::new(Code::Internal, "a disk job failed; see the log").maybe_applied()
+}
+
 impl Shared {
+    /// Have an idle thread look at the jobs, unless one is about to or there are none.
+    fn wake_one(&self, mut queue: MutexGuard<'_, Queue>) {
+        if queue.idle > 0 && !queue.waking && !queue.jobs.is_empty() {
+            queue.waking = true;
+            drop(queue);
+            self.wake.notify_one();
+        }
+    }
+
     fn work(&self) {
         loop {
             let job = {
                 let mut queue = self.queue.lock();
-                loop {
+                let job = loop {
                     if let Some(job) = queue.jobs.pop_front() {
                         break job;
                     }
@@ -91,7 +115,10 @@ impl Shared {
                     queue.idle += 1;
                     self.wake.wait(&mut queue);
                     queue.idle -= 1;
-                }
+                    queue.waking = false;
+                };
+                self.wake_one(queue);
+                job
             };
             // A panic is a bug in one job; its caller sees the dropped channel, the thread goes on.
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {

@@ -46,6 +46,20 @@ impl Job {
         Self { chunk, chunk_bytes: 0, body: Body::Mirror, writer: None, durable: false }
     }
 
+    /// The local change for `content` if nothing has to be read for it.
+    pub fn given_change(&self, content: Content) -> Option<Change> {
+        match (&self.body, content) {
+            (Body::Write { offset, data, crcs }, Content::Update) => {
+                Some(Change::Write { offset: *offset, data: data.clone(), crcs: crcs.clone() })
+            }
+            (Body::Truncate { length }, Content::Update) => Some(Change::Truncate { length: *length }),
+            (Body::Replace { data, crcs, writers }, Content::Update | Content::Whole) => {
+                Some(Change::Replace { data: data.clone(), crcs: crcs.clone(), writers: writers.clone() })
+            }
+            _ => None,
+        }
+    }
+
     /// The local change for `content`. `None`: there is no committed chunk to take it from.
     pub async fn change(
         &self,
@@ -57,24 +71,12 @@ impl Job {
             let known = store.chunk(self.chunk).and_then(|m| m.committed).map_or(0, |c| c.chunk_bytes);
             return Ok(Some((Change::Remove, known.max(self.chunk_bytes).max(64 << 10))));
         }
-        let change = match (&self.body, content) {
-            (Body::Write { offset, data, crcs }, Content::Update) => {
-                Change::Write { offset: *offset, data: data.clone(), crcs: crcs.clone() }
-            }
-            (Body::Truncate { length }, Content::Update) => Change::Truncate { length: *length },
-            (Body::Replace { data, crcs, writers }, Content::Update | Content::Whole) => {
-                Change::Replace { data: data.clone(), crcs: crcs.clone(), writers: writers.clone() }
-            }
-            _ => {
-                let Some(whole) = self.whole(store, pool, content).await? else { return Ok(None) };
-                let data = contiguous(whole.data, whole.length, pool);
-                return Ok(Some((
-                    Change::Replace { data, crcs: whole.crcs, writers: whole.writers },
-                    whole.chunk_bytes,
-                )));
-            }
-        };
-        Ok(Some((change, self.chunk_bytes)))
+        if let Some(change) = self.given_change(content) {
+            return Ok(Some((change, self.chunk_bytes)));
+        }
+        let Some(whole) = self.whole(store, pool, content).await? else { return Ok(None) };
+        let data = contiguous(whole.data, whole.length, pool);
+        Ok(Some((Change::Replace { data, crcs: whole.crcs, writers: whole.writers }, whole.chunk_bytes)))
     }
 
     /// The whole chunk for `content` (not `Update`); `None` when there is no such chunk.

@@ -9,7 +9,7 @@ use fs3_chain::{
     Role, RoutingView, Writer,
 };
 use fs3_core::{ChainVersion, ChunkId, Code, Error, Result, UpdateVersion};
-use fs3_io::{TargetStore, Update, VersionInfo};
+use fs3_io::{Change, TargetStore, Update, VersionInfo, WriterRecord};
 use fs3_proto::v1::LocalState;
 use fs3_rt::{Instant, monotonic_ns};
 use parking_lot::Mutex;
@@ -119,19 +119,33 @@ impl Target {
             Effect::Prepare { op, chunk, version, content } => {
                 let chain_version = machine.replica.routing().chain_version;
                 let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
-                self.core.spawn(async move {
-                    let result = this.prepare(&job, version, chain_version, content).await;
+                let given = job.given_change(content).filter(|_| !job.durable);
+                let prepared = move |result: Result<VersionInfo>| {
                     let result = result.map(|v| outcome_of(&v)).map_err(|e| this.note(chunk, &e));
                     drop(changing);
                     this.drive(Event::Prepared { op, chunk, result });
+                };
+                match given {
+                    // The common case goes on where the disk work was done.
+                    Some(change) => {
+                        let update = update_of(&job, version, chain_version, change, job.chunk_bytes);
+                        self.store.prepare_then(update, prepared);
+                    }
+                    None => {
+                        let this = self.clone();
+                        self.core.spawn(async move {
+                            prepared(this.prepare(&job, version, chain_version, content).await);
+                        });
+                    }
+                }
+            }
+            Effect::Commit { op, chunk, version } => {
+                self.store.commit_then(chunk, UpdateVersion(version), move |result| {
+                    let result = result.map(drop).map_err(|e| this.note(chunk, &e));
+                    drop(changing);
+                    this.drive(Event::Committed { op, chunk, result });
                 });
             }
-            Effect::Commit { op, chunk, version } => self.core.spawn(async move {
-                let result = this.store.commit(chunk, UpdateVersion(version)).await;
-                let result = result.map(drop).map_err(|e| this.note(chunk, &e));
-                drop(changing);
-                this.drive(Event::Committed { op, chunk, result });
-            }),
             Effect::Abort { op, chunk, version } => self.core.spawn(async move {
                 if let Err(e) = this.store.abort(chunk, UpdateVersion(version)).await {
                     this.note(chunk, &e);
@@ -198,15 +212,7 @@ impl Target {
         let Some((change, chunk_bytes)) = change else {
             return Err(Error::new(Code::Internal, format!("chunk {} vanished during its repair", job.chunk)));
         };
-        let writer = job.writer.map(|w| fs3_io::WriterRecord { update_version: UpdateVersion(version), ..w });
-        let update = Update {
-            id: job.chunk,
-            chunk_bytes,
-            update_version: UpdateVersion(version),
-            chain_version: ChainVersion(chain_version),
-            writer,
-            change,
-        };
+        let update = update_of(job, version, chain_version, change, chunk_bytes);
         let info = self.store.prepare(update).await?;
         if job.durable {
             self.store.sync().await?;
@@ -390,6 +396,18 @@ impl Target {
         if heal {
             self.core.spawn(self.clone().heal(chain_version));
         }
+    }
+}
+
+fn update_of(job: &Job, version: u64, chain_version: u64, change: Change, chunk_bytes: u32) -> Update {
+    let update_version = UpdateVersion(version);
+    Update {
+        id: job.chunk,
+        chunk_bytes,
+        update_version,
+        chain_version: ChainVersion(chain_version),
+        writer: job.writer.map(|w| WriterRecord { update_version, ..w }),
+        change,
     }
 }
 
