@@ -70,6 +70,8 @@ class Report:
     cycles: int = 0
     seconds: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
+    # Cycles with at least one kill -9, those of a power cut included.
+    kill_cycles: int = 0
     processes_killed: int = 0
     power_cuts: int = 0
     images: int = 0
@@ -95,7 +97,7 @@ class Report:
             ("seed", self.seed),
             ("cycles, seconds", f"{self.cycles}, {self.seconds:.0f}"),
             *((f"fault: {kind}", count) for kind, count in sorted(self.faults.items())),
-            ("processes killed", self.processes_killed),
+            ("cycles with kill -9, processes killed", f"{self.kill_cycles}, {self.processes_killed}"),
             ("power cuts, images of disks", f"{self.power_cuts}, {self.images}"),
             (
                 "unsynced changes kept, lost, torn; names lost",
@@ -289,6 +291,7 @@ class Campaign:
             f"cycle {self.report.cycles + 1}: " + ", ".join(f"{f.kind} {' '.join(f.storage)}".strip() for f in plan)
         )
         held: list[tuple[float, faults.Fault]] = []
+        killed = self.report.processes_killed
         try:
             for fault in plan:
                 self._begin(fault)
@@ -303,6 +306,7 @@ class Campaign:
                 fault.heal()
         self._recover()
         self.report.cycles += 1
+        self.report.kill_cycles += self.report.processes_killed > killed
         if settled or self.rng.random() < 0.5:
             self.settle()
         if self.report.cycles % VERIFY_EVERY == 0:

@@ -201,6 +201,25 @@ def disk_errors(scene: Scene) -> Fault:
     )
 
 
+def store_errors(scene: Scene) -> Fault:
+    """The key-value store's disk fails writes or syncs; its services give the store up until they are restarted."""
+    chosen = scene.rng.choice(["write_eio", "sync_eio"])
+    settings = {chosen: scene.rng.choice([0.02, 0.2, 1.0]), "sync_drops": scene.rng.random() < 0.5, "only": "data.mdb"}
+    users = ["mgmtd", *scene.cluster.names_of("meta")]
+
+    def mend() -> None:
+        scene.cluster.disks["kv"].set_faults()
+        scene.cluster.kill_many(users)
+        scene.cluster.spawn_missing(users)
+
+    return Fault(
+        f"store errors ({chosen.removesuffix('_eio')})",
+        lambda: scene.cluster.disks["kv"].set_faults(**settings),
+        mend,
+        _silent_s(scene),
+    )
+
+
 def flipped_bits(scene: Scene) -> Fault:
     """Blocks of one storage service's data files read back with a flipped bit."""
     name = scene.rng.choice(scene.cluster.storage_names)
@@ -232,6 +251,6 @@ ORDINARY: list[Maker] = [
     slow_disk,
     full_disk,
 ]
-DAMAGE: list[Maker] = [disk_errors, flipped_bits]
+DAMAGE: list[Maker] = [disk_errors, disk_errors, flipped_bits, store_errors]
 # What may come on top of damage: it takes no healthy replica away.
 HARMLESS: list[Maker] = [kill_meta, kill_mgmtd, kill_client, kill_mount]
