@@ -232,7 +232,7 @@ ORACLES = {
         cargo=("test", "--no-run", "-p", "fs3-chain", "--test", "simulation"),
         binary="simulation",
         arguments=("--test-threads=1",),
-        environment={"FS3_CHAIN_SEEDS": "1500"},
+        environment={"FS3_CHAIN_SEEDS": "150"},
         seed=r"FS3_CHAIN_SEED=(\d+)",
     ),
     "store": Oracle(

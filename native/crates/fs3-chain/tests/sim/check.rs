@@ -68,7 +68,7 @@ impl History {
             assert!(version >= floor, "{chunk}: a read showed version {version} after {floor} was shown");
         }
         let _ = removes;
-        c.check_content(chunk, version, content);
+        c.check_content(chunk, version, content, self.total_crash);
         if !self.total_crash {
             c.floor = c.floor.max(version);
         }
@@ -76,10 +76,18 @@ impl History {
 }
 
 impl ChunkHistory {
-    fn check_content(&mut self, chunk: ChunkId, version: u64, content: &Content) {
+    fn check_content(&mut self, chunk: ChunkId, version: u64, content: &Content, total_crash: bool) {
         if version > 0 && !content.is_empty() {
             let seen = self.versions.entry(version).or_insert_with(|| content.clone());
             assert_eq!(seen, content, "{chunk}: version {version} has two contents");
+            if self.removes == 0 && !total_crash {
+                // Writes append: of two versions the older one is the beginning of the newer one.
+                let older = self.versions.range(..version).next_back();
+                let newer = self.versions.range(version + 1..).next();
+                for (a, b) in older.map(|o| (o.1, content)).into_iter().chain(newer.map(|n| (content, n.1))) {
+                    assert!(b.starts_with(a), "{chunk}: of two versions around {version}, {a:?} became {b:?}");
+                }
+            }
         }
         let distinct: BTreeSet<u64> = content.iter().copied().collect();
         assert_eq!(distinct.len(), content.len(), "{chunk}: a write was applied twice in {content:?}");
@@ -96,6 +104,7 @@ impl ChunkHistory {
 impl World {
     /// All replicas are equal, and nothing acknowledged is missing or there twice.
     pub fn check_end(&mut self) {
+        let total_crash = self.history.total_crash;
         for index in 0..super::CHUNKS {
             let chunk = super::chunk_id(index);
             let states: Vec<_> = self.nodes.iter().map(|n| n.store.chunk(chunk)).collect();
@@ -107,7 +116,7 @@ impl World {
             assert!(states.iter().all(|s| s.pending == 0), "{chunk}: a pending version is left");
             let Some(history) = self.history.chunks.get_mut(&chunk) else { continue };
             let content = contents[0].clone().unwrap_or_default();
-            history.check_content(chunk, states[0].committed, &content);
+            history.check_content(chunk, states[0].committed, &content, total_crash);
             if history.removes == 0 {
                 assert!(history.floor <= states[0].committed, "{chunk}: the last shown version was lost");
                 for id in history.acked.keys() {

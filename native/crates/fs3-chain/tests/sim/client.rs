@@ -58,9 +58,10 @@ impl World {
         let doing = c.doing.clone().expect("a client that calls does something");
         let writer_client = ClientId([c.index as u8; 16]);
         // Now and then the routing is an old one.
-        let chain = self.manager.chain.clone();
-        let back = u64::from(self.rng.chance(10) && chain.version > 1);
-        let chain_version = chain.version - back;
+        let newest = self.manager.chains.len() - 1;
+        let back = usize::from(self.rng.chance(10)).min(newest);
+        let chain = self.manager.chains[newest - back].clone();
+        let chain_version = chain.version;
         let serving = chain.serving();
         self.after(
             (40 + self.rng.0 % 30) * MS,
@@ -82,7 +83,7 @@ impl World {
             }
             Doing::Read { chunk, .. } => {
                 let to = serving[self.rng.below(serving.len() as u64) as usize];
-                if let Some(delay) = self.delay().filter(|_| !self.nodes[to].partitioned) {
+                if let Some(delay) = self.delay().filter(|_| !self.nodes[to].is_hidden()) {
                     self.after(delay, Action::DeliverRead { to, chunk, chain_version, client, call });
                 }
             }

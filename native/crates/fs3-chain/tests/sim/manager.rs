@@ -33,6 +33,8 @@ impl Chain {
 
 pub struct Manager {
     pub chain: Chain,
+    /// Every chain there was, the present one last.
+    pub chains: Vec<Chain>,
     /// Life and time of the last heartbeat.
     heard: [(u64, u64); NODES],
     /// Life that serves or syncs.
@@ -44,8 +46,10 @@ pub struct Manager {
 
 impl Manager {
     pub fn new() -> Self {
+        let chain = Chain { version: 1, targets: (0..NODES).map(|n| (n, State::Serving)).collect() };
         Self {
-            chain: Chain { version: 1, targets: (0..NODES).map(|n| (n, State::Serving)).collect() },
+            chains: vec![chain.clone()],
+            chain,
             heard: [(1, 0); NODES],
             known_life: [1; NODES],
             synced: [false; NODES],
@@ -136,6 +140,7 @@ impl World {
         });
         if targets != m.chain.targets {
             m.chain = Chain { version: m.chain.version + 1, targets };
+            m.chains.push(m.chain.clone());
             m.synced = [false; NODES];
             for node in 0..NODES {
                 let delay = self.rng.below(30 * MS);

@@ -265,6 +265,7 @@ impl World {
             self.after(back, Action::Restart { node });
         } else if self.options.partitions && whole && self.rng.chance(60) {
             self.nodes[node].partitioned = true;
+            self.nodes[node].visible = self.rng.chance(50);
             let back = (1 + self.rng.below(800)) * MS;
             self.after(back, Action::HealPartition { node });
         }
@@ -282,7 +283,10 @@ impl World {
 
     pub fn send(&mut self, from_node: Option<usize>, to: usize, message: &Message, asker: Asker) {
         let copies = 1 + u64::from(self.rng.chance(self.options.duplicate_percent));
-        let cut = self.nodes[to].partitioned || from_node.is_some_and(|n| self.nodes[n].partitioned);
+        let cut = match from_node {
+            Some(from) => self.nodes[to].partitioned || self.nodes[from].partitioned,
+            None => self.nodes[to].is_hidden(),
+        };
         for _ in 0..copies {
             if let Some(delay) = self.delay().filter(|_| !cut) {
                 self.after(delay, Action::Deliver { to, message: message.clone(), asker });

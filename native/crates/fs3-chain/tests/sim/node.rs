@@ -85,7 +85,10 @@ pub struct Forward {
 pub struct Node {
     index: usize,
     pub up: bool,
+    /// Cut off from the manager and the other nodes.
     pub partitioned: bool,
+    /// While partitioned it is reached by clients.
+    pub visible: bool,
     /// Raised by every start.
     pub life: u64,
     /// Routing has shown that the manager knows of this life's start.
@@ -107,6 +110,7 @@ impl Node {
             index,
             up: true,
             partitioned: false,
+            visible: false,
             life: 1,
             ready: true,
             uptodate: true,
@@ -118,6 +122,11 @@ impl Node {
             next_request: 1,
             fatal: None,
         }
+    }
+
+    /// Whether clients do not reach it.
+    pub fn is_hidden(&self) -> bool {
+        self.partitioned && !self.visible
     }
 
     pub fn chain_version(&self) -> u64 {
@@ -214,7 +223,8 @@ impl World {
             return;
         }
         let asker = self.nodes[node].requests.remove(&id).expect("a request is answered once");
-        if self.nodes[node].partitioned {
+        let client = matches!(asker, Asker::Client { .. });
+        if self.nodes[node].is_hidden() || (self.nodes[node].partitioned && !client) {
             return;
         }
         if let Some(delay) = self.delay() {
@@ -287,7 +297,7 @@ impl World {
         if self.trace {
             eprintln!("{:>12} n{node} shows client {client} {chunk} {result:?}", self.now);
         }
-        if let Some(delay) = self.delay().filter(|_| !self.nodes[node].partitioned) {
+        if let Some(delay) = self.delay().filter(|_| !self.nodes[node].is_hidden()) {
             self.after(delay, Action::ReadAnswer { client, call, result });
         }
     }
