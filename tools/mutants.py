@@ -19,21 +19,30 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
+import tempfile
+import threading
 import tomllib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = ROOT / "tests" / "mutants"
 SWITCH = "FS3_MUTANT"
 PROFILE = "mutants"
-# Seconds of one core that a mutant may live; the unmutated code runs as long with every oracle.
+CHILD = ROOT / "tools" / "mutant_child.py"
+CLEAN = "(none)"
+# CPU seconds that a mutant may live; the unmutated code runs so many times longer with every oracle.
 BUDGET_S = 60.0
+CLEAN_BUDGETS = 2
+# A seed that takes longer does not end any more.
+SEED_S_MAX = 120.0
+# Characters told of a violation.
+TEXT_MAX = 150
 # Appended to a manifest-free crate that all others use.
 SWITCH_RUST = f"""
 /// Whether the seeded bug `name` is switched on in this process.
@@ -68,6 +77,8 @@ class Mutant:
     why: str
     oracle: str
     edits: tuple[Edit, ...]
+    options: str = ""
+    """What the world is like, JSON; drawn from the seed where it does not say."""
 
     @property
     def is_python(self) -> bool:
@@ -81,6 +92,7 @@ class Outcome:
 
     mutant: str
     property: str
+    oracle: str
     caught: bool
     seeds: int
     seconds: float
@@ -99,6 +111,7 @@ def load(folder: Path = MANIFESTS) -> list[Mutant]:
                 why=entry["why"],
                 oracle=entry.get("oracle", "world"),
                 edits=tuple(Edit(**edit) for edit in edits),
+                options=entry.get("options", ""),
             )
             switch = f'mutant!("{mutant.name}")'
             if not mutant.is_python and not all(switch in edit.replace for edit in mutant.edits):
@@ -211,106 +224,146 @@ def sources(folder: Path) -> Iterable[Path]:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A simulation that may catch a mutant."""
+    """A simulation that may catch a mutant; one process per seed."""
 
     name: str
     cargo: tuple[str, ...]
     binary: str
     arguments: tuple[str, ...]
+    # "{seed}" and "{next}" stand for the seed and the one after it.
     environment: dict[str, str]
-    # Finds the seed of a failure in the output.
-    seed: str
+    # Seeds that the unmutated code has to pass, and after which a mutant has survived.
+    seeds: int
+    # The mutant's options, JSON, go here.
+    options: str = ""
 
-    def command(self, scratch: Scratch) -> list[str]:
-        """Make the command line of a run over many seeds that stops at the first failure."""
-        return [str(scratch.binaries[self.binary]), *self.arguments]
+    def command(self, scratch: Scratch, seed: int) -> list[str]:
+        """Make the command line of one seed."""
+        made = scratch.binaries[self.binary]
+        if self.binary != "_native":
+            return [str(made), *self.arguments]
+        return [sys.executable, str(CHILD), str(made), *(a.format(seed=seed) for a in self.arguments)]
+
+    def variables(self, seed: int) -> dict[str, str]:
+        """Make the environment of one seed."""
+        return {k: v.format(seed=seed, next=seed + 1) for k, v in self.environment.items()}
 
 
 ORACLES = {
-    "chain": Oracle(
-        name="chain",
-        cargo=("test", "--no-run", "-p", "fs3-chain", "--test", "simulation"),
-        binary="simulation",
-        arguments=("--test-threads=1",),
-        environment={"FS3_CHAIN_SEEDS": "150"},
-        seed=r"FS3_CHAIN_SEED=(\d+)",
-    ),
-    "store": Oracle(
-        name="store",
-        cargo=("test", "--no-run", "-p", "fs3-io", "--test", "model"),
-        binary="model",
-        arguments=("--test-threads=1", "power_loss"),
-        environment={"FS3_CRASH_SEEDS": "0..40"},
-        seed=r"seed (\d+)",
-    ),
-    "kills": Oracle(
-        name="kills",
-        cargo=("test", "--no-run", "-p", "fs3-io", "--test", "kills"),
-        binary="kills",
-        arguments=("--test-threads=1",),
-        environment={},
-        seed=r"seed (\d+)",
-    ),
+    oracle.name: oracle
+    for oracle in (
+        Oracle(
+            name="chain",
+            cargo=("test", "--no-run", "-p", "fs3-chain", "--test", "simulation"),
+            binary="simulation",
+            arguments=("--test-threads=1",),
+            environment={"FS3_CHAIN_SEED": "{seed}"},
+            seeds=150,
+        ),
+        Oracle(
+            name="store",
+            cargo=("test", "--no-run", "-p", "fs3-io", "--test", "model"),
+            binary="model",
+            arguments=("--test-threads=1", "power_loss"),
+            environment={"FS3_CRASH_SEEDS": "{seed}..{next}"},
+            seeds=40,
+        ),
+        Oracle(
+            name="world",
+            cargo=("test", "--no-run", "-p", "fs3-sim", "--test", "world"),
+            binary="world",
+            arguments=("--test-threads=1", "under_faults"),
+            environment={"FS3_SIM_SEED": "{seed}"},
+            seeds=60,
+            options="FS3_SIM_OPTIONS",
+        ),
+        Oracle(
+            name="cluster",
+            cargo=("build", "-p", "fs3-py"),
+            binary="_native",
+            arguments=("--seed", "{seed}"),
+            environment={},
+            seeds=60,
+        ),
+    )
 }
 
 
-def attempt(mutant: Mutant | None, oracle: Oracle, scratch: Scratch, budget_s: float) -> Outcome:
-    """Run one oracle with one mutant switched on, or none."""
-    name = mutant.name if mutant else "(none)"
-    env = {**os.environ, **oracle.environment, "RUST_BACKTRACE": "0"}
+def run_seed(mutant: Mutant | None, oracle: Oracle, scratch: Scratch, seed: int, options: str) -> tuple[str, float]:
+    """Run one seed. Returns what was violated, empty when nothing was, and the CPU seconds it took."""
+    env = {**os.environ, **oracle.variables(seed), "RUST_BACKTRACE": "0", "PYTHONPATH": str(ROOT)}
     env.pop(SWITCH, None)
     if mutant:
         env[SWITCH] = mutant.name
-    began = time.monotonic()
-    command = oracle.command(scratch)
-    output, failed = "", False
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        try:
-            output, _ = child.communicate(timeout=budget_s)
-            failed = child.returncode != 0
-        except subprocess.TimeoutExpired:
-            # A mutant that hangs the simulation is caught as well: the simulation itself bounds healthy runs.
-            child.kill()
-            output, _ = child.communicate()
-    found = re.search(oracle.seed, output)
+    if options and oracle.options:
+        env[oracle.options] = options
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = subprocess.Popen(oracle.command(scratch, seed), env=env, stdout=output, stderr=subprocess.STDOUT)
+        watchdog = threading.Timer(SEED_S_MAX, child.kill)
+        watchdog.start()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        watchdog.cancel()
+        output.seek(0)
+        found = "" if child.returncode == 0 else explanation(output.read())
+    if child.returncode == -signal.SIGKILL:
+        found = f"no end within {SEED_S_MAX:.0f} s"
+    return found, usage.ru_utime + usage.ru_stime
+
+
+def attempt(mutant: Mutant | None, oracle: Oracle, scratch: Scratch, budget_s: float) -> Outcome:
+    """Run seeds until one fails, the budget of CPU time is spent or there are no more."""
+    spent_s, seed, found = 0.0, 0, ""
+    options = mutant.options if mutant else ""
+    while not found and spent_s < budget_s and seed < oracle.seeds:
+        seed += 1
+        found, cpu_s = run_seed(mutant, oracle, scratch, seed, options)
+        spent_s += cpu_s
     return Outcome(
-        mutant=name,
+        mutant=mutant.name if mutant else CLEAN,
         property=mutant.property if mutant else "no false alarm",
-        caught=failed,
-        seeds=int(found[1]) if found else 0,
-        seconds=time.monotonic() - began,
-        text=explanation(output) if failed else "",
+        oracle=oracle.name,
+        caught=bool(found),
+        seeds=seed,
+        seconds=spent_s,
+        text=found,
     )
 
 
 def explanation(output: str) -> str:
     """Pick the line that says what was violated."""
-    lines = output.splitlines()
+    lines = [line.strip() for line in output.splitlines()]
     for at, line in enumerate(lines):
-        if "panicked at" in line and at + 1 < len(lines):
-            return lines[at + 1].strip()[:110]
-    return lines[-1][:110] if lines else ""
+        if line.startswith("FS3_SIM_SEED="):
+            return line.partition(": ")[2][:TEXT_MAX] or line[:TEXT_MAX]
+        if "panicked at" in line and "Option::unwrap" not in line and at + 1 < len(lines):
+            return lines[at + 1][:TEXT_MAX]
+    told = [line for line in lines if line]
+    return told[-1][:TEXT_MAX] if told else "ended without a word"
 
 
-def report(outcomes: list[Outcome]) -> None:
-    """Print the table."""
-    width = max(len(o.mutant) for o in outcomes)
-    for o in sorted(outcomes, key=lambda o: (o.caught, o.mutant)):
-        if o.mutant == "(none)":
-            state = "FALSE ALARM" if o.caught else "quiet"
-        else:
-            state = "caught" if o.caught else "SURVIVED"
-        where = f"seed {o.seeds}" if o.seeds else ""
-        print(f"{o.mutant:{width}}  {state:11} {o.seconds:6.1f} s  {where:10} {o.property:40} {o.text}")
+def report(outcome: Outcome) -> None:
+    """Print a line of the table."""
+    o = outcome
+    states = ("quiet", "FALSE ALARM") if o.mutant == CLEAN else ("SURVIVED", "caught")
+    state = states[o.caught]
+    print(
+        f"{o.mutant:30} {state:11} {o.oracle:8} {o.seeds:4} seeds {o.seconds:6.1f} s  {o.property:34} {o.text}",
+        flush=True,
+    )
 
 
 def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int) -> list[Outcome]:
-    """Try all mutants, and the unmutated code with every oracle, in parallel."""
-    oracles = {m.oracle for m in chosen}
+    """Try all mutants, and the unmutated code with every oracle, several at a time."""
+    tasks = [(None, name, CLEAN_BUDGETS * budget_s) for name in sorted({m.oracle for m in chosen})]
+    tasks += [(m, m.oracle, budget_s) for m in chosen]  # type: ignore[misc]
+    outcomes = []
     with ThreadPoolExecutor(jobs) as pool:
-        clean = [pool.submit(attempt, None, ORACLES[name], scratch, 10 * budget_s) for name in sorted(oracles)]
-        tried = [pool.submit(attempt, m, ORACLES[m.oracle], scratch, budget_s) for m in chosen]
-        return [future.result() for future in (*clean, *tried)]
+        futures = [pool.submit(attempt, m, ORACLES[name], scratch, budget) for m, name, budget in tasks]
+        for future in as_completed(futures):
+            outcomes.append(future.result())
+            report(outcomes[-1])
+    return outcomes
 
 
 def main() -> int:
@@ -321,6 +374,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only check that every mutant fits the sources")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds per mutant (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    parser.add_argument("--oracle", choices=sorted(ORACLES), help="try this one instead of each mutant's own")
     args = parser.parse_args()
     mutants = load()
     if wrong := misfits(mutants):
@@ -334,6 +388,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
     chosen = [m for m in mutants if not args.names or m.name in args.names]
+    if args.oracle:
+        chosen = [replace(m, oracle=args.oracle) for m in chosen if not m.is_python or args.oracle == "cluster"]
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -342,12 +398,9 @@ def main() -> int:
         scratch.write()
         scratch.build(ORACLES[name] for name in sorted({m.oracle for m in chosen}))
         outcomes = run(chosen, scratch, args.budget, args.jobs)
-    report(outcomes)
-    wrong = [o for o in outcomes if o.caught != (o.mutant != "(none)")]
-    print(
-        f"{sum(o.caught for o in outcomes)} of {len(chosen)} mutants caught"
-        + (f"; {len(wrong)} wrong" if wrong else "")
-    )
+    wrong = [o for o in outcomes if o.caught != (o.mutant != CLEAN)]
+    caught = sum(o.caught for o in outcomes if o.mutant != CLEAN)
+    print(f"{caught} of {len(chosen)} mutants caught, {len(wrong)} wrong")
     return 1 if wrong else 0
 
 

@@ -1,0 +1,70 @@
+"""Runs the cluster simulator with the mutated native module and, if one is chosen, a mutant of the Python sources.
+
+Called by tools/mutants.py: mutant_child.py NATIVE_MODULE ARGUMENTS_OF_THE_SIMULATOR...
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from mutants import ROOT, SWITCH, Edit, load, mutated
+
+
+class _Loader(SourceFileLoader):
+    """Loads a module from its source with some texts replaced."""
+
+    def __init__(self, name: str, path: str, edits: list[Edit]) -> None:
+        super().__init__(name, path)
+        self._edits = edits
+
+    def get_code(self, fullname: str) -> object:
+        """Compile the replaced source, past every cache."""
+        path = self.get_filename(fullname)
+        return compile(mutated(Path(path).read_text(), self._edits), path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the native module where it was built, and the sources to be mutated."""
+
+    def __init__(self, native: str, edits: dict[str, list[Edit]]) -> None:
+        self._native = native
+        self._edits = edits
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a module of fs3 that is not to come from where it usually does."""
+        if fullname == "fs3._native":
+            loader = importlib.machinery.ExtensionFileLoader(fullname, self._native)
+            return importlib.util.spec_from_file_location(fullname, self._native, loader=loader)
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or spec.origin is None or spec.origin not in self._edits:
+            return None
+        loader = _Loader(fullname, spec.origin, self._edits[spec.origin])
+        return importlib.util.spec_from_file_location(fullname, spec.origin, loader=loader)
+
+
+def main() -> None:
+    """Become the simulator."""
+    native, *arguments = sys.argv[1:]
+    edits: dict[str, list[Edit]] = {}
+    for mutant in load():
+        if mutant.name == os.environ.get(SWITCH) and mutant.is_python:
+            for edit in mutant.edits:
+                edits.setdefault(str(ROOT / edit.file), []).append(edit)
+    sys.path.insert(0, str(ROOT))
+    sys.meta_path.insert(0, _Finder(native, edits))
+    sys.argv = ["fs3.testing.simulator", *arguments]
+    runpy.run_module("fs3.testing.simulator", run_name="__main__", alter_sys=True)
+
+
+main()
