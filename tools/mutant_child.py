@@ -58,9 +58,8 @@ def main() -> None:
     native, *arguments = sys.argv[1:]
     edits: dict[str, list[Edit]] = {}
     for mutant in load():
-        if mutant.name == os.environ.get(SWITCH) and mutant.is_python:
-            for edit in mutant.edits:
-                edits.setdefault(str(ROOT / edit.file), []).append(edit)
+        for edit in mutant.python if mutant.name == os.environ.get(SWITCH) else ():
+            edits.setdefault(str(ROOT / edit.file), []).append(edit)
     sys.path.insert(0, str(ROOT))
     sys.meta_path.insert(0, _Finder(native, edits))
     sys.argv = ["fs3.testing.simulator", *arguments]

@@ -67,6 +67,11 @@ class Edit:
     find: str
     replace: str
 
+    @property
+    def is_python(self) -> bool:
+        """Tell whether it is substituted at import."""
+        return self.file.endswith(".py")
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -81,9 +86,14 @@ class Mutant:
     """What the world is like, JSON; drawn from the seed where it does not say."""
 
     @property
-    def is_python(self) -> bool:
-        """Tell whether it is substituted at import."""
-        return self.edits[0].file.endswith(".py")
+    def rust(self) -> list[Edit]:
+        """The edits behind the switch."""
+        return [edit for edit in self.edits if not edit.is_python]
+
+    @property
+    def python(self) -> list[Edit]:
+        """The edits that are substituted at import."""
+        return [edit for edit in self.edits if edit.is_python]
 
 
 @dataclass
@@ -114,7 +124,7 @@ def load(folder: Path = MANIFESTS) -> list[Mutant]:
                 options=entry.get("options", ""),
             )
             switch = f'mutant!("{mutant.name}")'
-            if not mutant.is_python and not all(switch in edit.replace for edit in mutant.edits):
+            if not all(switch in edit.replace for edit in mutant.rust):
                 raise ValueError(f"{path.name}: mutant {mutant.name} does not use {switch}")
             mutants.append(mutant)
     names = [m.name for m in mutants]
@@ -160,14 +170,14 @@ class Scratch:
 
     def __init__(self, folder: Path, mutants: list[Mutant]) -> None:
         self.folder = folder
-        self.rust = [m for m in mutants if not m.is_python]
+        self.mutants = mutants
         self.binaries: dict[str, Path] = {}
 
     def write(self) -> None:
         """Bring the copy up to date; files that did not change keep their times, so that builds are incremental."""
         edits: dict[str, list[Edit]] = {}
-        for mutant in self.rust:
-            for edit in mutant.edits:
+        for mutant in self.mutants:
+            for edit in mutant.rust:
                 edits.setdefault(edit.file, []).append(edit)
         wanted = {p.relative_to(ROOT) for top in ("native", "proto") for p in sources(ROOT / top)}
         for path in wanted:
@@ -355,7 +365,11 @@ def report(outcome: Outcome) -> None:
 
 def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int) -> list[Outcome]:
     """Try all mutants, and the unmutated code with every oracle, several at a time."""
-    tasks = [(None, name, CLEAN_BUDGETS * budget_s) for name in sorted({m.oracle for m in chosen})]
+    tasks = (
+        []
+        if os.environ.get("NOCLEAN")
+        else [(None, name, CLEAN_BUDGETS * budget_s) for name in sorted({m.oracle for m in chosen})]
+    )
     tasks += [(m, m.oracle, budget_s) for m in chosen]  # type: ignore[misc]
     outcomes = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -389,7 +403,7 @@ def main() -> int:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
     chosen = [m for m in mutants if not args.names or m.name in args.names]
     if args.oracle:
-        chosen = [replace(m, oracle=args.oracle) for m in chosen if not m.is_python or args.oracle == "cluster"]
+        chosen = [replace(m, oracle=args.oracle) for m in chosen if m.rust or args.oracle == "cluster"]
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:

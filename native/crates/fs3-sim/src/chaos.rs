@@ -132,10 +132,9 @@ impl Chaos {
     }
 
     fn node(&self) -> u32 {
-        if self.options.rot_ms > 0 {
-            return 0;
-        }
-        self.sim.below(u64::from(self.nodes.count())) as u32
+        let count = u64::from(self.nodes.count());
+        // Where bytes rot on node 0, one sound replica of every chain has to stay: those on nodes 1 and 3.
+        if self.options.rot_ms > 0 { (2 * self.sim.below(2) % count) as u32 } else { self.sim.below(count) as u32 }
     }
 
     fn span(&self) -> Duration {

@@ -51,7 +51,7 @@ pub struct Options {
     pub slow_disk_ms: u64,
     /// A disk reports an error.
     pub disk_error_ms: u64,
-    /// Stored bytes of node 0 change: a bit, or a write that goes elsewhere or nowhere. Only node 0 fails otherwise then.
+    /// Stored bytes of node 0 change: a bit, or a write that goes elsewhere or nowhere. Only nodes 0 and 2 fail otherwise then.
     pub rot_ms: u64,
     /// A client is killed and another one begins.
     pub client_crash_ms: u64,

@@ -1,5 +1,5 @@
 //! Seeded worlds under a scripted manager. `FS3_SIM_SEED=<n> cargo test -p fs3-sim --test world` replays one seed;
-//! `FS3_SIM_SEEDS=<n>` sets how many are tried.
+//! `FS3_SIM_SEEDS=<n>` sets how many are tried; `FS3_SIM_OPTIONS=<json>` fixes options that seeds would draw.
 
 mod common;
 
@@ -58,7 +58,8 @@ fn without_faults_every_operation_succeeds() {
 
 #[test]
 fn under_faults_of_any_kind_nothing_acknowledged_is_lost() {
-    hunt("under_faults", seeds(20), |seed| Options::draw(seed, "").unwrap(), 120);
+    let given = std::env::var("FS3_SIM_OPTIONS").unwrap_or_default();
+    hunt("under_faults", seeds(20), |seed| Options::draw(seed, &given).unwrap(), 120);
 }
 
 #[test]
