@@ -365,11 +365,9 @@ def report(outcome: Outcome) -> None:
 
 def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int) -> list[Outcome]:
     """Try all mutants, and the unmutated code with every oracle, several at a time."""
-    tasks = (
-        []
-        if os.environ.get("NOCLEAN")
-        else [(None, name, CLEAN_BUDGETS * budget_s) for name in sorted({m.oracle for m in chosen})]
-    )
+    tasks = [(None, name, CLEAN_BUDGETS * budget_s) for name in sorted({m.oracle for m in chosen})]
+    if os.environ.get("NOCLEAN"):
+        tasks = []
     tasks += [(m, m.oracle, budget_s) for m in chosen]  # type: ignore[misc]
     outcomes = []
     with ThreadPoolExecutor(jobs) as pool:
