@@ -1,7 +1,7 @@
 //! What an update carries, and whole chunks made of it.
 
 use fs3_chain::Content;
-use fs3_core::{BufferPool, ChunkId, Code, Error, Region, Result, crc_blocks};
+use fs3_core::{BufferPool, CRC_BLOCK_BYTES, ChunkId, Code, Error, Region, Result, crc_blocks};
 use fs3_io::{Change, TargetStore, WriterRecord};
 
 /// The payload of one update, kept from its arrival until the machine is done with it.
@@ -95,10 +95,14 @@ impl Job {
                 writers: writers.clone(),
             }));
         }
-        let committed = committed(store, self.chunk).await?;
         if content == Content::Committed || matches!(self.body, Body::Mirror) {
-            return Ok(committed);
+            return committed(store, self.chunk, u32::MAX).await;
         }
+        if let Some(whole) = self.overwritten(store) {
+            return Ok(Some(whole));
+        }
+        let needed = if let Body::Truncate { length } = self.body { length } else { u32::MAX };
+        let committed = committed(store, self.chunk, needed).await?;
         let (mut old, old_length, chunk_bytes, writers) = match committed {
             Some(whole) => (whole.data, whole.length, whole.chunk_bytes, whole.writers),
             None => (Vec::new(), 0, self.chunk_bytes, Vec::new()),
@@ -123,13 +127,29 @@ impl Job {
         let crcs = crc_blocks(0, &buffer);
         Ok(Some(Whole { data: vec![buffer.freeze()], length, crcs, chunk_bytes, writers }))
     }
+
+    /// The chunk after a write that leaves nothing of the old bytes: those may even be rotten.
+    fn overwritten(&self, store: &TargetStore) -> Option<Whole> {
+        let Body::Write { offset: 0, data, crcs } = &self.body else { return None };
+        let meta = store.chunk(self.chunk)?;
+        let old = meta.committed.filter(|v| !v.removed && v.length as usize <= data.len())?;
+        let (data, length) = (data.clone(), data.len() as u32);
+        Some(Whole {
+            data: vec![data],
+            length,
+            crcs: crcs.clone(),
+            chunk_bytes: old.chunk_bytes,
+            writers: meta.writers,
+        })
+    }
 }
 
-/// The committed chunk with its records, verified.
-async fn committed(store: &std::sync::Arc<TargetStore>, chunk: ChunkId) -> Result<Option<Whole>> {
+/// The first `needed` bytes or more of the committed chunk, with its records, verified.
+async fn committed(store: &std::sync::Arc<TargetStore>, chunk: ChunkId, needed: u32) -> Result<Option<Whole>> {
     let Some(meta) = store.chunk(chunk) else { return Ok(None) };
     let Some(version) = meta.committed.filter(|v| !v.removed) else { return Ok(None) };
-    let read = store.read(chunk, 0, version.length).await?;
+    let needed = needed.checked_next_multiple_of(CRC_BLOCK_BYTES as u32).unwrap_or(u32::MAX);
+    let read = store.read(chunk, 0, needed.min(version.length)).await?;
     Ok(Some(Whole {
         data: read.data,
         length: read.length,

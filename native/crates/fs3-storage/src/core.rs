@@ -83,6 +83,8 @@ pub(crate) struct Core {
     pub counters: Counters,
     pub healing: Healing,
     pub foreground: Foreground,
+    /// Limits what the node sends to other replicas in resyncs.
+    pub resync_pace: Pace,
     /// Raised to begin a scrub of every target.
     pub scrub_now: tokio::sync::watch::Sender<u64>,
     disk_states: Mutex<BTreeMap<Vec<u8>, Arc<DiskState>>>,
@@ -112,6 +114,7 @@ impl Core {
             options,
             counters: Counters::default(),
             healing,
+            resync_pace: Pace::new(healing.resync_bytes_per_s),
             foreground: Foreground::default(),
             scrub_now: tokio::sync::watch::Sender::new(0),
             disk_states: Mutex::default(),
@@ -223,7 +226,7 @@ impl Core {
             }
             fs3_rt::sleep(CHANGES_POLL).await;
         }
-        if former.store.failed().is_some() {
+        if former.store.failed().is_some() || former.upkeep.disk.error().is_some() {
             return;
         }
         if former.lives >= LIVES_MAX {
@@ -249,13 +252,17 @@ impl Core {
         self.targets.write().insert(target.id, Slot::Open(target));
     }
 
-    fn disk_state(&self, uuid: &[u8]) -> Arc<DiskState> {
+    /// What is known of a disk; made when it is first asked for.
+    pub fn disk_state(&self, uuid: &[u8]) -> Arc<DiskState> {
         let pace = || Pace::new(self.healing.scrub_bytes_per_s);
         let mut states = self.disk_states.lock();
-        states.entry(uuid.to_vec()).or_insert_with(|| Arc::new(DiskState { scrub_pace: pace() })).clone()
+        states.entry(uuid.to_vec()).or_insert_with(|| Arc::new(DiskState::new(pace()))).clone()
     }
 
     fn open_store(&self, target_id: u64, disk_uuid: &[u8]) -> Result<(Arc<TargetStore>, bool)> {
+        if let Some(error) = self.disk_state(disk_uuid).error() {
+            return Err(error);
+        }
         let (disk, created) = self.disks.open_target(disk_uuid, target_id)?;
         Ok((TargetStore::open_on(disk, self.options.clone())?, created))
     }

@@ -60,10 +60,11 @@ impl TargetDisks for Disks {
     }
 
     fn space(&self) -> Vec<Space> {
-        let space = |(d, _): &(DiskConfig, Result<()>)| {
+        let space = |(d, checked): &(DiskConfig, Result<()>)| {
             let (capacity_bytes, free_bytes) = statvfs(&d.path)?;
+            let error = checked.as_ref().err().map(ToString::to_string).unwrap_or_default();
             let path = d.path.display().to_string();
-            Some(Space { uuid: d.uuid.to_vec().into(), capacity_bytes, free_bytes, path, ..Space::default() })
+            Some(Space { uuid: d.uuid.to_vec().into(), capacity_bytes, free_bytes, path, error, ..Space::default() })
         };
         self.disks.iter().filter_map(space).collect()
     }

@@ -32,6 +32,10 @@ pub const REMOVES_IN_FLIGHT_MAX: usize = 32;
 pub const RESYNC_CHUNKS_IN_FLIGHT_MAX: usize = 8;
 /// Pause before a resync looks again after a failure, and between passes, milliseconds.
 pub const RESYNC_RETRY_MS: u64 = 200;
+/// The same when all that is left are chunks whose bytes are rotten here, milliseconds.
+pub const RESYNC_STUCK_RETRY_MS: u64 = 2_000;
+/// How long a resync waits before each chunk while clients are being served, milliseconds.
+pub const RESYNC_YIELD_MS: u64 = 10;
 /// How long one forward may take before it is sent again, milliseconds.
 pub const FORWARD_TIMEOUT_MS: u64 = 5_000;
 /// Rotten chunks of one target that wait for their repair; more are found again by the next scrub.
@@ -49,6 +53,8 @@ pub const SCRUB_PIECE_BYTES: u32 = 1 << 20;
 pub const SCRUB_YIELD_MS: u64 = 250;
 /// The first scrub of a target begins at the latest this long after the start, milliseconds.
 pub const SCRUB_FIRST_MS_MAX: u64 = 600_000;
+/// A disk whose operations take longer than this on the average is reported as slow, milliseconds.
+pub const SLOW_DISK_MS: u64 = 100;
 /// Operations of one read request.
 pub const READ_OPS_MAX: usize = 4096;
 /// Chunks listed by one request.

@@ -14,10 +14,33 @@ use crate::content::{Body, Job};
 use crate::core::Counters;
 use crate::methods::query::info;
 use crate::target::Target;
-use crate::{LIST_CHUNKS_MAX, RESYNC_CHUNKS_IN_FLIGHT_MAX, RESYNC_RETRY_MS};
+use crate::{LIST_CHUNKS_MAX, RESYNC_CHUNKS_IN_FLIGHT_MAX, RESYNC_RETRY_MS, RESYNC_STUCK_RETRY_MS, RESYNC_YIELD_MS};
 
 /// How long the repair of one chunk may take before the pass counts as failed.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How far a syncing successor is.
+#[derive(Clone, Debug)]
+pub(crate) struct Progress {
+    /// Known to be equal.
+    pub done_chunks: u64,
+    pub total_chunks: u64,
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+    /// Sent since `began`.
+    pub sent_bytes: u64,
+    /// Rotten here, so that they cannot be sent.
+    pub stuck_chunks: u64,
+    pub began: Instant,
+}
+
+/// A chunk to be sent, and its bytes.
+struct Differing {
+    chunk: ChunkId,
+    bytes: u64,
+    kind: Kind,
+    origin: Origin,
+}
 
 /// What two replicas must agree on.
 fn key(info: &ChunkInfo) -> (u64, u32, u32) {
@@ -37,12 +60,18 @@ impl Target {
 
     async fn resync_one(self: &Arc<Self>, to: TargetId, chain_version: u64) {
         while self.view().chain_version == chain_version && !self.has_failed() {
+            let mut pause_ms = RESYNC_RETRY_MS;
             match self.resync_pass(to, chain_version).await {
                 Ok(true) => return,
                 Ok(false) => {}
-                Err(e) => tracing::debug!(target_id = self.id, to = to.0, "resync: {e}"),
+                Err(e) => {
+                    if e.code == Code::ChecksumMismatch {
+                        pause_ms = RESYNC_STUCK_RETRY_MS;
+                    }
+                    tracing::debug!(target_id = self.id, to = to.0, "resync: {e}");
+                }
             }
-            fs3_rt::sleep(Duration::from_millis(RESYNC_RETRY_MS)).await;
+            fs3_rt::sleep(Duration::from_millis(pause_ms)).await;
         }
     }
 
@@ -52,17 +81,50 @@ impl Target {
         let theirs = self.list_of(to, chain_version).await?;
         let ours = self.own_list();
         let differing = self.compare(to, &ours, &theirs);
-        let total = ours.len() as u64;
-        self.progress(total - (differing.len() as u64).min(total), total);
+        let bytes_of = |id: &ChunkId| ours.get(id).map_or(0, |mine| u64::from(mine.length));
+        self.begin_pass(to, &ours, &differing);
         if differing.is_empty() && self.is_settled() {
             let request = ResyncDoneRequest { chain_id: self.chain_id, chain_version, target_id: to.0 };
             self.call(to, Method::StorageResyncDone, request, Vec::new()).await?;
             return Ok(true);
         }
         let origin = Origin::Resync { to };
-        let jobs = differing.into_iter().map(|chunk| (chunk, Kind::Mirror, origin)).collect();
-        self.repair(jobs, chain_version).await?;
+        let job = |chunk| Differing { chunk, bytes: bytes_of(&chunk), kind: Kind::Mirror, origin };
+        self.repair(differing.into_iter().map(job).collect(), chain_version).await?;
         Ok(false)
+    }
+
+    fn begin_pass(&self, to: TargetId, ours: &BTreeMap<ChunkId, ChunkInfo>, differing: &[ChunkId]) {
+        let left: Vec<&ChunkInfo> = differing.iter().filter_map(|id| ours.get(id)).collect();
+        let bytes = |of: &mut dyn Iterator<Item = &ChunkInfo>| of.map(|c| u64::from(c.length)).sum::<u64>();
+        let (total_bytes, left_bytes) = (bytes(&mut ours.values()), bytes(&mut left.iter().copied()));
+        let mut life = self.life.lock();
+        let before = life.resyncs.get(&to.0).map(|p| (p.sent_bytes, p.began));
+        let (sent_bytes, began) = before.unwrap_or_else(|| (0, Instant::now()));
+        let progress = Progress {
+            done_chunks: (ours.len() - left.len()) as u64,
+            total_chunks: ours.len() as u64,
+            done_bytes: total_bytes - left_bytes,
+            total_bytes,
+            sent_bytes,
+            stuck_chunks: 0,
+            began,
+        };
+        life.resyncs.insert(to.0, progress);
+    }
+
+    fn note_sent(&self, job: &Differing, sent: bool) {
+        let Origin::Resync { to } = job.origin else { return };
+        if let Some(progress) = self.life.lock().resyncs.get_mut(&to.0) {
+            if sent {
+                // What is only there, and is removed, was not counted.
+                progress.done_chunks = progress.total_chunks.min(progress.done_chunks + 1);
+                progress.done_bytes += job.bytes;
+                progress.sent_bytes += job.bytes;
+            } else {
+                progress.stuck_chunks += 1;
+            }
+        }
     }
 
     fn compare(
@@ -90,37 +152,47 @@ impl Target {
         differing
     }
 
-    async fn repair(self: &Arc<Self>, jobs: Vec<(ChunkId, Kind, Origin)>, chain_version: u64) -> Result<()> {
+    /// Send chunks, a few at the same time. One that is rotten here is left out, and is the error in the end; any other
+    /// error ends it.
+    async fn repair(self: &Arc<Self>, jobs: Vec<Differing>, chain_version: u64) -> Result<()> {
         let mut left = jobs.into_iter();
-        let mut running: JoinSet<Result<()>> = JoinSet::new();
-        let mut result = Ok(());
+        let mut running: JoinSet<(Differing, Result<()>)> = JoinSet::new();
+        let (mut result, mut rotten) = (Ok(()), Ok(()));
         loop {
             while running.len() < RESYNC_CHUNKS_IN_FLIGHT_MAX && result.is_ok() {
-                let Some((chunk, kind, origin)) = left.next() else { break };
+                let Some(job) = left.next() else { break };
                 let this = self.clone();
                 running.spawn(async move {
-                    let mut job = Job::mirror(chunk);
-                    if kind == Kind::Remove {
-                        job.body = Body::Remove;
-                    }
-                    this.update(job, kind, chain_version, origin, Instant::now() + REPAIR_TIMEOUT).await.map(drop)
+                    let sent = this.send_chunk(&job, chain_version).await;
+                    (job, sent)
                 });
             }
             match running.join_next().await {
-                None => return result,
-                Some(Ok(Ok(()))) => {
+                None => return result.and(rotten),
+                Some(Ok((job, Ok(())))) => {
                     Counters::add(&self.core.counters.resync_chunks, 1);
-                    self.life.lock().resync_done_chunks += 1;
+                    Counters::add(&self.core.counters.resync_bytes, job.bytes);
+                    self.note_sent(&job, true);
                 }
-                Some(Ok(Err(e))) => result = Err(e),
+                Some(Ok((job, Err(e)))) if e.code == Code::ChecksumMismatch => {
+                    self.note_sent(&job, false);
+                    rotten = Err(e);
+                }
+                Some(Ok((_, Err(e)))) => result = Err(e),
                 Some(Err(_)) => result = Err(Error::new(Code::Internal, "a repair failed; see the log")),
             }
         }
     }
 
-    fn progress(&self, done: u64, total: u64) {
-        let mut life = self.life.lock();
-        (life.resync_done_chunks, life.resync_total_chunks) = (done, total);
+    async fn send_chunk(self: &Arc<Self>, differing: &Differing, chain_version: u64) -> Result<()> {
+        self.core.resync_pace.take(differing.bytes).await;
+        self.core.foreground.give_way(Duration::from_millis(RESYNC_YIELD_MS)).await;
+        let mut job = Job::mirror(differing.chunk);
+        if differing.kind == Kind::Remove {
+            job.body = Body::Remove;
+        }
+        let deadline = Instant::now() + REPAIR_TIMEOUT;
+        self.update(job, differing.kind, chain_version, differing.origin, deadline).await.map(drop)
     }
 
     fn own_list(&self) -> BTreeMap<ChunkId, ChunkInfo> {
@@ -195,7 +267,8 @@ impl Target {
             .into_iter()
             .map(|(id, above)| {
                 let kind = if committed(&id) { Kind::Mirror } else { Kind::Remove };
-                (id, kind, Origin::Heal { above })
+                let bytes = self.store.chunk(id).and_then(|m| m.committed).map_or(0, |c| u64::from(c.length));
+                Differing { chunk: id, bytes, kind, origin: Origin::Heal { above } }
             })
             .collect();
         if !jobs.is_empty() {

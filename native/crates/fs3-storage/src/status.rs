@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use fs3_proto::v1::engine_status::TargetStatus;
+use fs3_proto::v1::engine_status::{ResyncStatus, TargetStatus};
+use fs3_proto::v1::space_response::Disk;
 use fs3_proto::v1::{EngineStatus, LocalState};
 
 use crate::core::{Core, Slot};
+use crate::resync::Progress;
 use crate::target::Target;
 
 impl Core {
@@ -18,10 +20,16 @@ impl Core {
         counters.push(("payload_bytes_held", payload_bytes as u64));
         EngineStatus {
             targets: self.slots().into_iter().map(|(id, slot)| slot_status(id, slot)).collect(),
-            disks: self.disks.space(),
+            disks: self.disks.space().into_iter().map(|disk| self.disk_status(disk)).collect(),
             routing_version: self.routing().version,
             counters: counters.into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
         }
+    }
+
+    fn disk_status(&self, disk: Disk) -> Disk {
+        let known = self.disk_state(&disk.uuid);
+        let error = known.error().map_or(disk.error, |error| error.to_string());
+        Disk { error, warning: known.warning().unwrap_or_default(), ..disk }
     }
 }
 
@@ -44,7 +52,7 @@ fn slot_status(target_id: u64, slot: Slot) -> TargetStatus {
 fn target_status(target: &Arc<Target>) -> TargetStatus {
     let (state, error) = target.local_state();
     let life = target.life.lock();
-    let (resync_done_chunks, resync_total_chunks) = (life.resync_done_chunks, life.resync_total_chunks);
+    let resyncs: Vec<ResyncStatus> = life.resyncs.iter().map(|(to, progress)| resync_status(*to, progress)).collect();
     drop(life);
     let mut status = TargetStatus {
         target_id: target.id,
@@ -53,11 +61,26 @@ fn target_status(target: &Arc<Target>) -> TargetStatus {
         chain_version: target.view().chain_version,
         used_bytes: target.store.used_bytes(),
         chunks: target.store.chunks(),
-        resync_done_chunks,
-        resync_total_chunks,
+        resync_done_chunks: resyncs.iter().map(|r| r.done_chunks).sum(),
+        resync_total_chunks: resyncs.iter().map(|r| r.total_chunks).sum(),
+        resyncs,
         error: error.unwrap_or_default(),
         ..TargetStatus::default()
     };
     target.upkeep.describe(&mut status, |id| target.store.chunk(id).is_some_and(|meta| meta.rotten));
     status
+}
+
+fn resync_status(to_target_id: u64, progress: &Progress) -> ResyncStatus {
+    let seconds = progress.began.elapsed().as_secs_f64().max(0.001);
+    ResyncStatus {
+        to_target_id,
+        done_chunks: progress.done_chunks,
+        total_chunks: progress.total_chunks,
+        done_bytes: progress.done_bytes,
+        total_bytes: progress.total_bytes,
+        sent_bytes: progress.sent_bytes,
+        bytes_per_s: (progress.sent_bytes as f64 / seconds) as u64,
+        stuck_chunks: progress.stuck_chunks,
+    }
 }

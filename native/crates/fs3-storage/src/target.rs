@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use crate::content::Job;
 use crate::core::Core;
+use crate::resync::Progress;
 use crate::upkeep::Upkeep;
 use crate::view::StoreView;
 
@@ -46,8 +47,8 @@ pub(crate) struct Life {
     noted: Option<(ChunkId, String)>,
     /// Why the life before ended, if that was in this process.
     pub former_error: Option<String>,
-    pub resync_done_chunks: u64,
-    pub resync_total_chunks: u64,
+    /// Successors that are brought up to date, under this chain version.
+    pub resyncs: BTreeMap<u64, Progress>,
 }
 
 struct Machine {
@@ -213,10 +214,12 @@ impl Target {
             return Err(Error::new(Code::Internal, format!("chunk {} vanished during its repair", job.chunk)));
         };
         let update = update_of(job, version, chain_version, change, chunk_bytes);
+        let began = Instant::now();
         let info = self.store.prepare(update).await?;
         if job.durable {
             self.store.sync().await?;
         }
+        self.upkeep.disk.observe(began.elapsed());
         Ok(info)
     }
 
@@ -342,7 +345,10 @@ impl Target {
 
     /// What to report. A store that failed takes the target offline.
     pub fn local_state(self: &Arc<Self>) -> (LocalState, Option<String>) {
-        if let Some(error) = self.store.failed() {
+        if let Some(error) = self.store.failed().filter(|e| e.code == Code::DiskError) {
+            self.upkeep.disk.fail(&error);
+        }
+        if let Some(error) = self.store.failed().or_else(|| self.upkeep.disk.error()) {
             self.life.lock().error.get_or_insert_with(|| error.to_string());
             self.drive(Event::StoreFailed { code: error.code });
         }
@@ -383,7 +389,7 @@ impl Target {
             let heal =
                 view.role == Role::Serving && view.head && !life.uptodate && serving > 1 && view.chain_version > 1;
             life.uptodate = view.role == Role::Serving;
-            (life.resync_done_chunks, life.resync_total_chunks) = (0, 0);
+            life.resyncs.clear();
             (view, heal)
         };
         tracing::info!(target_id = self.id, ?view, "chain changed");

@@ -2,16 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use fs3_core::ChunkId;
+use fs3_core::{ChunkId, Error};
 use fs3_proto::v1::engine_status::TargetStatus;
 use fs3_rt::Instant;
 use parking_lot::Mutex;
 
+use crate::SLOW_DISK_MS;
 use crate::pace::Pace;
 
 /// Damaged chunks named in the status.
 const NAMED_MAX: usize = 3;
+/// Operations that the average duration is about.
+const AVERAGE_OVER: u64 = 64;
 
 /// State of one target beside its chain machine.
 pub(crate) struct Upkeep {
@@ -24,6 +29,43 @@ pub(crate) struct Upkeep {
 pub(crate) struct DiskState {
     /// Limits the scrubs of all of them together.
     pub scrub_pace: Pace,
+    /// The first error of the disk. Nothing on it is used any more in this process: after a failed write or sync
+    /// nobody knows what the disk holds.
+    error: Mutex<Option<Error>>,
+    /// Average duration of an operation, microseconds.
+    operation_us: AtomicU64,
+}
+
+impl DiskState {
+    pub fn new(scrub_pace: Pace) -> Self {
+        Self { scrub_pace, error: Mutex::default(), operation_us: AtomicU64::new(0) }
+    }
+
+    pub fn error(&self) -> Option<Error> {
+        self.error.lock().clone()
+    }
+
+    /// Take the disk out of use.
+    pub fn fail(&self, error: &Error) {
+        let mut known = self.error.lock();
+        if known.is_none() {
+            tracing::error!("a disk is out of use with all its targets: {error}");
+            *known = Some(error.clone());
+        }
+    }
+
+    /// Take note of how long an operation took that had to wait for the disk.
+    pub fn observe(&self, took: Duration) {
+        let (took, old) = (took.as_micros() as u64, self.operation_us.load(Ordering::Relaxed));
+        // Lost updates of a race do not matter to an average.
+        self.operation_us.store(old - old / AVERAGE_OVER + took / AVERAGE_OVER, Ordering::Relaxed);
+    }
+
+    /// Why a person should look at the disk although it works.
+    pub fn warning(&self) -> Option<String> {
+        let ms = self.operation_us.load(Ordering::Relaxed) / 1000;
+        (ms > SLOW_DISK_MS).then(|| format!("the disk is slow: an operation takes {ms} ms on the average"))
+    }
 }
 
 /// Chunks with rotten bytes.

@@ -6,18 +6,6 @@ use common::*;
 use fs3_core::Code;
 use fs3_proto::v1::*;
 
-/// Bytes without repetitions, so that a piece of them is found in one place only.
-fn noise(seed: u8, length: usize) -> Vec<u8> {
-    let mut state = u64::from(seed) + 1;
-    let next = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 24) as u8
-    };
-    std::iter::repeat_with(next).take(length).collect()
-}
-
 fn rot(c: &Cluster, node: usize, bytes: &[u8]) {
     assert!(flip(c.dir(node), bytes) > 0, "the data file was not found");
 }

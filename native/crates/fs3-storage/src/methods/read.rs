@@ -68,7 +68,9 @@ async fn read_later(core: &Arc<Core>, op: &ReadOp, deadline: Instant) -> Outcome
 }
 
 async fn read_stored(target: &Arc<Target>, chunk: ChunkId, op: &ReadOp) -> Result<ReadOut> {
+    let began = Instant::now();
     let read = target.store.read(chunk, op.offset, op.length).await;
+    target.upkeep.disk.observe(began.elapsed());
     if read.as_ref().is_err_and(|e| e.code == Code::ChecksumMismatch) {
         Counters::add(&target.core.counters.checksum_errors, 1);
         target.found_rot(chunk);

@@ -32,6 +32,7 @@ pub struct Cluster {
     pub routing: Routing,
     pub sequence: u64,
     serve_until_ns: u64,
+    healing: Healing,
     runtime: tokio::runtime::Runtime,
     client: Peers,
     dirs: Vec<TempDir>,
@@ -51,6 +52,15 @@ impl Cluster {
 
     /// As [`Cluster::start`], with leases until this time.
     pub fn start_with_lease(serve_until_ns: u64) -> Self {
+        Self::start_with(serve_until_ns, Healing::default())
+    }
+
+    /// As [`Cluster::start`], with these limits.
+    pub fn start_healing(healing: Healing) -> Self {
+        Self::start_with(monotonic_ns() + 3_600_000_000_000, healing)
+    }
+
+    fn start_with(serve_until_ns: u64, healing: Healing) -> Self {
         let hello =
             Hello { cluster_id: CLUSTER.into(), role: Role::Client, peer_id: [200; 16], token: "secret".into() };
         let mut cluster = Self {
@@ -58,6 +68,7 @@ impl Cluster {
             routing: Routing { version: 1, cluster_id: CLUSTER.into(), lease_ms: 6000, ..Routing::default() },
             sequence: 0,
             serve_until_ns,
+            healing,
             runtime: tokio::runtime::Runtime::new().unwrap(),
             client: Peers::new(hello, 2),
             dirs: (0..NODES).map(|_| TempDir::new().unwrap()).collect(),
@@ -93,7 +104,7 @@ impl Cluster {
             disks: vec![DiskConfig { path: self.dir(node).to_owned(), uuid: [node as u8 + 1; 16] }],
             read_cache_bytes: 1 << 20,
             durable_writes: false,
-            healing: Healing::default(),
+            healing: self.healing,
         })
         .unwrap();
         engine.renew_lease(self.serve_until_ns);
@@ -312,4 +323,16 @@ pub fn flip(dir: &Path, pattern: &[u8]) -> usize {
         }
     }
     flipped
+}
+
+/// Bytes without repetitions, so that a piece of them is found in one place only.
+pub fn noise(seed: u8, length: usize) -> Vec<u8> {
+    let mut state = u64::from(seed) + 1;
+    let next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 24) as u8
+    };
+    std::iter::repeat_with(next).take(length).collect()
 }
