@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fs3.cli.health import describe_storage, engine_statuses, is_sound, storage_lines
 from fs3.cli.output import human_bytes, json_option, print_json, print_table
-from fs3.cli.target import DEFAULT_DIRECTORY
+from fs3.cli.target import DEFAULT_DIRECTORY, directory_argument
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import NodeStatus, PublicState, Routing
-
-directory_argument = click.argument(
-    "directory", default=lambda: os.environ.get("FS3_CLUSTER", DEFAULT_DIRECTORY), type=click.Path(file_okay=False)
-)
 
 
 def _say(line: str) -> None:
@@ -141,18 +137,20 @@ def _describe(cluster: LocalCluster) -> dict[str, Any]:
         for n in routing.nodes
     ]
     result["chains"] = _chain_rows(routing)
+    result["storage"] = describe_storage(engine_statuses(cluster, routing))
     result["capacity_bytes"] = sum(d.capacity_bytes for d in routing.disks)
     result["used_bytes"] = sum(t.used_bytes for t in routing.targets)
     return result
 
 
 def healthy(described: dict[str, Any]) -> bool:
-    """Every service is up and every target of every chain serves."""
+    """Every service is up, every target of every chain serves, and nothing stored is beyond repair."""
     return (
         "error" not in described
         and all(s["state"] == "up" for s in described["services"])
         and bool(described["chains"])
         and all(t["state"] == "serving" for c in described["chains"] for t in c["targets"])
+        and is_sound(described.get("storage", []))
     )
 
 
@@ -188,5 +186,7 @@ def status_command(directory: str, show_chains: bool, as_json: bool) -> int:
                 for c in described["chains"]
             ],
         )
-    click.echo("healthy" if ok else "NOT fully serving")
+    for line in storage_lines(described["storage"]):
+        click.echo(line)
+    click.echo("healthy" if ok else "NOT fully serving" if is_sound(described["storage"]) else "NOT healthy")
     return 0 if ok else 1

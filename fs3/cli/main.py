@@ -16,6 +16,7 @@ COMMANDS = {
     "up": "local",
     "down": "local",
     "status": "local",
+    "scrub": "health",
     "mgmtd": "services",
     "meta": "services",
     "storage": "services",

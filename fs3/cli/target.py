@@ -19,6 +19,10 @@ from fs3.testing.cluster import LocalCluster
 from fs3.v1.frame_pb2 import Code
 
 DEFAULT_DIRECTORY = "fs3-cluster"
+
+directory_argument = click.argument(
+    "directory", default=lambda: os.environ.get("FS3_CLUSTER", DEFAULT_DIRECTORY), type=click.Path(file_okay=False)
+)
 SCHEME = "fs3://"
 
 F = TypeVar("F", bound=Callable[..., Any])

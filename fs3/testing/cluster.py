@@ -53,6 +53,7 @@ class ClusterSpec:
     heartbeat_ms: int = 1000
     kv_durable: bool = True
     read_cache_bytes: int = 512 << 20
+    resync_bytes_per_s: int = 256 << 20
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT with one line when the numbers do not fit together."""
@@ -144,7 +145,7 @@ class LocalCluster:
         self.cluster_id = str(data["cluster_id"])
         self.mgmtd_port = int(data["mgmtd_port"])
         self.meta_ports = [int(p) for p in data["meta_ports"]]
-        self.spec = ClusterSpec(**{f.name: data[f.name] for f in fields(ClusterSpec)})
+        self.spec = ClusterSpec(**{f.name: data[f.name] for f in fields(ClusterSpec) if f.name in data})
 
     @classmethod
     def create(cls, directory: Path, spec: ClusterSpec) -> LocalCluster:
@@ -301,6 +302,7 @@ class LocalCluster:
             "data_dir": str(service.directory),
             "disks": [str(service.directory / "disk-1")],
             "read_cache_bytes": self.spec.read_cache_bytes,
+            "resync_bytes_per_s": self.spec.resync_bytes_per_s,
         }
 
     def _wait_ready(self, service: Service) -> None:

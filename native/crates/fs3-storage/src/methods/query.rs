@@ -80,10 +80,13 @@ pub(crate) fn space(core: &Core) -> Response {
 }
 
 /// Begin a scrub of every target now.
-pub(crate) fn scrub(core: &Core) -> Response {
+pub(crate) fn scrub(core: &Core) -> Result<Response> {
+    if core.healing.scrub_bytes_per_s == 0 {
+        return Err(Error::new(Code::NotSupported, "scrubs are switched off on this node (scrub_bytes_per_s = 0)"));
+    }
     core.scrub_now.send_modify(|times| *times += 1);
     let targets = core.slots().into_values().filter(|slot| matches!(slot, Slot::Open(_))).count() as u32;
-    Response::new(&ScrubResponse { targets })
+    Ok(Response::new(&ScrubResponse { targets }))
 }
 
 /// Metadata of a target's chunks, for resync and audits. Serves without lease: it shows what is on the disk.

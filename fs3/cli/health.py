@@ -1,0 +1,236 @@
+"""What storage services say of themselves: disks, repairs, scrubs, resyncs; and `fs3 scrub`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+from google.protobuf.message import Message
+
+from fs3.cli.output import human_bytes, json_option, print_json
+from fs3.cli.target import directory_argument
+from fs3.core.errors import Fs3Error, error
+from fs3.rpc.client import Peers
+from fs3.testing.cluster import LocalCluster
+from fs3.v1.frame_pb2 import Code, Method, Role
+from fs3.v1.routing_pb2 import LocalState, Routing
+from fs3.v1.storage_pb2 import EngineStatus, ScrubRequest, ScrubResponse, StatusRequest
+
+M = TypeVar("M", bound=Message)
+
+CALL_S: Final = 2.0
+POLL_S: Final = 0.2
+
+
+def _storage_addresses(routing: Routing) -> dict[int, str]:
+    return {n.node_id: f"{n.host}:{n.frame_port}" for n in routing.nodes if n.role == "storage" and n.frame_port}
+
+
+def ask_storage(
+    cluster: LocalCluster, routing: Routing, method: int, request: Message, response_class: type[M]
+) -> dict[int, M | Fs3Error]:
+    """Ask every storage node at the same time; its answer, or why there is none, by node id."""
+
+    async def ask() -> dict[int, M | Fs3Error]:
+        peers = Peers(role=Role.ROLE_CLIENT, cluster_id=cluster.cluster_id, token=cluster.token)
+
+        async def one(address: str) -> M | Fs3Error:
+            try:
+                response, _ = await peers.call(address, method, request, response_class, CALL_S)
+            except Fs3Error as e:
+                return e
+            return response
+
+        addresses = _storage_addresses(routing)
+        try:
+            answers = await asyncio.gather(*(one(address) for address in addresses.values()))
+        finally:
+            await peers.close()
+        return dict(zip(addresses, answers, strict=True))
+
+    return asyncio.run(ask())
+
+
+def engine_statuses(cluster: LocalCluster, routing: Routing) -> dict[int, EngineStatus | Fs3Error]:
+    """What every storage node says of itself, by node id."""
+    return ask_storage(cluster, routing, Method.METHOD_STORAGE_STATUS, StatusRequest(), EngineStatus)
+
+
+def describe_storage(statuses: Mapping[int, EngineStatus | Fs3Error]) -> list[dict[str, Any]]:
+    """Make the machine-readable form."""
+    described: list[dict[str, Any]] = []
+    for node, status in sorted(statuses.items()):
+        if isinstance(status, Fs3Error):
+            described.append({"node": node, "error": status.message})
+            continue
+        described.append(
+            {
+                "node": node,
+                "disks": [
+                    {
+                        "path": d.path,
+                        "capacity_bytes": d.capacity_bytes,
+                        "free_bytes": d.free_bytes,
+                        "error": d.error or None,
+                        "warning": d.warning or None,
+                    }
+                    for d in status.disks
+                ],
+                "targets": [_target(t) for t in status.targets],
+                "counters": dict(sorted(status.counters.items())),
+            }
+        )
+    return described
+
+
+def _target(t: EngineStatus.TargetStatus) -> dict[str, Any]:
+    return {
+        "target": t.target_id,
+        "chain": t.chain_id,
+        "local_state": LocalState.Name(t.local_state).removeprefix("LOCAL_STATE_").lower(),  # type: ignore[arg-type]
+        "error": t.error or None,
+        "chunks": t.chunks,
+        "used_bytes": t.used_bytes,
+        "repairs_waiting": t.repairs_waiting,
+        "damaged_chunks": t.damaged_chunks,
+        "damaged": t.damaged or None,
+        "scrub": {
+            "running": t.scrub_total_chunks > 0,
+            "done_chunks": t.scrub_done_chunks,
+            "total_chunks": t.scrub_total_chunks,
+            "ended_ms": t.scrub_ended_ms or None,
+        },
+        "resyncs": [
+            {
+                "to_target": r.to_target_id,
+                "done_chunks": r.done_chunks,
+                "total_chunks": r.total_chunks,
+                "done_bytes": r.done_bytes,
+                "total_bytes": r.total_bytes,
+                "sent_bytes": r.sent_bytes,
+                "bytes_per_s": r.bytes_per_s,
+                "stuck_chunks": r.stuck_chunks,
+                "eta_s": round((r.total_bytes - r.done_bytes) / r.bytes_per_s, 1) if r.bytes_per_s else None,
+            }
+            for r in t.resyncs
+        ],
+    }
+
+
+def is_sound(storage: list[dict[str, Any]]) -> bool:
+    """Tell whether no disk has failed and no chunk is damaged beyond repair."""
+    return not any(
+        any(d["error"] for d in node.get("disks", ())) or any(t["damaged_chunks"] for t in node.get("targets", ()))
+        for node in storage
+    )
+
+
+def storage_lines(storage: list[dict[str, Any]]) -> list[str]:
+    """Make the lines for a person: troubles, then resyncs, then scrubs and repairs."""
+    lines = []
+    for node in storage:
+        if "error" in node:
+            lines.append(f"node {node['node']} does not answer: {node['error']}")
+        for disk in node.get("disks", ()):
+            if disk["error"]:
+                lines.append(f"node {node['node']}, disk {disk['path']} FAILED: {disk['error']}")
+            elif disk["warning"]:
+                lines.append(f"node {node['node']}, disk {disk['path']}: {disk['warning']}")
+        for target in node.get("targets", ()):
+            if target["error"]:
+                lines.append(f"node {node['node']}, target {target['target']}: {target['error']}")
+            if target["damaged"]:
+                lines.append(f"node {node['node']}, target {target['target']}: {target['damaged']}")
+    targets = [t for node in storage for t in node.get("targets", ())]
+    lines += [_resync_line(t, r) for t in targets for r in t["resyncs"]]
+    if targets:
+        lines.append(_scrub_line(storage, targets))
+    return lines
+
+
+def _resync_line(target: dict[str, Any], resync: dict[str, Any]) -> str:
+    left = "" if resync["eta_s"] is None else f", about {resync['eta_s']:.0f} s left"
+    stuck = f", {resync['stuck_chunks']} damaged chunks cannot be copied" if resync["stuck_chunks"] else ""
+    return (
+        f"chain {target['chain']}: target {resync['to_target']} syncs from {target['target']}: "
+        f"{resync['done_chunks']}/{resync['total_chunks']} chunks, "
+        f"{human_bytes(resync['done_bytes'])} of {human_bytes(resync['total_bytes'])}, "
+        f"{human_bytes(resync['bytes_per_s'])}/s{left}{stuck}"
+    )
+
+
+def _scrub_line(storage: list[dict[str, Any]], targets: list[dict[str, Any]]) -> str:
+    def total(name: str) -> int:
+        return sum(node.get("counters", {}).get(name, 0) for node in storage)
+
+    ended = [t["scrub"]["ended_ms"] for t in targets if t["scrub"]["ended_ms"]]
+    running = [t["scrub"] for t in targets if t["scrub"]["running"]]
+    words = [f"scrub: {len(ended)} of {len(targets)} targets checked since the start"]
+    if ended:
+        words.append(f"the oldest {datetime.fromtimestamp(min(ended) / 1000, UTC):%Y-%m-%d %H:%M} UTC")
+    if running:
+        done = sum(s["done_chunks"] for s in running) / max(1, sum(s["total_chunks"] for s in running))
+        words.append(f"{len(running)} running ({done:.0%})")
+    if total("rotten_chunks"):
+        words.append(f"{total('rotten_chunks')} rotten chunks found, {total('repaired_chunks')} repaired")
+    return ", ".join(words)
+
+
+@click.command("scrub")
+@directory_argument
+@click.option("--wait", is_flag=True, help="Return when everything has been read; exit status 1 when it is not sound.")
+@click.option("--timeout", "timeout_s", type=float, default=24 * 3600.0, help="Seconds to wait at most.")
+@json_option
+def scrub_command(directory: str, wait: bool, timeout_s: float, as_json: bool) -> int:
+    """Begin to read and check everything stored in the cluster in DIRECTORY now; damaged blocks are repaired."""
+    cluster = LocalCluster(Path(directory))
+    routing = cluster.routing()
+    before = _ended(engine_statuses(cluster, routing))
+    answers = ask_storage(cluster, routing, Method.METHOD_STORAGE_SCRUB, ScrubRequest(), ScrubResponse)
+    for node, answer in answers.items():
+        if isinstance(answer, Fs3Error):
+            raise error(answer.code, f"node {node} does not scrub: {answer.message}")
+    if not wait:
+        targets = sum(a.targets for a in answers.values() if isinstance(a, ScrubResponse))
+        if as_json:
+            print_json({"targets": targets})
+        else:
+            click.echo(f"{targets} targets are being checked; see `fs3 status {directory}`")
+        return 0
+    storage = _wait_scrubbed(cluster, routing, before, timeout_s)
+    ok = is_sound(storage)
+    if as_json:
+        print_json({"sound": ok, "storage": storage})
+    else:
+        click.echo("\n".join(storage_lines(storage)))
+    return 0 if ok else 1
+
+
+def _ended(statuses: Mapping[int, EngineStatus | Fs3Error]) -> dict[int, int]:
+    """End of the last scrub by target, of those that are in use."""
+    found = [s for s in statuses.values() if isinstance(s, EngineStatus)]
+    usable = (LocalState.LOCAL_STATE_ONLINE, LocalState.LOCAL_STATE_UPTODATE)
+    return {t.target_id: t.scrub_ended_ms for s in found for t in s.targets if t.local_state in usable}
+
+
+def _wait_scrubbed(
+    cluster: LocalCluster, routing: Routing, before: Mapping[int, int], timeout_s: float
+) -> list[dict[str, Any]]:
+    """Return the status once every target of `before` has been scrubbed since and no repair waits. Raises TIMEOUT."""
+    ends_s = time.monotonic() + timeout_s
+    while True:
+        statuses = engine_statuses(cluster, routing)
+        storage = describe_storage(statuses)
+        now = _ended(statuses)
+        left = [target for target, ended_ms in before.items() if target in now and now[target] <= ended_ms]
+        waiting = sum(t["repairs_waiting"] for node in storage for t in node.get("targets", ()))
+        if not left and not waiting:
+            return storage
+        if time.monotonic() > ends_s:
+            raise error(Code.CODE_TIMEOUT, f"{len(left)} targets are not checked yet; see `fs3 status`")
+        time.sleep(POLL_S)
