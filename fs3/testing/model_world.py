@@ -122,14 +122,16 @@ class ModelWorld:
         options: dict[str, Any] = json.loads(options_json)
         rng = self._rng = random.Random(f"model world {seed}")
         self._now_ns = 0
-        self._next_step_ns = STEP_NS
-        self._lease_ns = options["lease_ms"] * 1_000_000
+        pace: int = options["pace"]
+        self._lease_ns = 6 * NS * pace
+        self._step_ns = self._next_step_ns = STEP_NS * pace
         self._nodes = [_Node(i) for i in range(options["nodes"])]
         self._chaos, self._load = True, False
-        self._crashes = rng.choice([0.0, 2.0, 10.0, 40.0])
-        self._pauses = rng.choice([0.0, 2.0, 10.0, 40.0])
-        self._cuts = rng.choice([0.0, 2.0, 10.0])
-        self._total_crashes = rng.choice([0.0, 0.0, 1.0, 4.0])
+        # Events per hour.
+        self._crashes = rng.choice([0.0, 10.0, 60.0, 200.0]) / pace
+        self._pauses = rng.choice([0.0, 10.0, 60.0, 200.0]) / pace
+        self._cuts = rng.choice([0.0, 20.0, 100.0]) / pace
+        self._total_crashes = rng.choice([0.0, 0.0, 5.0, 20.0]) / pace
         self._loss = rng.choice([0.0, 0.0, 0.01, 0.1, 0.3])
         self._repeat = rng.choice([0.0, 0.01, 0.2])
         self._slow = rng.choice([0.0, 0.01, 0.1])
@@ -233,14 +235,14 @@ class ModelWorld:
         """See World."""
         while self._next_step_ns <= time_ns:
             self._now_ns = self._next_step_ns
-            self._next_step_ns += STEP_NS
+            self._next_step_ns += self._step_ns
             self._step()
         self._now_ns = time_ns
 
     # -- faults -------------------------------------------------------------------------------------------
 
     def _happens(self, per_hour: float) -> bool:
-        return self._rng.random() < per_hour * STEP_NS / (3600 * NS)
+        return self._rng.random() < per_hour * self._step_ns / (3600 * NS)
 
     def _happened(self, kind: str, node: _Node) -> None:
         self._note(f"node{node.index} {kind}")
@@ -374,7 +376,7 @@ class ModelWorld:
             self._write(self._client_chains[self._rng.choice(sorted(self._client_chains))])
         if self._targets:
             self._read(self._rng.choice(sorted(self._targets)))
-        if self._next_step_ns % (64 * STEP_NS) == 0:
+        if self._next_step_ns % (64 * self._step_ns) == 0:
             for chain_id in sorted(self._members):
                 self._forget_common(chain_id)
 

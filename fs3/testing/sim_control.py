@@ -235,7 +235,6 @@ class NodeMachine(Machine):
             mgmtd=managers,
             data_dir=f"/{self.name}",
             disks=disks,
-            durable_writes=around.plan.durable_writes,
         )
         self._clock = LoopClock(around.loop)
 

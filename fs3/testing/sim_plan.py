@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 CLUSTER = "sim"
+PACES: Final = (1, 3, 10, 10, 30)
+# At pace 1; it grows with the pace.
+HORIZON_S: Final = (300.0, 900.0)
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,9 @@ class Plan:
     """The configuration of one seed. Rates are events per hour and machine; probabilities are 0..1."""
 
     seed: int
+    # How slowly the cluster lives: leases, faults and operations are so many times further apart than usual. A slow
+    # one simulates more hours in the same real time, a quick one has more happen in an hour.
+    pace: int
     # The cluster.
     nodes: int
     disks: int
@@ -24,7 +30,6 @@ class Plan:
     heartbeat_ms: int
     lease_ms: int
     primary_lease_ms: int
-    durable_writes: bool
     # How long faults go on, in seconds.
     horizon_s: float
     # The managers and their store.
@@ -48,18 +53,7 @@ class Plan:
 
     def world_options(self) -> str:
         """Return what the world is told, as JSON; what is not in it the world draws from the seed itself."""
-        return json.dumps(
-            {
-                "nodes": self.nodes,
-                "disks": self.disks,
-                "replicas": self.replicas,
-                "chains": self.chains,
-                "heartbeat_ms": self.heartbeat_ms,
-                "lease_ms": self.lease_ms,
-                "durable_writes": self.durable_writes,
-                "horizon_ns": int(self.horizon_s * 1e9),
-            }
-        )
+        return json.dumps({"nodes": self.nodes, "pace": self.pace})
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
@@ -75,10 +69,9 @@ def draw(seed: int, *, hours: float | None = None) -> Plan:
     # Whole chains only: every target that the disks have room for is used.
     while nodes * targets_per_disk % replicas:
         targets_per_disk += 1
-    heartbeat_ms = rng.choice([1000, 2000, 5000, 5000, 10_000])
-    lease_ms = heartbeat_ms * rng.choice([4, 6, 6, 10])
-    primary_lease_ms = max(5000, heartbeat_ms) * rng.choice([1, 2, 4])
-    horizon_s = rng.uniform(0.2, 1.0) * 3600 if hours is None else hours * 3600
+    pace = rng.choice(PACES)
+    heartbeat_ms = 1000 * pace
+    horizon_s = rng.uniform(*HORIZON_S) * pace if hours is None else hours * 3600
 
     def sometimes(probability: float, low: float, high: float) -> float:
         """Swarm: a fault is often off, so that the others can go deep."""
@@ -86,25 +79,25 @@ def draw(seed: int, *, hours: float | None = None) -> Plan:
 
     return Plan(
         seed=seed,
+        pace=pace,
         nodes=nodes,
         disks=1,
         targets_per_disk=targets_per_disk,
         replicas=replicas,
         managers=rng.choice([1, 2, 2, 3]),
         heartbeat_ms=heartbeat_ms,
-        lease_ms=lease_ms,
-        primary_lease_ms=primary_lease_ms,
-        durable_writes=rng.random() < 0.3,
+        lease_ms=heartbeat_ms * rng.choice([4, 6, 6, 10]),
+        primary_lease_ms=5 * heartbeat_ms * rng.choice([1, 2]),
         horizon_s=horizon_s,
         shuffle=rng.random() < 0.5,
-        manager_crashes=sometimes(0.8, 1, 20),
-        manager_pauses=sometimes(0.7, 1, 20),
-        manager_stops=sometimes(0.5, 1, 10),
+        manager_crashes=sometimes(0.8, 6, 60) / pace,
+        manager_pauses=sometimes(0.7, 6, 60) / pace,
+        manager_stops=sometimes(0.5, 6, 30) / pace,
         clock_drift=sometimes(0.5, 0.0001, 0.02),
         kv_conflict=sometimes(0.5, 0.001, 0.1),
         kv_too_old=sometimes(0.3, 0.001, 0.03),
         kv_unknown=sometimes(0.6, 0.001, 0.1),
         kv_unavailable=sometimes(0.3, 0.001, 0.05),
         kv_delay_s=sometimes(0.7, 0.01, 6.0),
-        node_stops=sometimes(0.5, 0.5, 4),
+        node_stops=sometimes(0.5, 3, 12) / pace,
     )

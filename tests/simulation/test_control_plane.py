@@ -60,6 +60,7 @@ def hostile(seed: int) -> Plan:
     """Several managers that stand still and die over a slow, unreliable store."""
     return dataclasses.replace(
         draw(seed, hours=0.3),
+        pace=1,
         nodes=3,
         replicas=3,
         targets_per_disk=1,
