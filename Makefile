@@ -41,8 +41,8 @@ test-rust: build
 test-python: build
 	@$(VENV)/bin/pytest
 
-sim: setup ## seeded simulation of the replication machine: make sim RUNS=5000, or SEED=7 to replay one
-	@cd native && FS3_CHAIN_SEEDS=$(or $(RUNS),2000) $(if $(SEED),FS3_CHAIN_SEED=$(SEED)) $(CARGO) test --release -p fs3-chain --test simulation -- --nocapture
+sim: build ## simulate the whole cluster from seeds, in virtual time: make sim HOURS=100, or SEED=7 to replay one
+	@$(PY) -m fs3.testing.simulator $(if $(SEED),--seed $(SEED)) $(if $(HOURS),--hours $(HOURS)) $(ARGS)
 
 mutants: setup ## seeded bugs that the simulation must catch: make mutants, or NAMES="no_dedupe dirty_read"
 	@$(PY) tools/mutants.py $(NAMES)

@@ -45,7 +45,8 @@ log = logging.getLogger("fs3.mgmtd")
 
 T = TypeVar("T")
 
-TICK_S_MAX: Final = 0.5
+# Without anything to hurry for, decisions are made so often in a heartbeat's time.
+TICKS_PER_HEARTBEAT: Final = 2
 # Decisions that follow each other at once are at least so far apart.
 DECISION_PAUSE_S: Final = 0.005
 STOP_GRACE_S: Final = 0.5
@@ -285,7 +286,7 @@ class MgmtdService:
             self._trust = self._trust.after_renewal(sent_ns, self._lease_ns)
 
     async def _decisions(self, manager: Manager) -> None:
-        tick_s = min(TICK_S_MAX, self.config.heartbeat_ms / 2000)
+        tick_s = self.config.heartbeat_ms / 1000 / TICKS_PER_HEARTBEAT
         while not manager.lost.is_set():
             try:
                 if self._trust.valid(self.clock.monotonic_ns()):

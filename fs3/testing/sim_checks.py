@@ -109,8 +109,8 @@ class Checks:
 
     # -- messages -----------------------------------------------------------------------------------------
 
-    def told(self, who: str, raw: bytes) -> None:
-        """Look at a routing that a party has taken over."""
+    def told(self, who: str, raw: bytes) -> int:
+        """Look at a routing that a party has taken over; returns its version."""
         routing = Routing.FromString(raw)
         content = hash(raw)
         if self._contents.setdefault(routing.version, content) != content:
@@ -127,6 +127,7 @@ class Checks:
             if after.get(chain_id, 0) < known:
                 self._fail("routing never goes back", f"{who} knew version {known} of chain {chain_id} and lost it")
         self._told[who] = (routing.version, after)
+        return routing.version
 
 
 class CheckedKv(MemoryKv):

@@ -14,10 +14,11 @@ from typing import Any, Final, Protocol
 
 from fs3.core.config import MgmtdConfig, StorageConfig
 from fs3.core.errors import Fs3Error
+from fs3.core.ids import UUID_BYTES
 from fs3.kv.api import KvError, KvStore
 from fs3.mgmtd.manager import Manager
 from fs3.mgmtd.service import MgmtdService
-from fs3.rpc.mgmtd_client import MgmtdClient
+from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.storage.disks import DiskIdentity, NodeIdentity
 from fs3.storage.engine import StorageEngine
 from fs3.storage.service import STATUS_S, StorageService, Surroundings
@@ -26,6 +27,7 @@ from fs3.testing.sim_plan import CLUSTER, Plan
 from fs3.testing.sim_world import World
 from fs3.testing.virtual_loop import LoopClock, Process, VirtualLoop
 from fs3.testing.virtual_network import PORT, VirtualNetwork
+from fs3.v1.routing_pb2 import Node, Routing
 
 TOKEN: Final = "simulated"
 # A supervisor begins a process again so long after it ended by itself.
@@ -60,6 +62,8 @@ class Machine:
         self.around = around
         self.rng = random.Random(f"{name} {around.plan.seed}")
         self.process: Process | None = None
+        # Version of the routing that it has taken over in this life.
+        self.known = 0
         self._lives = 0
         self._stop = asyncio.Event()
         self._paused = False
@@ -109,6 +113,7 @@ class Machine:
         """End the process without a word, standing still or not; nobody begins it again but `start`."""
         self._forget_restart()
         self._paused = False
+        self.known = 0
         process, self.process = self.process, None
         if process is not None:
             process.kill()
@@ -237,18 +242,23 @@ class NodeMachine(Machine):
             disks=disks,
         )
         self._clock = LoopClock(around.loop)
+        self._engine: StorageEngine | None = None
 
     def _identity(self, data_dir: str, disks: tuple[str, ...], cluster_id: str) -> NodeIdentity:
-        uuid = self.name.encode().ljust(16, b"\0")
-        return NodeIdentity(uuid, [DiskIdentity(d, d.strip("/").encode().ljust(16, b"\0")) for d in disks], [])
+        uuid = self.name.encode().ljust(UUID_BYTES, b"\0")
+        return NodeIdentity(uuid, [DiskIdentity(d, d.strip("/").encode().ljust(UUID_BYTES, b"\0")) for d in disks], [])
 
     def _make_engine(self, config_json: str) -> StorageEngine:
-        engine = self.around.world.engine(self.index, config_json)
-        return _ToldEngine(engine, lambda raw: self.around.checks.told(self.name, raw))
+        engine = self._engine = self.around.world.engine(self.index, config_json)
+        return _ToldEngine(engine, self._told)
+
+    def _told(self, raw: bytes) -> None:
+        self.known = self.around.checks.told(self.name, raw)
 
     async def main(self, stop: asyncio.Event) -> None:
         """See Machine."""
         around = self.around
+        self.known, self._engine = 0, None
         surroundings = Surroundings(
             make_engine=self._make_engine,
             network=around.network.at(self.name),
@@ -260,6 +270,11 @@ class NodeMachine(Machine):
             status_s=max(STATUS_S, around.plan.heartbeat_ms / 2000),
         )
         await StorageService(self._config, surroundings).run(stop)
+
+    def hold_lease(self, until_ns: int) -> None:
+        """Let the engine serve until then, whatever the managers say: for checks at the end."""
+        assert self._engine is not None, f"{self.name} has no engine"
+        self._engine.renew_lease(until_ns)
 
     def happened(self, kind: str) -> None:
         """Follow what the world did to the node."""
@@ -290,16 +305,20 @@ class FollowerMachine(Machine):
     def __init__(self, around: Surrounding, managers: tuple[str, ...]) -> None:
         super().__init__(around, FOLLOWER)
         self._managers = managers
-        self._known = 0
 
     async def main(self, stop: asyncio.Event) -> None:
         """See Machine."""
-        around = self.around
-        client = MgmtdClient(self._managers, TOKEN, CLUSTER, network=around.network.at(self.name))
-        async for routing in client.watch_routing():
-            raw = routing.SerializeToString()
-            around.checks.told(self.name, raw)
-            around.world.publish_routing(raw)
+        client = MgmtdClient(self._managers, TOKEN, CLUSTER, network=self.around.network.at(self.name))
+        uuid = self.name.encode().ljust(UUID_BYTES, b"\0")
+        node = Node(uuid=uuid, role="meta", host=self.name, incarnation=self.rng.randbytes(UUID_BYTES))
+        session = NodeSession(client, node, (), NodeHooks(on_routing=self._take), LoopClock(self.around.loop))
+        await session.register()
+        await session.run()
+
+    def _take(self, routing: Routing) -> None:
+        raw = routing.SerializeToString()
+        self.known = self.around.checks.told(self.name, raw)
+        self.around.world.publish_routing(raw)
 
 
 class ControlPlane:
@@ -334,6 +353,10 @@ class ControlPlane:
         for machine in self.managers:
             machine.resume()
             machine.start()
+
+    def settled(self, version: int) -> bool:
+        """Tell whether every node and the data clients know that version of the routing."""
+        return all(party.known == version for party in (*self.nodes, self.follower))
 
     def primary(self) -> Manager | None:
         """Return the primary, if there is one now."""

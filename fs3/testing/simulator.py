@@ -29,17 +29,19 @@ from fs3.testing.sim_checks import CheckedKv, Checks
 from fs3.testing.sim_control import ControlPlane
 from fs3.testing.sim_plan import Plan
 from fs3.testing.sim_world import World
-from fs3.testing.virtual_loop import Stuck, VirtualLoop, current_process
+from fs3.testing.virtual_loop import NS, Stuck, VirtualLoop, current_process
 from fs3.testing.virtual_network import VirtualNetwork
 from fs3.v1.routing_pb2 import PublicState
 
-# How often the driver looks for violations and for the end of a phase.
+# How often the driver looks for violations and for the end of a phase, at pace 1.
 LOOK_S: Final = 1.0
 # Garbage is collected at these times and no others: what a collection ends is part of the run.
 COLLECT_S: Final = 60.0
 # Healing may take so many leases of nodes and of managers, and so many seconds besides.
 HEAL_LEASES: Final = 12
 HEAL_S: Final = 300.0
+# The world's own checks at the end take at most so long, and the control plane stands still meanwhile.
+CHECK_NS_MAX: Final = 400 * NS
 LOG_LINES_MAX: Final = 200
 
 WORLDS: Final = ("native", "model")
@@ -215,6 +217,8 @@ class Simulation:
             lambda: self.world.quiescent() and self.all_serve(), self._bound_s(), "after healing everything serves"
         )
         self.report.heal_s = self.loop.time() - began_s
+        for node in self.control.nodes:
+            node.hold_lease(self.loop.now_ns + CHECK_NS_MAX)
         if found := self.world.check():
             raise Violated(*_split(found))
         for task in (collecting, *suffering):
@@ -242,7 +246,7 @@ class Simulation:
 
     async def _collect(self) -> None:
         while True:
-            await asyncio.sleep(COLLECT_S)
+            await asyncio.sleep(COLLECT_S * self.plan.pace)
             gc.collect()
 
     def _look(self) -> None:
@@ -254,7 +258,7 @@ class Simulation:
     async def _pass(self, seconds: float) -> None:
         ends_s = self.loop.time() + seconds
         while self.loop.time() < ends_s:
-            await asyncio.sleep(min(LOOK_S, ends_s - self.loop.time()))
+            await asyncio.sleep(min(LOOK_S * self.plan.pace, ends_s - self.loop.time()))
             self._look()
 
     async def _until(self, condition: Callable[[], bool], bound_s: float, what: str) -> None:
@@ -263,12 +267,14 @@ class Simulation:
             self._look()
             if self.loop.time() > ends_s:
                 raise Violated("liveness", f"{what}: not within {bound_s:.0f} s; {self._situation()}")
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LOOK_S * self.plan.pace)
 
     def all_serve(self) -> bool:
-        """Tell whether there is a primary, and under it every target of every chain serves."""
+        """Tell whether there is a primary, under it every target of every chain serves, and everybody knows."""
         primary = self.control.primary()
-        return primary is not None and len(primary.routing.chains) >= self.plan.chains and not _not_serving(primary)
+        if primary is None or len(primary.routing.chains) < self.plan.chains or _not_serving(primary):
+            return False
+        return self.control.settled(primary.routing.version)
 
     def _situation(self) -> str:
         primary = self.control.primary()

@@ -162,6 +162,9 @@ class VirtualNetwork:
         """Send a request on its way."""
         self._calls[call] = None
         copies = self._fate(call.origin, call.destination)
+        if call.stream and not copies:
+            # Unlike a call it has no deadline: the connection that does not come about is given up.
+            self._break(call, "the connection timed out", between=NOTICE_S)
         # A connection is opened once; a request may well be sent again by something on the way.
         for delay_ns in copies[:1] if call.stream else copies:
             self.loop.call_at_ns(self.loop.now_ns + delay_ns, self._arrive, call, context=self._wire)
@@ -192,10 +195,10 @@ class VirtualNetwork:
         delay_ns = delays[0] if delays else self._between(RESEND_S)
         self._deliver_at(call, self.loop.now_ns + delay_ns, None, failure, end=True)
 
-    def _break(self, call: _Call, why: str) -> None:
-        """Let the client notice that its connection is gone."""
-        delays = self._fate(call.destination, call.origin)
-        delay_ns = delays[0] if delays else self._between(NOTICE_S)
+    def _break(self, call: _Call, why: str, *, between: tuple[float, float] | None = None) -> None:
+        """Let the client notice that its connection is gone: by itself between those seconds, or because it is told."""
+        delays = self._fate(call.destination, call.origin) if between is None else []
+        delay_ns = delays[0] if delays else self._between(between or NOTICE_S)
         failure = _failure(grpc.StatusCode.UNAVAILABLE, why)
         self._deliver_at(call, self.loop.now_ns + delay_ns, None, failure, end=True)
 

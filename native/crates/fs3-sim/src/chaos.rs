@@ -18,7 +18,7 @@ use crate::options::Options;
 /// Troubles that are remembered for a trace.
 const STRUCK_MAX: usize = 100;
 const MS: u64 = 1_000_000;
-/// How long a crashed node stays away, a paused one stands still, a partition lasts: one of these, at most.
+/// How long a crashed node stays away, a paused one stands still, a partition lasts: one of these, at most, at pace 1.
 const SPANS_MS: [u64; 4] = [300, 3_000, 12_000, 40_000];
 
 /// The faults of a world.
@@ -139,7 +139,7 @@ impl Chaos {
 
     fn span(&self) -> Duration {
         let most_ms = SPANS_MS[self.sim.below(SPANS_MS.len() as u64) as usize];
-        Duration::from_nanos(self.sim.below(most_ms * MS))
+        Duration::from_nanos(self.sim.below(most_ms * self.options.pace * MS))
     }
 
     async fn strike(&self, trouble: Trouble) {

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
+    /// How slowly the world lives: times drawn from the seed are so many times as long.
+    pub pace: u64,
     /// Storage nodes.
     pub nodes: u32,
     /// Clients.
@@ -64,9 +66,10 @@ impl Options {
     /// In one line what is wrong with `given`.
     pub fn draw(seed: u64, given: &str) -> Result<Self, String> {
         let wrong = |e: serde_json::Error| format!("the options of the simulation are wrong: {e}");
-        let mut drawn = serde_json::to_value(Self::drawn(seed)).map_err(wrong)?;
         let given: serde_json::Map<String, serde_json::Value> =
             if given.trim().is_empty() { Default::default() } else { serde_json::from_str(given).map_err(wrong)? };
+        let pace = given.get("pace").and_then(serde_json::Value::as_u64).unwrap_or(1);
+        let mut drawn = serde_json::to_value(Self::drawn(seed).at_pace(pace)).map_err(wrong)?;
         let fields = drawn.as_object_mut().expect("options are an object");
         fields.extend(given);
         let options: Self = serde_json::from_value(drawn).map_err(wrong)?;
@@ -76,6 +79,7 @@ impl Options {
     /// A world without faults.
     pub fn calm() -> Self {
         Self {
+            pace: 1,
             nodes: 3,
             clients: 2,
             chunks: 3,
@@ -147,8 +151,31 @@ impl Options {
         }
     }
 
+    fn at_pace(mut self, pace: u64) -> Self {
+        self.pace = pace;
+        let times = [
+            &mut self.think_ms,
+            &mut self.op_timeout_ms,
+            &mut self.crash_ms,
+            &mut self.total_crash_ms,
+            &mut self.power_ms,
+            &mut self.total_power_ms,
+            &mut self.pause_ms,
+            &mut self.partition_ms,
+            &mut self.slow_disk_ms,
+            &mut self.disk_error_ms,
+            &mut self.rot_ms,
+            &mut self.client_crash_ms,
+        ];
+        times.into_iter().for_each(|time| *time = time.saturating_mul(pace));
+        self
+    }
+
     fn checked(self) -> Result<Self, String> {
         let wrong = |what: &str| Err(format!("the options of the simulation are wrong: {what}"));
+        if self.pace == 0 || self.pace > 1000 {
+            return wrong("pace must be 1 to 1000");
+        }
         if self.nodes == 0 || self.nodes > 64 || self.clients == 0 || self.chunks == 0 {
             return wrong("nodes must be 1 to 64, clients and chunks at least 1");
         }

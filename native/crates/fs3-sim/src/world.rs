@@ -26,7 +26,7 @@ use crate::options::Options;
 /// How long the checks at the end may take, virtual nanoseconds.
 const CHECK_NS_MAX: u64 = 300_000_000_000;
 
-/// From one scrub of a target to the next.
+/// From one scrub of a target to the next, at pace 1.
 const SCRUB_INTERVAL: Duration = Duration::from_secs(10);
 /// Operations told in a trace.
 const TRACE_MAX: usize = 200;
@@ -101,7 +101,7 @@ impl World {
     /// `Unavailable` when the node has no process or has an engine already.
     pub fn start_engine(&self, node: u32, config: EngineConfig) -> Result<u16> {
         // The interesting bugs of a scrub are those of many of them.
-        let healing = Healing { scrub_interval: SCRUB_INTERVAL, ..config.healing };
+        let healing = Healing { scrub_interval: SCRUB_INTERVAL * self.options.pace as u32, ..config.healing };
         let config = EngineConfig { durable_writes: self.options.durable_writes, healing, ..config };
         self.nodes.start_engine(node, config)
     }
