@@ -1,11 +1,10 @@
-"""Runs the cluster simulator with the mutated native module and, if one is chosen, a mutant of the Python sources.
+"""Runs the simulator of managers and storage shells (fs3.testing.simulator) with a mutant of the Python sources.
 
-Called by tools/mutants.py: mutant_child.py NATIVE_MODULE ARGUMENTS_OF_THE_SIMULATOR...
+Called by tools/mutants.py: mutant_child.py ARGUMENTS_OF_THE_SIMULATOR...; the mutant's name comes in FS3_MUTANT.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import os
 import runpy
@@ -33,19 +32,15 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the native module where it was built, and the sources to be mutated."""
+    """Finds the sources to be mutated."""
 
-    def __init__(self, native: str, edits: dict[str, list[Edit]]) -> None:
-        self._native = native
+    def __init__(self, edits: dict[str, list[Edit]]) -> None:
         self._edits = edits
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a module of fs3 that is not to come from where it usually does."""
-        if fullname == "fs3._native":
-            loader = importlib.machinery.ExtensionFileLoader(fullname, self._native)
-            return importlib.util.spec_from_file_location(fullname, self._native, loader=loader)
+        """Find a module whose source a mutant changes."""
         spec = PathFinder.find_spec(fullname, path)
         if spec is None or spec.origin is None or spec.origin not in self._edits:
             return None
@@ -55,14 +50,13 @@ class _Finder(MetaPathFinder):
 
 def main() -> None:
     """Become the simulator."""
-    native, *arguments = sys.argv[1:]
     edits: dict[str, list[Edit]] = {}
     for mutant in load():
         for edit in mutant.python if mutant.name == os.environ.get(SWITCH) else ():
             edits.setdefault(str(ROOT / edit.file), []).append(edit)
     sys.path.insert(0, str(ROOT))
-    sys.meta_path.insert(0, _Finder(native, edits))
-    sys.argv = ["fs3.testing.simulator", *arguments]
+    sys.meta_path.insert(0, _Finder(edits))
+    sys.argv = ["fs3.testing.simulator", *sys.argv[1:]]
     runpy.run_module("fs3.testing.simulator", run_name="__main__", alter_sys=True)
 
 

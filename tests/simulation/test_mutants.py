@@ -23,7 +23,7 @@ def tool() -> ModuleType:
 
 def test_every_mutant_fits_the_sources(tool: ModuleType) -> None:
     mutants = tool.load()
-    assert len(mutants) >= 30
+    assert sum(not mutant.survives for mutant in mutants) >= 30
     assert tool.misfits(mutants) == []
 
 
