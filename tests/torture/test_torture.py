@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.torture.board import Board
 from tests.torture.campaign import run
 from tests.torture.content import WrongBytes, fill, slots_of, versions
 from tests.torture.disks import missing_device
 from tests.torture.network import missing_tools, sweep
+from tests.torture.slots import Reader
+from tests.torture.worker import Job
 
 CYCLES = 18
 MINUTES = 2.0
@@ -31,6 +34,48 @@ def test_nothing_acknowledged_is_lost_under_overlapping_faults(tmp_path: Path) -
     assert report.unsynced_lost > 0
     assert min(report.acknowledged.values()) > 0
     shutil.rmtree(tmp_path)
+
+
+class StaleClient:
+    """A client of a cluster that has lost what came after `version`."""
+
+    mounted = False
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+    def open(self, file: int, *, write: bool) -> StaleClient:
+        return self
+
+    def pread(self, length: int, offset: int) -> bytes:
+        whole = b"".join(fill(slot, self.version) for slot in slots_of(0))
+        return whole[offset : offset + length]
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("acknowledged", "in_epoch", "synced", "caught"),
+    [(7, 0, 0, True), (6, 0, 0, False), (7, 2, 0, False), (7, 2, 7, True)],
+)
+def test_a_lost_write_is_noticed_and_an_unsynced_one_may_go_with_the_power(
+    tmp_path: Path, acknowledged: int, in_epoch: int, synced: int, caught: bool
+) -> None:
+    job = Job("reader", [0], files=1, own_files=[], seed=1, url="", token="", directory=str(tmp_path), mountpoint="")
+    board = Board(job.board, job.files)
+    for slot in slots_of(0):
+        board.issue(0, slot.number, 7)
+        board.acknowledge(0, slot.number, in_epoch, acknowledged)
+        board.sync(0, slot.number, synced)
+    reader = Reader(job, 0, StaleClient(6))  # type: ignore[arg-type]
+    if caught:
+        with pytest.raises(WrongBytes, match="7 was acknowledged"):
+            reader.step()
+    else:
+        reader.step()
+    reader.board.close()
+    board.close()
 
 
 def test_what_was_not_written_there_is_told_apart() -> None:
