@@ -135,6 +135,11 @@ class Campaign:
         self._began = time.monotonic()
         self.jobs = self._jobs(seed)
 
+    @property
+    def mount_files(self) -> list[int]:
+        """The slotted files that are written through the mount."""
+        return list(range(self.team.writers * self.team.files_per_writer, self.team.files))
+
     def _jobs(self, seed: int) -> list[Job]:
         team, jobs, number, file = self.team, [], 0, 0
         kinds = ["writer"] * team.writers + ["mount-writer"] * team.mount_writers
@@ -148,6 +153,7 @@ class Campaign:
                     numbers=list(range(number, number + threads)),
                     files=team.files,
                     own_files=list(range(file, file + own)),
+                    mount_files=self.mount_files,
                     seed=seed,
                     url=self.cluster.url,
                     token=self.cluster.token,
@@ -390,7 +396,7 @@ class Campaign:
                     record = known[slot.number]
                     data = handle.pread(slot.length, slot.offset)
                     try:
-                        seen = versions(slot, data, slot.pieces)
+                        seen = versions(slot, data, slot.pages if file in self.mount_files else slot.pieces)
                     except WrongBytes as e:
                         found.append(str(e))
                         continue

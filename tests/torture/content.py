@@ -45,7 +45,7 @@ class Slot:
 
     @cached_property
     def pages(self) -> Pieces:
-        """The same by page: a mount's page cache may hold pages of different age."""
+        """The same by page: a mount may hold pages of different age, and write them at different times."""
         return self._split(PAGE_BYTES)
 
     def _split(self, unit: int) -> Pieces:

@@ -138,15 +138,17 @@ class Reader(Worker):
         if self.rng.randrange(WHOLE_FILE_EVERY):
             slots = [self.rng.choice(slots)]
         power, chains = self.board.power, self.board.chains
-        exact = not self.client.mounted
-        floors = [self.floors(s, power if exact else -1) for s in slots]
+        # A mount writes and reads page by page; its own writes may reach the chunk in parts.
+        exact = not self.client.mounted and file not in self.job.mount_files
+        fresh = not self.client.mounted
+        floors = [self.floors(s, power if fresh else -1) for s in slots]
         seen = [[self.board.seen(file, s.number, p, chains) for p in range(len(s.pieces))] for s in slots]
         try:
             data = self.read(file, slots)
         except OSError:
             self.close(file)
             raise
-        if not exact or self.rng.randrange(REOPEN_EVERY) == 0:
+        if not fresh or self.rng.randrange(REOPEN_EVERY) == 0:
             self.close(file)
         same_power = power % 2 == 0 and self.board.power == power
         same_chains = exact and chains % 2 == 0 and self.board.chains == chains

@@ -62,7 +62,18 @@ class StaleClient:
 def test_a_lost_write_is_noticed_and_an_unsynced_one_may_go_with_the_power(
     tmp_path: Path, acknowledged: int, in_epoch: int, synced: int, caught: bool
 ) -> None:
-    job = Job("reader", [0], files=1, own_files=[], seed=1, url="", token="", directory=str(tmp_path), mountpoint="")
+    job = Job(
+        "reader",
+        [0],
+        files=1,
+        own_files=[],
+        mount_files=[],
+        seed=1,
+        url="",
+        token="",
+        directory=str(tmp_path),
+        mountpoint="",
+    )
     board = Board(job.board, job.files)
     for slot in slots_of(0):
         board.issue(0, slot.number, 7)

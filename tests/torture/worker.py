@@ -32,6 +32,7 @@ class Job:
     numbers: list[int]
     files: int
     own_files: list[int]
+    mount_files: list[int]
     seed: int
     url: str
     token: str
