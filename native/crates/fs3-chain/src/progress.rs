@@ -135,6 +135,8 @@ impl Replica {
             }
             op.fetched = true;
             op.local = Local::Preparing;
+            // The chunk could not be sent whole to these: their resync sends it when it is sound again.
+            op.legs.retain(|leg| !leg.syncing || leg.state != LegState::Refused(Code::ChecksumMismatch));
             let content = Content::Fetched { from, outcome };
             out.push(Effect::Prepare { op: op.id, chunk, version: op.version, content });
             return;
@@ -293,12 +295,15 @@ impl Replica {
     }
 }
 
-/// A serving successor that has committed the update.
+/// A successor that has committed the update. A syncing one counts: it may be up to date and serve at any moment, so that
+/// the update must not be given up either.
 fn holder(op: &Op) -> Option<(TargetId, Outcome)> {
-    op.legs.iter().filter(|leg| !leg.syncing).find_map(|leg| match leg.state {
+    let acked = |leg: &crate::chunk::Leg| match leg.state {
         LegState::Acked(outcome) => Some((leg.to, outcome)),
         _ => None,
-    })
+    };
+    let serving = op.legs.iter().filter(|leg| !leg.syncing).find_map(acked);
+    serving.or_else(|| op.legs.iter().find_map(acked))
 }
 
 /// Whether a serving successor may have committed the update, so that this replica must not go on without it.
