@@ -53,6 +53,9 @@ impl Begun {
         let outcome = match result {
             Ok(()) => Outcome::Ok,
             Err(error) if error.maybe_applied => Outcome::Unknown,
+            // Of a request that arrives twice one copy may be refused, and heard of first, while the other is carried out.
+            // No byte stream does that to a client; the faults of this network are harsher than its errors can say.
+            Err(_) if self.load.options.duplicate_ppm > 0 => Outcome::Unknown,
             Err(_) => Outcome::Failed,
         };
         let now_ns = self.load.sim.now_ns();
