@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -51,6 +51,10 @@ pub trait DiskFile: Send + Sync {
     fn space(&self) -> io::Result<u64>;
     /// Size in bytes.
     fn len(&self) -> io::Result<u64>;
+    /// The descriptor, for reads through io_uring; `None` when all access has to go through this trait.
+    fn raw(&self) -> Option<RawFd> {
+        None
+    }
     /// Whether it has no bytes.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
@@ -208,6 +212,10 @@ impl DiskFile for RealFile {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())
+    }
+
+    fn raw(&self) -> Option<RawFd> {
+        Some(self.0.as_raw_fd())
     }
 }
 

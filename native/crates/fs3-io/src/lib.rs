@@ -16,6 +16,7 @@ mod space;
 mod store;
 mod threads;
 mod update;
+mod uring;
 
 pub use cache::ReadCache;
 pub use disk::{Access, Disk, DiskFile, RealDisk};

@@ -102,6 +102,11 @@ impl DataFiles {
         Ok(())
     }
 
+    /// The file of a block.
+    pub fn file(&self, block: &Block) -> Result<Arc<dyn DiskFile>> {
+        Ok(self.get(block.location.class)?.file.clone())
+    }
+
     pub fn sync(&self) -> Result<()> {
         let files: Vec<_> = self.files.lock().values().cloned().collect();
         for file in files {

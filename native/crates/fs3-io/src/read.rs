@@ -5,8 +5,10 @@ use fs3_chunk::{BLOCK_BYTES, Block, Version, block_count};
 use fs3_core::{ChunkId, Code, Error, Region, RegionMut, Result, crc32c};
 
 use crate::cache::{PAGE_BLOCKS, PAGE_BYTES};
+use crate::log::disk_error;
 use crate::maintain::DataFiles;
 use crate::store::{ReadOut, TargetStore};
+use crate::uring::Uring;
 
 /// The part of a read that lies in one page of a disk block.
 struct Piece {
@@ -38,6 +40,45 @@ impl TargetStore {
             message: format!("chunk {id} version {}: {}", version.info.update_version, e.message).into(),
             ..e
         })
+    }
+
+    /// A read through io_uring; `None` when it has to go through the threads: there is no ring, it has too much to do,
+    /// or it did not read everything. Errors of the disk are final.
+    pub(crate) async fn read_small(&self, id: ChunkId, offset: u32, length: u32) -> Option<Result<ReadOut>> {
+        let version = self.readable(id, offset, length).ok()?;
+        let end = end_of(&version, offset, length);
+        let mut pieces = self.pieces(&version, offset, end);
+        let block = version.block.as_ref()?;
+        let changes = block.changes();
+        let mut missing: Vec<&mut Piece> = pieces.iter_mut().filter(|p| p.missing()).collect();
+        // One read of neighbours, as nearly all are.
+        let neighbours = missing.windows(2).all(|pair| pair[0].page + 1 == pair[1].page);
+        if missing.is_empty() || !neighbours || fs3_rt::is_simulated() {
+            return None;
+        }
+        let file = self.files.file(block).ok()?;
+        let (uring, fd) = (Uring::shared()?, file.raw()?);
+        let windows: Vec<_> =
+            missing.iter().enumerate().map(|(i, p)| (i, p.window().start, p.window().len())).collect();
+        let pages = missing.iter().map(|_| self.options.read_cache.page()).collect();
+        let at = block.location.offset() + u64::from(missing[0].blocks.start * BLOCK_BYTES);
+        let (read, pages) = uring.read(file, fd, at, pages, &windows)?.await?;
+        let wanted: usize = windows.iter().map(|w| w.2).sum();
+        match read {
+            Ok(bytes) if bytes == wanted => {}
+            Ok(_) => return None,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::ECANCELED)) => return None,
+            Err(e) => return Some(self.fail_on_disk_error(Err(disk_error("cannot read data", e)))),
+        }
+        let mut fresh = vec![];
+        for (page, piece) in pages.into_iter().zip(&mut missing) {
+            // The threads read it again, and say what is wrong.
+            verify(&version, piece, &page).ok()?;
+            piece.memory = Some(page.freeze());
+            fresh.extend(piece.memory.clone().map(|memory| (piece.page, piece.wanted, memory)));
+        }
+        self.options.read_cache.insert(block, changes, fresh);
+        Some(Ok(read_out(&version, offset, end, &pieces)))
     }
 
     /// If `error` says that stored bytes of `version` are rotten, remember it, and log once what a hunt for the cause

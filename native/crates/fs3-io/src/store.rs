@@ -15,6 +15,9 @@ use crate::log::{GROW_BYTES, Log, disk_error};
 use crate::maintain::DataFiles;
 use crate::threads::IoThreads;
 
+/// Reads up to this size go through io_uring; it gains nothing for larger ones, whose checksums take time besides.
+const SMALL_READ_BYTES_MAX: u32 = 64 << 10;
+
 /// How a target's store runs.
 #[derive(Clone)]
 pub struct StoreOptions {
@@ -253,6 +256,11 @@ impl TargetStore {
     /// InvalidArgument; DiskError.
     pub async fn read(self: &Arc<Self>, id: ChunkId, offset: u32, length: u32) -> Result<ReadOut> {
         if let Some(done) = self.try_read_cached(id, offset, length) {
+            return done;
+        }
+        if length <= SMALL_READ_BYTES_MAX
+            && let Some(done) = self.read_small(id, offset, length).await
+        {
             return done;
         }
         let store = self.clone();
