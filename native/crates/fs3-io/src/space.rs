@@ -48,12 +48,19 @@ impl TargetStore {
     /// `NoSpace` when the target's capacity or the disk is used up.
     pub(crate) fn take_block(&self, class: u8) -> Result<Arc<Block>> {
         self.collect_returned();
+        let (wanted, mut freed) = (1u64 << class, 0);
         loop {
-            match self.try_take_block(class) {
-                // Every round gives something back, so it ends when there is nothing left.
-                Err(e) if e.code == Code::NoSpace && self.make_room(1 << class)? => {}
+            let full = match self.try_take_block(class) {
+                Err(e) if e.code == Code::NoSpace => e,
                 done => return done,
+            };
+            let before = self.files.space()?;
+            let over_capacity = before + wanted > self.options.capacity_bytes;
+            // What was given back and is not there any more went to somebody else.
+            if (freed >= wanted && !over_capacity) || !self.make_room(wanted)? {
+                return Err(full);
             }
+            freed += before.saturating_sub(self.files.space()?);
         }
     }
 
@@ -88,15 +95,15 @@ impl TargetStore {
         Ok(self.blocks.handle(location))
     }
 
-    /// The disk is full for somebody who needs `bytes`: release what only waits for the log to become durable, and give
+    /// The disk is full for somebody who needs `bytes`: release what only waits for the log to become durable, else give
     /// back the space of free blocks of any class. Returns whether there was anything.
     pub(crate) fn make_room(&self, bytes: u64) -> Result<bool> {
         self.collect_returned();
-        let released = self.alloc.lock().quarantined_bytes() > 0;
-        if released {
+        if self.alloc.lock().quarantined_bytes() > 0 {
             self.sync_blocking()?;
+            return Ok(true);
         }
-        Ok(self.give_back(bytes.max(GIVE_BACK_BYTES_MIN))? || released)
+        self.give_back(bytes.max(GIVE_BACK_BYTES_MIN))
     }
 
     /// Give `bytes` bytes of disk space of free blocks back, as far as there are any.

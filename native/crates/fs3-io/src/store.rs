@@ -361,11 +361,13 @@ impl TargetStore {
     pub(crate) fn persist(&self, record: Record, block: Option<Arc<Block>>) -> Result<()> {
         let mut applying = self.applying.read();
         let mut appended = self.log.append(&record);
-        if matches!(&appended, Err(e) if e.code == Code::NoSpace) {
-            drop(applying);
-            self.make_room(2 * GROW_BYTES)?;
-            applying = self.applying.read();
-            appended = self.log.append(&record);
+        for _ in 0..2 {
+            if matches!(&appended, Err(e) if e.code == Code::NoSpace) {
+                drop(applying);
+                self.make_room(2 * GROW_BYTES)?;
+                applying = self.applying.read();
+                appended = self.log.append(&record);
+            }
         }
         let position = self.fail_on_disk_error(appended)?;
         self.fail_on_disk_error(self.log.flush(position))?;

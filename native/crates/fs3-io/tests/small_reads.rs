@@ -54,6 +54,13 @@ fn many_small_reads_get_the_right_bytes_and_rot_is_found() {
 }
 
 async fn read_some(store: &Arc<TargetStore>, reader: u32, forget: impl Fn()) {
+    let contents: Vec<Vec<u8>> = (0..CHUNKS)
+        .map(|chunk| {
+            let mut content = pattern(2 * u64::from(chunk) + 1, 0, CHUNK);
+            content[40_960..45_056].fill(chunk as u8);
+            content
+        })
+        .collect();
     for i in 0..300u32 {
         let mixed = (i * 8 + reader).wrapping_mul(2_654_435_761) >> 7;
         let (chunk, block) = (mixed % CHUNKS, mixed / CHUNKS % (CHUNK / 4096));
@@ -62,9 +69,7 @@ async fn read_some(store: &Arc<TargetStore>, reader: u32, forget: impl Fn()) {
             forget();
         }
         let out = store.read(id(chunk), block * 4096, blocks * 4096).await.unwrap();
-        let mut content = pattern(2 * u64::from(chunk) + 1, 0, CHUNK);
-        content[40_960..45_056].fill(chunk as u8);
         let range = (block * 4096) as usize..((block + blocks) * 4096) as usize;
-        assert!(bytes_of(&out) == content[range], "chunk {chunk} block {block}");
+        assert!(bytes_of(&out) == contents[chunk as usize][range], "chunk {chunk} block {block}");
     }
 }
