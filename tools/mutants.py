@@ -365,11 +365,9 @@ def report(outcome: Outcome) -> None:
     )
 
 
-def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int) -> list[Outcome]:
+def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int, *, clean: bool) -> list[Outcome]:
     """Try all mutants, and the unmutated code with every oracle, several at a time."""
-    tasks = [(None, name, budget_s) for name in sorted({m.oracle for m in chosen})]
-    if os.environ.get("NOCLEAN"):
-        tasks = []
+    tasks = [(None, name, budget_s) for name in sorted({m.oracle for m in chosen})] if clean else []
     tasks += [(m, m.oracle, budget_s) for m in chosen]  # type: ignore[misc]
     outcomes = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -388,6 +386,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only check that every mutant fits the sources")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds per mutant (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    parser.add_argument("--no-clean", action="store_true", help="do not run the unmutated code")
     parser.add_argument("--oracle", choices=sorted(ORACLES), help="try this one instead of each mutant's own")
     args = parser.parse_args()
     mutants = load()
@@ -412,7 +411,7 @@ def main() -> int:
         scratch = Scratch(folder, mutants)
         scratch.write()
         scratch.build(ORACLES[name] for name in sorted({m.oracle for m in chosen}))
-        outcomes = run(chosen, scratch, args.budget, args.jobs)
+        outcomes = run(chosen, scratch, args.budget, args.jobs, clean=not args.no_clean)
     wrong = [o for o in outcomes if o.caught != (o.mutant != CLEAN)]
     caught = sum(o.caught for o in outcomes if o.mutant != CLEAN)
     print(f"{caught} of {len(chosen)} mutants caught, {len(wrong)} wrong")
