@@ -216,6 +216,8 @@ class LmdbKv:
         self._now_ms = now_ms
         self._closed = False
         self._pending: list[Request] = []
+        self._turn_commits = 0
+        self._one_at_a_time = False
         self._unhurried: list[Request] = []
         self._company = _Company()
         self._company_timer: asyncio.TimerHandle | None = None
@@ -279,11 +281,20 @@ class LmdbKv:
             elif len(self._unhurried) >= COMPANY_WAITING_MAX:
                 self._flush()
             return future
-        if not self._pending:
-            # Everything that commits in this turn of the loop goes to the committer in one piece.
-            loop.call_soon(self._flush)
         self._pending.append((transaction, future))
+        self._turn_commits += 1
+        if self._turn_commits == 1:
+            # Everything that commits in this turn of the loop goes to the committer in one piece; but when commits
+            # came one at a time in the last turn, the first does not wait for the end of this one.
+            loop.call_soon(self._end_turn)
+            if self._one_at_a_time:
+                self._flush()
         return future
+
+    def _end_turn(self) -> None:
+        self._one_at_a_time = self._turn_commits == 1
+        self._turn_commits = 0
+        self._flush()
 
     def _flush(self) -> None:
         if self._unhurried:
