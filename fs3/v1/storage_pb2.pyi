@@ -803,6 +803,54 @@ class ScrubResponse(_message.Message):
 Global___ScrubResponse: _TypeAlias = ScrubResponse  # noqa: Y015
 
 @_typing.final
+class CheckRequest(_message.Message):
+    """From a client that got bytes of a chunk from this target that do not match their checksums, although the target thought
+    so: forget what memory holds of the chunk, look at the disk, and repair what is rotten there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_ID_FIELD_NUMBER: _builtins.int
+    TARGET_ID_FIELD_NUMBER: _builtins.int
+    CHUNK_ID_FIELD_NUMBER: _builtins.int
+    chain_id: _builtins.int
+    target_id: _builtins.int
+    chunk_id: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        chain_id: _builtins.int = ...,
+        target_id: _builtins.int = ...,
+        chunk_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "chunk_id", b"chunk_id", "target_id", b"target_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckRequest: _TypeAlias = CheckRequest  # noqa: Y015
+
+@_typing.final
+class CheckResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROTTEN_FIELD_NUMBER: _builtins.int
+    rotten: _builtins.bool
+    def __init__(
+        self,
+        *,
+        rotten: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rotten", b"rotten"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckResponse: _TypeAlias = CheckResponse  # noqa: Y015
+
+@_typing.final
 class StatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,23 +49,23 @@ async fn exchange(
     let mut first = Box::pin(ask(inner.clone(), Question::new(sources, units.iter(), windows), deadline));
     tokio::select! {
         biased;
-        answer = &mut first => return Ok(accept(units, answer?).await),
+        answer = &mut first => return Ok(accept(inner, sources, units, answer?).await),
         () = fs3_rt::sleep(inner.latencies.hedge_after(Size::of(each))) => {}
     }
     let Some((questions, _budget)) = other_questions(inner, sources, units, bytes) else {
-        return Ok(accept(units, first.await?).await);
+        return Ok(accept(inner, sources, units, first.await?).await);
     };
     inner.counters.read_hedges.fetch_add(1, Ordering::Relaxed);
     let mut second = Box::pin(ask_all(inner, units, questions, deadline));
     let parts = tokio::select! {
         biased;
         answer = &mut first => match answer {
-            Ok(answer) => return Ok(accept(units, answer).await),
+            Ok(answer) => return Ok(accept(inner, sources, units, answer).await),
             Err(error) => second.await.map_err(|_| error)?,
         },
         parts = &mut second => match parts {
             Ok(parts) => parts,
-            Err(_) => return Ok(accept(units, first.await?).await),
+            Err(_) => return Ok(accept(inner, sources, units, first.await?).await),
         },
     };
     // The memory of the first try comes back before anything is put there.
@@ -130,10 +130,12 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
 }
 
 /// Check an answer to the first try and put it in its place.
-async fn accept(units: &[Unit], answer: Answer) -> Vec<Result<()>> {
+async fn accept(inner: &Arc<Inner>, sources: &[Source], units: &[Unit], answer: Answer) -> Vec<Result<()>> {
     let mut results = Vec::with_capacity(units.len());
-    for (((unit, result), window), got) in units.iter().zip(&answer.results).zip(answer.windows).zip(answer.lengths) {
-        let checked = unit.check(result, &window[..got]);
+    let units = sources.iter().zip(units);
+    for ((((source, unit), result), window), got) in units.zip(&answer.results).zip(answer.windows).zip(answer.lengths)
+    {
+        let checked = check(inner, source, unit, result, &window[..got]);
         if checked.is_ok() {
             unit.place(window, got, unit.blocks.direct).await;
         }
@@ -142,8 +144,17 @@ async fn accept(units: &[Unit], answer: Answer) -> Vec<Result<()>> {
     results
 }
 
-/// A question and the units that it is about.
-type Hedge = (Question, Vec<usize>);
+/// Check what came, and tell the replica when it is not what it thinks it is.
+fn check(inner: &Arc<Inner>, source: &Source, unit: &Unit, result: &ReadResult, data: &[u8]) -> Result<()> {
+    unit.check(result, data).inspect_err(|_| {
+        if result.code == 0 {
+            crate::report::mismatch(inner, source, unit.piece.chunk);
+        }
+    })
+}
+
+/// A question and the units that it is about, each with where it is read.
+type Hedge = (Question, Vec<(usize, Source)>);
 
 /// The same units asked of other disks, into memory of their own; `None` when a unit has no other replica that is worth
 /// asking, or too much is on its way already.
@@ -157,24 +168,22 @@ fn other_questions<'a>(
         return None;
     }
     let view = inner.view();
-    let mut groups: Vec<(Vec<Source>, Vec<usize>)> = Vec::new();
+    let mut groups: Vec<Vec<(usize, Source)>> = Vec::new();
     for (at, (source, unit)) in sources.iter().zip(units).enumerate() {
         let other = choose_other(inner, &view, unit, source)?;
-        match groups.iter_mut().find(|(sources, _)| sources[0].disk == other.disk) {
-            Some((sources, list)) => {
-                sources.push(other);
-                list.push(at);
-            }
-            None => groups.push((vec![other], vec![at])),
+        match groups.iter_mut().find(|list| list[0].1.disk == other.disk) {
+            Some(list) => list.push((at, other)),
+            None => groups.push(vec![(at, other)]),
         }
     }
     let budget = inner.read_budget.try_acquire_many(bytes as u32).ok()?;
     if !inner.latencies.may_hedge() {
         return None;
     }
-    let question = |(sources, list): (Vec<Source>, Vec<usize>)| {
-        let windows = list.iter().map(|&at| inner.scratch.take(units[at].blocks.len as usize)).collect();
-        (Question::new(&sources, list.iter().map(|&at| &units[at]), windows), list)
+    let question = |list: Vec<(usize, Source)>| {
+        let sources: Vec<Source> = list.iter().map(|(_, source)| *source).collect();
+        let windows = list.iter().map(|&(at, _)| inner.scratch.take(units[at].blocks.len as usize)).collect();
+        (Question::new(&sources, list.iter().map(|&(at, _)| &units[at]), windows), list)
     };
     Some((groups.into_iter().map(question).collect(), budget))
 }
@@ -197,8 +206,8 @@ async fn ask_all(inner: &Arc<Inner>, units: &[Unit], questions: Vec<Hedge>, dead
     while let Some(joined) = tasks.join_next().await {
         let (answer, list) = joined.map_err(|e| Error::new(Code::Internal, format!("a hedged read failed: {e}")))?;
         let Answer { results, windows, lengths, .. } = answer?;
-        for (((at, result), window), got) in list.into_iter().zip(&results).zip(windows).zip(lengths) {
-            units[at].check(result, &window[..got])?;
+        for ((((at, source), result), window), got) in list.into_iter().zip(&results).zip(windows).zip(lengths) {
+            check(inner, &source, &units[at], result, &window[..got])?;
             parts.push(Part { at, window, got });
         }
     }

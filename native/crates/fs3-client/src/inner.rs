@@ -20,6 +20,7 @@ use crate::inode::OpenInodes;
 use crate::latency::Latencies;
 use crate::meta::{CallLimits, Metas, call};
 use crate::pool::ScratchPool;
+use crate::report::Reports;
 use crate::routing::RoutingView;
 use crate::wire::Wire;
 
@@ -37,6 +38,7 @@ pub(crate) struct Inner {
     pub routing: watch::Sender<Arc<RoutingView>>,
     pub health: Health,
     pub latencies: Latencies,
+    pub reports: Reports,
     pub inodes: OpenInodes,
     pub channels: Channels,
     pub scratch: ScratchPool,
@@ -74,6 +76,7 @@ impl Inner {
             routing: watch::Sender::new(view),
             health: Health::default(),
             latencies: Latencies::default(),
+            reports: Reports::default(),
             inodes: OpenInodes::default(),
             channels: Channels::new(id, config.write_channels),
             scratch: ScratchPool::default(),

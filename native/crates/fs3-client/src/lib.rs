@@ -19,6 +19,7 @@ mod meta;
 mod plan;
 mod pool;
 mod read;
+mod report;
 mod routing;
 mod types;
 mod wire;

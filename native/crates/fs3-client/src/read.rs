@@ -40,7 +40,7 @@ pub(crate) struct Unit {
 pub(crate) struct Source {
     pub node_id: u32,
     pub disk: u64,
-    chain_id: u32,
+    pub chain_id: u32,
     chain_version: u64,
     pub target_id: u64,
 }

@@ -1,7 +1,7 @@
 //! Reads and writes against fakes: what comes back is what was written, whatever fails.
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -127,7 +127,7 @@ async fn many_reads_come_back_in_order_with_few_requests() {
     // All nodes take part, and not only with the heads of their chains; a chunk always has the same replica.
     let targets = cluster.state.log.lock().read_targets.clone();
     assert!(targets.len() > common::CHAINS as usize && targets.len() <= 8, "{targets:?}");
-    assert_eq!(reads.iter().map(|(node, _)| node).collect::<std::collections::HashSet<_>>().len(), 3);
+    assert_eq!(reads.iter().map(|(node, _)| node).collect::<HashSet<_>>().len(), 3);
 }
 
 #[tokio::test]
@@ -191,6 +191,32 @@ async fn a_dead_node_is_read_and_written_around() {
     assert_eq!(write.await.unwrap().unwrap(), again.len());
     assert!(read(&file, 0, 6 * K).await.unwrap() == again);
     assert_eq!(client.routing_version(), 2);
+}
+
+#[tokio::test]
+async fn a_replica_is_told_once_when_its_bytes_do_not_match() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    let data = pattern(8, 6 * K);
+    write(&file, 0, &data).await.unwrap();
+    cluster.faults(|faults| {
+        faults.rotten.insert(11);
+        faults.flips.insert(12);
+    });
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while cluster.state.log.lock().checks.is_empty() {
+        assert!(tokio::time::Instant::now() < deadline, "nothing was reported");
+        assert!(read(&file, 0, 6 * K).await.unwrap() == data);
+    }
+    for _ in 0..10 {
+        assert!(read(&file, 0, 6 * K).await.unwrap() == data);
+    }
+    let checks = cluster.state.log.lock().checks.clone();
+    // What storage itself finds rotten needs no report.
+    assert!(checks.iter().all(|check| check.target_id / 1000 == 12), "{checks:?}");
+    let distinct: HashSet<_> = checks.iter().map(|check| (check.target_id, check.chunk_id.clone())).collect();
+    assert_eq!(distinct.len(), checks.len(), "each only once: {checks:?}");
 }
 
 /// Read blocks of all chunks, one after another; how many requests each node saw.

@@ -105,6 +105,15 @@ impl TargetStore {
         );
     }
 
+    /// Read the chunk from the disk the next time, whatever memory holds of it.
+    pub fn forget_cached(&self, id: ChunkId) {
+        let version = self.table.lock().get(id).and_then(|chunk| chunk.committed.clone());
+        if let Some((version, block)) = version.as_ref().and_then(|v| Some((v, v.block.as_ref()?))) {
+            let pages = block_count(version.info.length).div_ceil(PAGE_BLOCKS);
+            self.options.read_cache.invalidate(block.generation, 0..pages);
+        }
+    }
+
     /// The read if all its bytes are in memory.
     pub(crate) fn read_cached(&self, version: &Version, offset: u32, length: u32) -> Option<ReadOut> {
         let end = end_of(version, offset, length);

@@ -12,6 +12,7 @@ use fs3_io::{StoreOptions, TargetStore};
 use fs3_net::Peers;
 use fs3_rt::{Handle, Instant};
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::Semaphore;
 
 use crate::disks::TargetDisks;
 use crate::engine::Healing;
@@ -65,6 +66,7 @@ counters!(
     resync_chunks,
     resync_bytes,
     checksum_errors,
+    checks_asked,
     rotten_chunks,
     repaired_chunks,
     repaired_blocks,
@@ -81,6 +83,8 @@ pub(crate) struct Core {
     pub pool: BufferPool,
     pub options: StoreOptions,
     pub counters: Counters,
+    /// Checks that clients may still ask for.
+    pub checks: Semaphore,
     pub healing: Healing,
     pub foreground: Foreground,
     /// Limits what the node sends to other replicas in resyncs.
@@ -113,6 +117,7 @@ impl Core {
             pool,
             options,
             counters: Counters::default(),
+            checks: Semaphore::new(crate::CHECKS_IN_FLIGHT_MAX),
             healing,
             resync_pace: Pace::new(healing.resync_bytes_per_s),
             foreground: Foreground::default(),

@@ -28,6 +28,8 @@ pub use engine::{DiskConfig, EngineConfig, Healing, StorageEngine};
 pub const PAYLOAD_BYTES_HELD_MAX: usize = 512 << 20;
 /// Chunks of one remove request that are removed at the same time.
 pub const REMOVES_IN_FLIGHT_MAX: usize = 32;
+/// Chunks that are checked because a client asked for it at the same time.
+pub const CHECKS_IN_FLIGHT_MAX: usize = 4;
 /// Chunks of one resync that are sent at the same time.
 pub const RESYNC_CHUNKS_IN_FLIGHT_MAX: usize = 8;
 /// Pause before a resync looks again after a failure, and between passes, milliseconds.

@@ -1,5 +1,6 @@
 //! The methods of the frame protocol that a storage node serves.
 
+pub(crate) mod check;
 pub(crate) mod query;
 pub(crate) mod read;
 pub(crate) mod remove;

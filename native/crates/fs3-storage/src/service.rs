@@ -30,6 +30,7 @@ impl Service for StorageService {
             Method::StorageListChunks => methods::query::list_chunks(core, &request),
             Method::StorageResyncDone => methods::query::resync_done(core, request).await,
             Method::StorageStatus => Ok(Response::new(&core.status())),
+            Method::StorageCheck => methods::check::check(core, request).await,
             Method::StorageScrub => methods::query::scrub(core),
             other => {
                 let message = format!("a storage node does not serve {}", other.as_str_name());

@@ -50,6 +50,26 @@ fn rot_that_a_reader_meets_is_repaired_from_another_replica_without_leaving_the_
 }
 
 #[test]
+fn rot_that_a_client_reports_is_repaired_though_memory_had_good_bytes() {
+    let mut c = Cluster::start();
+    let data = noise(8, 50_000);
+    c.write(0, chunk(0), 0, &data).unwrap();
+    let check = || {
+        let chunk_id = chunk(0).to_bytes().to_vec().into();
+        let request = CheckRequest { chain_id: CHAIN, target_id: target(1), chunk_id };
+        c.request::<CheckResponse>(1, Method::StorageCheck, request).unwrap()
+    };
+    assert!(reads_as(&c, 1, 0, &data) && !check().rotten);
+    assert!(reads_as(&c, 1, 0, &data));
+    rot(&c, 1, &data[20_000..20_064]);
+    assert!(reads_as(&c, 1, 0, &data), "memory has the good bytes");
+    assert!(check().rotten);
+    wait_until("the repair", || counter(&c, 1, "repaired_chunks") == 1);
+    assert!(reads_as(&c, 1, 0, &data));
+    assert_eq!((counter(&c, 1, "checks_asked"), counter(&c, 1, "unrepairable_blocks")), (2, 0));
+}
+
+#[test]
 fn a_scrub_finds_rot_that_nobody_reads_on_every_replica_at_once() {
     let mut c = Cluster::start();
     let data = noise(3, 200_000);

@@ -56,6 +56,8 @@ pub struct Log {
     pub syncs: Vec<u32>,
     pub closes: Vec<CloseRequest>,
     pub reports: Vec<WriteReport>,
+    /// Chunks that clients asked to check.
+    pub checks: Vec<CheckRequest>,
     /// Requests that met a hung node.
     pub hanging: usize,
 }
@@ -220,6 +222,10 @@ impl Service for Fake {
             Method::StorageRead => self.read(&request.body),
             Method::StorageWrite => self.write(&request.body, &request.payload),
             Method::StorageSync => self.sync(&request.body),
+            Method::StorageCheck => {
+                self.state.log.lock().checks.push(CheckRequest::decode(&request.body[..]).unwrap());
+                reply(CheckResponse::default())
+            }
             Method::StorageListChunks => self.list_chunks(&request.body),
             _ => self.meta(method, &request.body),
         };
