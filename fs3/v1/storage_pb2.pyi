@@ -964,7 +964,7 @@ class EngineStatus(_message.Message):
         sent_bytes: _builtins.int
         """since the chain changed last"""
         bytes_per_s: _builtins.int
-        """lately"""
+        """on the average since then"""
         stuck_chunks: _builtins.int
         """damaged here, so that they cannot be copied"""
         def __init__(
