@@ -13,7 +13,7 @@ use crate::cache::ReadCache;
 use crate::disk::{Disk, RealDisk};
 use crate::log::{GROW_BYTES, Log, disk_error};
 use crate::maintain::DataFiles;
-use crate::threads::IoThreads;
+use crate::threads::{IoThreads, caught, result_of};
 
 /// Reads up to this size go through io_uring; it gains nothing for larger ones, whose checksums take time besides.
 const SMALL_READ_BYTES_MAX: u32 = 64 << 10;
@@ -136,7 +136,7 @@ pub struct ReadOut {
 /// Callers of `sync` who wait for the next one.
 #[derive(Default)]
 pub(crate) struct SyncQueue {
-    waiting: Vec<tokio::sync::oneshot::Sender<Result<()>>>,
+    waiting: Vec<Box<dyn FnOnce(Result<()>) + Send>>,
     running: bool,
 }
 
@@ -210,25 +210,19 @@ impl TargetStore {
     /// to be merged with are rotten; NoSpace; ChunkNotFound for a truncate or punch of a missing chunk;
     /// InvalidArgument; DiskError. After an error the chunk is as it was.
     pub async fn prepare(self: &Arc<Self>, update: Update) -> Result<VersionInfo> {
-        let store = self.clone();
-        let prepared = self.options.threads.run(move || store.prepare_blocking(update)).await?;
-        self.sync_if_durable().await?;
-        Ok(prepared)
+        result_of(|done| self.prepare_then(update, done)).await
     }
 
     /// Make the pending version the committed one, together with its exactly-once record. A version that is
     /// committed already is fine; one that was never prepared is a VersionGap.
     pub async fn commit(self: &Arc<Self>, id: ChunkId, version: UpdateVersion) -> Result<VersionInfo> {
-        let store = self.clone();
-        let committed = self.options.threads.run(move || store.commit_blocking(id, version)).await?;
-        self.sync_if_durable().await?;
-        Ok(committed)
+        result_of(|done| self.commit_then(id, version, done)).await
     }
 
     /// As [`TargetStore::prepare`] without waiting: `done` gets the result on the thread that did it and must not block.
     pub fn prepare_then(self: &Arc<Self>, update: Update, done: impl FnOnce(Result<VersionInfo>) + Send + 'static) {
         let store = self.clone();
-        self.options.threads.run_then(move || store.prepare_blocking(update), done);
+        self.change_then(move || store.prepare_blocking(update), done);
     }
 
     /// As [`TargetStore::commit`] without waiting: `done` gets the result on the thread that did it and must not block.
@@ -239,14 +233,26 @@ impl TargetStore {
         done: impl FnOnce(Result<VersionInfo>) + Send + 'static,
     ) {
         let store = self.clone();
-        self.options.threads.run_then(move || store.commit_blocking(id, version), done);
+        self.change_then(move || store.commit_blocking(id, version), done);
     }
 
     /// Drop the pending version if it is `version`.
     pub async fn abort(self: &Arc<Self>, id: ChunkId, version: UpdateVersion) -> Result<()> {
         let store = self.clone();
-        self.options.threads.run(move || store.abort_blocking(id, version)).await?;
-        self.sync_if_durable().await
+        result_of(|done| self.change_then(move || store.abort_blocking(id, version), done)).await
+    }
+
+    /// Run `change` on a disk thread, and a sync after it when every change has to be durable; then `done`.
+    fn change_then<T: Send + 'static>(
+        self: &Arc<Self>,
+        change: impl FnOnce() -> Result<T> + Send + 'static,
+        done: impl FnOnce(Result<T>) + Send + 'static,
+    ) {
+        let store = self.clone();
+        self.options.threads.run_then(change, move |changed| match changed {
+            Ok(value) if store.options.durable_writes => store.sync_then(|synced| done(synced.map(|()| value))),
+            changed => done(changed),
+        });
     }
 
     /// Committed bytes from `offset` on: at most `length`, cut at the chunk's end. `offset` is a multiple of
@@ -278,18 +284,17 @@ impl TargetStore {
 
     /// Make everything that has returned survive a power loss. Calls that wait at the same time share one sync.
     pub async fn sync(self: &Arc<Self>) -> Result<()> {
-        let (done, result) = tokio::sync::oneshot::channel();
-        {
-            let mut queue = self.sync_queue.lock();
-            queue.waiting.push(done);
-            if !std::mem::replace(&mut queue.running, true) {
-                let store = self.clone();
-                self.options.threads.spawn(move || store.serve_syncs());
-            }
+        result_of(|done| self.sync_then(done)).await
+    }
+
+    /// As [`TargetStore::sync`] without waiting: `done` must not block.
+    fn sync_then(self: &Arc<Self>, done: impl FnOnce(Result<()>) + Send + 'static) {
+        let mut queue = self.sync_queue.lock();
+        queue.waiting.push(Box::new(done));
+        if !std::mem::replace(&mut queue.running, true) {
+            let store = self.clone();
+            self.options.threads.spawn(move || store.serve_syncs());
         }
-        result
-            .await
-            .unwrap_or_else(|_| Err(Error::new(Code::Internal, "a sync broke off; see the log").maybe_applied()))
     }
 
     /// Sync for all that wait until nobody does.
@@ -303,15 +308,11 @@ impl TargetStore {
             if waiting.is_empty() {
                 return;
             }
-            let result = self.sync_blocking();
+            let result = caught(|| self.sync_blocking());
             for done in waiting {
-                let _ = done.send(result.clone());
+                done(result.clone());
             }
         }
-    }
-
-    async fn sync_if_durable(self: &Arc<Self>) -> Result<()> {
-        if self.options.durable_writes { self.sync().await } else { Ok(()) }
     }
 
     /// Bytes of the disk blocks in use.

@@ -71,20 +71,27 @@ impl IoThreads {
         done: impl FnOnce(Result<T>) + Send + 'static,
     ) {
         self.spawn(move || {
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
-            done(result.unwrap_or_else(|_| Err(job_failed())));
+            done(caught(job));
         });
     }
 
     /// Run `job` and wait for its result without blocking the caller's thread. The job runs to its end
     /// even when the caller stops waiting.
     pub async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-        let (done, result) = tokio::sync::oneshot::channel();
-        self.spawn(move || {
-            let _ = done.send(job());
-        });
-        result.await.unwrap_or_else(|_| Err(job_failed()))
+        result_of(|done| self.run_then(job, done)).await
     }
+}
+
+/// The result of `begin`, which hands it to the function that it is given.
+pub(crate) async fn result_of<T: Send + 'static>(begin: impl FnOnce(Box<dyn FnOnce(Result<T>) + Send>)) -> Result<T> {
+    let (send, result) = tokio::sync::oneshot::channel();
+    begin(Box::new(|done| drop(send.send(done))));
+    result.await.unwrap_or_else(|_| Err(job_failed()))
+}
+
+/// The job's result; an error when it panics.
+pub(crate) fn caught<T>(job: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).unwrap_or_else(|_| Err(job_failed()))
 }
 
 fn job_failed() -> Error {

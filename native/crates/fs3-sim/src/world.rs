@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::audit;
 use crate::chaos::Chaos;
-use crate::check::check;
+use crate::check::{check, describe};
 use crate::history::History;
 use crate::load::Load;
 use crate::meta::{Meta, Published};
@@ -47,6 +47,8 @@ pub struct World {
     /// What belongs to no host.
     keeper: Process,
     violation: Mutex<String>,
+    /// The chunk that the violation is about.
+    violated_chunk: Mutex<Option<u32>>,
 }
 
 impl World {
@@ -65,7 +67,18 @@ impl World {
         (0..options.nodes).for_each(|node| nodes.start(node));
         (0..options.clients).for_each(|client| load.start_client(client));
         chaos.begin(&keeper);
-        Self { sim, options, weather, nodes, load, chaos, routing, keeper, violation: Mutex::default() }
+        Self {
+            sim,
+            options,
+            weather,
+            nodes,
+            load,
+            chaos,
+            routing,
+            keeper,
+            violation: Mutex::default(),
+            violated_chunk: Mutex::default(),
+        }
     }
 
     /// What the world is like.
@@ -187,7 +200,10 @@ impl World {
         self.finish(load.read_all())?.map_err(|e| format!("after healing a read failed: {e}"))?;
         match self.with_history(check) {
             None => Ok(()),
-            Some(violation) => Err(violation.to_string()),
+            Some(violation) => {
+                *self.violated_chunk.lock() = Some(violation.chunk);
+                Err(violation.to_string())
+            }
         }
     }
 
@@ -225,9 +241,10 @@ impl World {
     /// The last happenings and operations in words, for a report of a failure.
     pub fn trace(&self) -> Vec<String> {
         self.with_history(|history| {
-            let last = history.operations().len().saturating_sub(TRACE_MAX);
+            let chunk = *self.violated_chunk.lock();
+            let told = history.operations().iter().filter(|o| chunk.is_none_or(|chunk| o.chunk == chunk));
             let mut lines: Vec<(u64, String)> =
-                history.operations()[last..].iter().map(|o| (o.invoked_ns, format!("{o:?}"))).collect();
+                told.rev().take(TRACE_MAX).map(|o| (o.invoked_ns, describe(o))).collect();
             lines.extend(self.chaos.trace());
             lines.sort();
             lines.into_iter().map(|(at_ns, line)| format!("{:>12.6} s  {line}", at_ns as f64 / 1e9)).collect()
