@@ -130,6 +130,14 @@ class Manager:
                 local = assumed.get(states[target.target_id], chains.LOCAL_OFFLINE)
                 self.soft[target.target_id] = Soft(local=local, changed_ns=now_ns)
 
+    def _adopt_new_chains(self, change: Change) -> None:
+        """Assume of the targets of chains that were just made what they are made as: serving, with nothing to lack."""
+        now_ns = self.clock.monotonic_ns()
+        for chain_id in sorted(change.chains.keys() - self.records.chains.keys()):
+            for target in change.chains[chain_id].targets:
+                self._index(target, chain_id)
+                self.soft[target.target_id] = Soft(local=chains.LOCAL_UPTODATE, changed_ns=now_ns)
+
     def _index(self, target: Target, chain_id: int) -> None:
         self._node_of[target.target_id] = target.node_id
         self._targets_on.setdefault(target.node_id, []).append(target.target_id)
@@ -204,6 +212,7 @@ class Manager:
             self._in_flight = set()
         self.state = state
         self._log_change(change)
+        self._adopt_new_chains(change)
         apply(self.records, change)
         for node_id in change.removed_nodes:
             self.live.pop(node_id, None)
@@ -395,7 +404,6 @@ class Manager:
             self._make_chains(change, plan)
 
     def _make_chains(self, change: Change, plan: list[tuple[placement.Place, ...]]) -> None:
-        now_ns = self.clock.monotonic_ns()
         next_chain_id = self.state.next_chain_id
         for places in plan:
             chain = Chain(chain_id=next_chain_id, version=1)
@@ -411,9 +419,6 @@ class Manager:
             record.chain.CopyFrom(chain)
             change.chains[chain.chain_id] = record
             next_chain_id += 1
-            for made in record.targets:
-                self._index(made, chain.chain_id)
-                self.soft[made.target_id] = Soft(local=chains.LOCAL_UPTODATE, changed_ns=now_ns)
         change.next_chain_id = next_chain_id
         last = max((v for t, v in self.records.tables if t == TABLE_ID), default=0)
         table = ChainTable(
