@@ -27,7 +27,8 @@
 //!    committed version was made under the current chain version only moves forward; anything older is replaced
 //!    whatever its version says. A delayed full-chunk replace cannot roll a chunk back.
 //! 4. *Exactly once.* The records of the last writers are committed with the chunk and travel with a replace. A
-//!    retry waits behind the first attempt, then finds its record.
+//!    retry waits behind the first attempt, then finds its record. A request that changed nothing leaves no record; the
+//!    head remembers it as long as the chain version lasts, which is as long as a late copy of it could be admitted.
 //! 5. *No resurrection.* A chunk that is created again gets a version above all of its earlier life (creation
 //!    versions begin at `chain version << 32`), and the store keeps a tombstone of a removed chunk for a while, so
 //!    that a delayed duplicate of an old update does not bring it back.
@@ -45,6 +46,7 @@
 //! made serving or syncing only after it reported itself online, which it does once it has seen a routing in which it
 //! is neither.
 
+mod answered;
 mod chunk;
 mod progress;
 mod replica;

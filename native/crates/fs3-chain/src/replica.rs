@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fs3_core::{ChunkId, Code, TargetId};
 
+use crate::answered::Answered;
 use crate::chunk::{Chunk, Leg, LegState, Local, Op, Phase};
 use crate::types::*;
 
@@ -33,6 +34,10 @@ pub struct Replica {
     pub(crate) synced: BTreeSet<(TargetId, ChunkId)>,
     pub(crate) next_create: u64,
     pub(crate) next_op: OpId,
+    /// Requests that changed nothing, within this chain version.
+    pub(crate) answered: Answered<ChunkId>,
+    /// Removals of ranges, within this chain version.
+    pub(crate) removed: Answered<()>,
 }
 
 /// What admission found out about a request.
@@ -55,6 +60,8 @@ impl Replica {
             synced: BTreeSet::new(),
             next_create: 1,
             next_op: 1 << 63,
+            answered: Answered::default(),
+            removed: Answered::default(),
         }
     }
 
@@ -133,6 +140,22 @@ impl Replica {
     pub fn is_settled(&self) -> bool {
         let carried_over = |c: &Chunk| c.active.as_ref().is_some_and(|op| op.carried_over);
         !self.chunks.values().any(|c| c.orphan || carried_over(c))
+    }
+
+    /// Whether the removal of a range that carries `writer` need not be done: it was answered before, or given up by its
+    /// client. What has been written since it was answered stays.
+    ///
+    /// # Errors
+    /// `Superseded` when the channel has gone on to another request.
+    pub fn is_range_removed(&self, writer: Writer) -> Result<bool, Code> {
+        self.removed.has((), writer)
+    }
+
+    /// Tell that the removal of a range is about to be answered; it began under `chain_version`.
+    pub fn range_removed(&mut self, writer: Writer, chain_version: u64) {
+        if chain_version == self.routing.chain_version {
+            self.removed.note((), writer);
+        }
     }
 
     /// Number of chunks with something going on.
@@ -324,6 +347,9 @@ impl Replica {
                 Some(r) if r.writer.sequence > writer.sequence => return Err(Refusal::new(Code::Superseded)),
                 _ => {}
             }
+            if self.answered.has(request.chunk, writer).map_err(Refusal::new)? {
+                return Ok(Plan::Answer(outcome_of(state)));
+            }
         }
         let nothing = match request.kind {
             Kind::Truncate(length) => state.committed == 0 || state.length <= length,
@@ -331,6 +357,9 @@ impl Replica {
             Kind::Write | Kind::Mirror => false,
         };
         if nothing {
+            if let Some(writer) = request.writer {
+                self.answered.note(request.chunk, writer);
+            }
             return Ok(Plan::Answer(outcome_of(state)));
         }
         let version = if state.committed > 0 { state.committed + 1 } else { self.creation_version(state.tombstone) };

@@ -15,6 +15,8 @@ impl Replica {
         let (was_serving, was_head) = (self.routing.role == Role::Serving, self.is_serving_head());
         self.routing = to;
         self.synced.clear();
+        self.answered.clear();
+        self.removed.clear();
         let (serving, head) = (self.routing.role == Role::Serving, self.is_serving_head());
         for id in self.chunks.keys().copied().collect::<Vec<_>>() {
             self.reroute_chunk(now_ns, id, view, out);

@@ -427,3 +427,46 @@ fn resync_mirrors_one_chunk_to_one_syncing_successor_only() {
     let other = rig.request(Kind::Mirror, Origin::Resync { to: TargetId(9) }, None);
     assert_eq!(replies(&other), [Err(Code::NotServing)]);
 }
+
+#[test]
+fn a_late_copy_of_a_request_that_changed_nothing_changes_nothing_either() {
+    for kind in [Kind::Truncate(10), Kind::Remove] {
+        let mut rig = match kind {
+            Kind::Remove => Rig::new(place(1, true, &[])),
+            _ => Rig::with_chunk(place(1, true, &[]), 4),
+        };
+        let before = outcome_of_store(&rig);
+        assert_eq!(replies(&rig.request(kind, Origin::Client, Some(5))), [Ok(before)], "{kind:?}: nothing to do");
+        // Somebody writes more than that, and then the copy arrives.
+        rig.store
+            .0
+            .insert(CHUNK, ChunkState { committed: 9, chain_version: 1, length: 90, crc: 8, ..Default::default() });
+        let after = outcome_of_store(&rig);
+        assert_eq!(replies(&rig.request(kind, Origin::Client, Some(5))), [Ok(after)], "{kind:?}");
+        assert_eq!(replies(&rig.request(kind, Origin::Client, Some(4))), [Err(Code::Superseded)], "{kind:?}");
+        assert!(rig.request(kind, Origin::Client, Some(6)).iter().any(|e| matches!(e, Effect::Prepare { .. })));
+    }
+}
+
+fn outcome_of_store(rig: &Rig) -> Outcome {
+    let state = rig.store.chunk(CHUNK);
+    Outcome { update_version: state.committed, length: state.length, crc: state.crc }
+}
+
+#[test]
+fn a_range_that_was_removed_is_not_removed_again_by_a_late_copy() {
+    let mut rig = Rig::new(place(1, true, &[]));
+    assert_eq!(rig.replica.is_range_removed(writer(5)), Ok(false));
+    rig.replica.range_removed(writer(5), 1);
+    assert_eq!(rig.replica.is_range_removed(writer(5)), Ok(true));
+    assert_eq!(rig.replica.is_range_removed(writer(4)), Err(Code::Superseded));
+    assert_eq!(rig.replica.is_range_removed(writer(6)), Ok(false));
+    rig.step(Event::Routing(place(2, true, &[])));
+    assert_eq!(
+        rig.replica.is_range_removed(writer(5)),
+        Ok(false),
+        "a copy from before is refused by its chain version"
+    );
+    rig.replica.range_removed(writer(6), 1);
+    assert_eq!(rig.replica.is_range_removed(writer(6)), Ok(false), "it began under another chain version");
+}

@@ -34,8 +34,8 @@ impl Control {
         Self { client, peers: Peers::new(hello, 1), client_id, sequence: AtomicU64::new(0), chunk_bytes }
     }
 
-    /// Cut a chunk. `again` is called when it is not known whether a try will still be applied.
-    pub async fn truncate(&self, chunk: u32, length: u32, timeout: Duration, again: impl FnMut()) -> Result<()> {
+    /// Cut a chunk.
+    pub async fn truncate(&self, chunk: u32, length: u32, timeout: Duration) -> Result<()> {
         let writer = self.writer();
         let build = |chain: &Chain, target_id: u64| TruncateChunkRequest {
             chain_id: chain.chain_id,
@@ -47,11 +47,11 @@ impl Control {
             writer: Some(writer.clone()),
             ..Default::default()
         };
-        self.call(chunk, Method::StorageTruncate, build, timeout, again).await
+        self.call(chunk, Method::StorageTruncate, build, timeout).await
     }
 
-    /// Remove a chunk; `again` as in [`Control::truncate`].
-    pub async fn remove(&self, chunk: u32, timeout: Duration, again: impl FnMut()) -> Result<()> {
+    /// Remove a chunk.
+    pub async fn remove(&self, chunk: u32, timeout: Duration) -> Result<()> {
         let writer = self.writer();
         let build = |chain: &Chain, target_id: u64| RemoveRequest {
             chain_id: chain.chain_id,
@@ -64,7 +64,7 @@ impl Control {
             writer: Some(writer.clone()),
             ..Default::default()
         };
-        self.call(chunk, Method::StorageRemove, build, timeout, again).await
+        self.call(chunk, Method::StorageRemove, build, timeout).await
     }
 
     /// Every request is a channel of its own: it is never followed by another one.
@@ -80,7 +80,6 @@ impl Control {
         method: Method,
         build: impl Fn(&Chain, u64) -> Req,
         timeout: Duration,
-        mut again: impl FnMut(),
     ) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let (mut pause, mut sent) = (PAUSE_MIN, false);
@@ -98,10 +97,7 @@ impl Control {
                     }
                 }
             };
-            if error.maybe_applied {
-                sent = true;
-                again();
-            }
+            sent |= error.maybe_applied;
             if Instant::now() + pause >= deadline {
                 return Err(if sent { error.maybe_applied() } else { error });
             }

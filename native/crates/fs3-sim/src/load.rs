@@ -227,21 +227,12 @@ impl User {
 
     async fn truncate(&self, chunk: u32, length: u32) {
         let begun = self.load.begin(self.number, chunk, Kind::Truncate { length });
-        let again = || self.stray(chunk, Kind::Truncate { length });
-        begun.end(&self.control.truncate(chunk, length, self.timeout(), again).await);
+        begun.end(&self.control.truncate(chunk, length, self.timeout()).await);
     }
 
     async fn remove(&self, chunk: u32) {
         let begun = self.load.begin(self.number, chunk, Kind::Remove);
-        let again = || self.stray(chunk, Kind::Remove);
-        begun.end(&self.control.remove(chunk, self.timeout(), again).await);
-    }
-
-    /// A try of an operation that may still be on its way. When another try of it finds nothing to do, nothing is
-    /// recorded by which this one would be known.
-    fn stray(&self, chunk: u32, kind: Kind) {
-        let now_ns = self.load.sim.now_ns();
-        self.load.history.lock().invoke(self.number, chunk, kind, now_ns);
+        begun.end(&self.control.remove(chunk, self.timeout()).await);
     }
 
     async fn sync(&self, chunk: u32) {

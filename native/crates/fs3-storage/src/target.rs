@@ -247,7 +247,7 @@ impl Target {
         deadline: Instant,
     ) -> Result<Outcome> {
         let chunk = job.chunk;
-        let writer = job.writer.map(|w| Writer { client: w.client, channel: w.channel, sequence: w.sequence });
+        let writer = job.writer.map(writer_of);
         let (send, mut answer) = oneshot::channel();
         let id = {
             let mut machine = self.machine.lock();
@@ -319,6 +319,20 @@ impl Target {
             ReadAdmission::Refuse(code) => Err(self.error(code, format!("target {}: {}", self.id, why(code)))),
             ReadAdmission::Serve | ReadAdmission::Wait => Ok(()),
         }
+    }
+
+    /// Whether a removal of a range was answered already.
+    ///
+    /// # Errors
+    /// `Superseded` when its client has given it up.
+    pub fn is_range_removed(&self, writer: WriterRecord) -> Result<bool> {
+        let removed = self.machine.lock().replica.is_range_removed(writer_of(writer));
+        removed.map_err(|code| self.error(code, format!("target {}: {}", self.id, why(code))))
+    }
+
+    /// A removal of a range that began under `chain_version` is about to be answered.
+    pub fn range_removed(&self, writer: WriterRecord, chain_version: u64) {
+        self.machine.lock().replica.range_removed(writer_of(writer), chain_version);
     }
 
     pub fn error(&self, code: Code, message: String) -> Error {
@@ -441,4 +455,8 @@ pub(crate) fn why(code: Code) -> &'static str {
         Code::InvalidArgument => "the request does not fit the chunk",
         _ => "the update failed; see the service's log",
     }
+}
+
+fn writer_of(record: WriterRecord) -> Writer {
+    Writer { client: record.client, channel: record.channel, sequence: record.sequence }
 }

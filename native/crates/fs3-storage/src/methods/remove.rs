@@ -31,6 +31,11 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
         return Err(target.error(Code::NotServing, "only the head of a chain removes chunks".into()));
     }
     let writer = super::write::writer(message.writer.as_ref())?;
+    if let Some(writer) = writer
+        && target.is_range_removed(writer)?
+    {
+        return Ok(Response::new(&RemoveResponse { removed_chunks: 0, routing_version, update_version: 0 }));
+    }
     let chunks = target.store.inode_chunks(message.space, message.inode, message.first_index, message.last_index);
     let live = |m: &fs3_io::ChunkMeta| m.pending.is_some() || m.committed.as_ref().is_some_and(|c| !c.removed);
     let mut left = chunks.into_iter().filter(|(_, meta)| live(meta)).map(|(id, _)| id);
@@ -52,6 +57,9 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
         removed_chunks += 1;
     }
     target.check_reply()?;
+    if let Some(writer) = writer {
+        target.range_removed(writer, message.chain_version);
+    }
     Ok(Response::new(&RemoveResponse { removed_chunks, routing_version, update_version: 0 }))
 }
 
