@@ -22,6 +22,10 @@ pub enum Fault {
     Sync,
     /// A read reports EIO.
     Read,
+    /// A direct write does nothing and reports success.
+    Lose,
+    /// A direct write goes to another place of its file and reports success.
+    Misdirect,
     /// Reserving space reports ENOSPC, until the next restart, crash or injection.
     Space,
     /// A write stores a part of its bytes and reports ENOSPC.
@@ -362,9 +366,16 @@ impl DiskFile for FaultFile {
                 let keep = draw(&mut state.random) as usize % (bytes.len() + 1);
                 bytes.truncate(keep / SECTOR * SECTOR);
             }
+            let direct = self.access == Access::Direct;
+            if direct && state.strikes(Fault::Lose) {
+                return Ok(());
+            }
+            let elsewhere = (direct && state.strikes(Fault::Misdirect)).then(|| draw(&mut state.random) as usize);
             let file = state.files.get_mut(&self.file).expect("an open file exists");
-            put(&mut file.current, offset as usize, &bytes);
-            file.unsynced.push((offset as usize, bytes));
+            let places = file.current.len().saturating_sub(bytes.len()) / 4096 + 1;
+            let offset = elsewhere.map_or(offset as usize, |random| random % places * 4096);
+            put(&mut file.current, offset, &bytes);
+            file.unsynced.push((offset, bytes));
             match (fails, full) {
                 (true, true) => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
                 (true, false) => Err(eio()),

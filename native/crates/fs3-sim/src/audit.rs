@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fs3_core::{ChunkId, crc32c};
 use fs3_io::TargetStore;
-use fs3_proto::v1::{PublicState, Routing};
+use fs3_proto::v1::{ChainTarget, PublicState, Routing};
 
 use crate::nodes::Nodes;
 
@@ -39,10 +39,12 @@ pub(crate) async fn replicas_agree(nodes: Arc<Nodes>, routing: Arc<Routing>) -> 
 }
 
 /// Targets that do not serve, in words; empty when all do.
-pub(crate) fn not_serving(routing: &Routing) -> Vec<String> {
+pub(crate) fn not_serving(routing: &Routing) -> Vec<(u64, String)> {
     let states = routing.chains.iter().flat_map(|c| c.targets.iter().map(move |t| (c.chain_id, t)));
     let absent = states.filter(|(_, t)| t.state() != PublicState::Serving);
-    absent.map(|(chain, t)| format!("target {} of chain {chain} is {}", t.target_id, t.state().as_str_name())).collect()
+    let words =
+        |chain, t: &ChainTarget| format!("target {} of chain {chain} is {}", t.target_id, t.state().as_str_name());
+    absent.map(|(chain, t)| (t.target_id, words(chain, t))).collect()
 }
 
 fn store_of(nodes: &Nodes, routing: &Routing, target_id: u64) -> Result<Arc<TargetStore>, String> {

@@ -246,6 +246,17 @@ impl Chaos {
     /// Change stored bytes behind the back of the store.
     fn rot(&self) {
         let Some(disk) = self.some_disk(0) else { return };
+        match self.sim.below(4) {
+            0 => {
+                self.count("writes lost by a disk");
+                return disk.inject(Fault::Lose, self.sim.below(3));
+            }
+            1 => {
+                self.count("misdirected writes");
+                return disk.inject(Fault::Misdirect, self.sim.below(3));
+            }
+            _ => {}
+        }
         let names: Vec<String> = disk.names().into_iter().filter(|name| name.ends_with(".blk")).collect();
         if names.is_empty() {
             return;

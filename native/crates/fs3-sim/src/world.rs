@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fs3_core::{Code, Error, Result};
 use fs3_net::sim::Net;
-use fs3_proto::v1::Routing;
+use fs3_proto::v1::{LocalState, Routing};
 use fs3_rt::sim::{Process, Simulator};
 use fs3_storage::{EngineConfig, Healing, StorageEngine};
 use parking_lot::Mutex;
@@ -192,8 +192,9 @@ impl World {
 
     fn check_now(&self) -> std::result::Result<(), String> {
         let routing = self.routing.borrow().clone().ok_or("no routing was ever published")?;
-        if let Some(target) = audit::not_serving(&routing).first() {
-            return Err(format!("after healing {target}"));
+        if let Some((target_id, words)) = audit::not_serving(&routing).first() {
+            let why = self.target_error(*target_id).unwrap_or_default();
+            return Err(format!("after healing {words} {why}"));
         }
         self.finish(audit::replicas_agree(self.nodes.clone(), routing))??;
         let load = self.load.clone();
@@ -205,6 +206,19 @@ impl World {
                 Err(violation.to_string())
             }
         }
+    }
+
+    /// What a target's node says of it.
+    fn target_error(&self, target_id: u64) -> Option<String> {
+        let statuses = (0..self.nodes.count()).filter_map(|node| self.nodes.with_engine(node, |e| e.status()).ok());
+        let target = statuses.flat_map(|s| s.targets).find(|t| t.target_id == target_id)?;
+        let state = LocalState::try_from(target.local_state as i32).unwrap_or_default();
+        Some(format!(
+            "(its node says {}, chain version {}: {:?})",
+            state.as_str_name(),
+            target.chain_version,
+            target.error
+        ))
     }
 
     /// Run a task to its end.

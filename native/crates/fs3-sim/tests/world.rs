@@ -19,8 +19,17 @@ fn seeds(default: u64) -> Vec<u64> {
     }
 }
 
-/// Run a world for a while; its trace hash, operations that succeeded, and what is wrong.
-fn run(seed: u64, options: Options, seconds: u64) -> (u64, u64, String) {
+/// What became of a world.
+#[derive(Debug, PartialEq, Eq)]
+struct Ran {
+    hash: u64,
+    succeeded: u64,
+    violation: String,
+    trace: Vec<String>,
+}
+
+/// Run a world for a while.
+fn run(seed: u64, options: Options, seconds: u64) -> Ran {
     let mut manager = Manager::new(World::new(seed, options));
     manager.world.set_load(true);
     manager.run_until(seconds * SECOND);
@@ -29,14 +38,22 @@ fn run(seed: u64, options: Options, seconds: u64) -> (u64, u64, String) {
     if std::env::var("FS3_SIM_SHOW").is_ok() {
         eprintln!("seed {seed}: {:?} {statistics:?}", manager.world.options());
     }
-    (manager.world.trace_hash(), statistics["operations that succeeded"], violation)
+    Ran {
+        hash: manager.world.trace_hash(),
+        succeeded: statistics["operations that succeeded"],
+        violation,
+        trace: manager.world.trace(),
+    }
 }
 
 fn hunt(name: &str, seeds: Vec<u64>, options: impl Fn(u64) -> Options, seconds: u64) {
     let mut failures = Vec::new();
     for &seed in &seeds {
-        let (_, succeeded, violation) = run(seed, options(seed), seconds);
+        let Ran { succeeded, violation, trace, .. } = run(seed, options(seed), seconds);
         if !violation.is_empty() {
+            if std::env::var("FS3_SIM_TRACE").is_ok() {
+                trace.iter().for_each(|line| eprintln!("{line}"));
+            }
             eprintln!("FS3_SIM_SEED={seed} cargo test -p fs3-sim --test world {name}: {violation}");
             failures.push(seed);
         }
