@@ -367,7 +367,7 @@ impl DiskFile for FaultFile {
                 bytes.truncate(keep / SECTOR * SECTOR);
             }
             let direct = self.access == Access::Direct;
-            if direct && state.strikes(Fault::Lose) {
+            if !fails && direct && state.strikes(Fault::Lose) {
                 return Ok(());
             }
             let elsewhere = (direct && state.strikes(Fault::Misdirect)).then(|| draw(&mut state.random) as usize);
