@@ -78,10 +78,11 @@ fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Res
                 disk.remove(&segment_name(number)).map_err(cannot)?;
                 continue;
             }
-            return Err(damaged());
+            return Err(damaged(format!("segment {number} has no header")));
         };
         if found.number != number || found.start != end {
-            return Err(damaged());
+            let (name, start) = (found.number, found.start);
+            return Err(damaged(format!("segment {number} says {name} and begins at {start} instead of {end}")));
         }
         if last {
             // A former process may not have synced it; the segment that follows must not be durable before.
@@ -92,7 +93,7 @@ fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Res
         scans.push(found);
     }
     if has_snapshot && scans.first().is_none_or(|s| s.number != head.first_segment) {
-        return Err(damaged());
+        return Err(damaged(format!("segment {} is missing", head.first_segment)));
     }
     Ok(scans)
 }
@@ -111,8 +112,8 @@ fn create_log(disk: &Arc<dyn Disk>, number: u64, start: u64, files: &DataFiles, 
     }
 }
 
-fn damaged() -> Error {
-    Error::new(Code::DiskError, "the metadata log is damaged; rebuild this target from its chain")
+fn damaged(what: String) -> Error {
+    Error::new(Code::DiskError, format!("the metadata log is damaged ({what}); rebuild this target from its chain"))
 }
 
 /// Apply the log. Returns the chunks that changed after the last mark as they were at the mark.
@@ -193,7 +194,7 @@ impl TargetStore {
         // Handles dropped by the replay and by rolling back say nothing about what is in use now.
         self.blocks.take_returned();
         if used.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(damaged());
+            return Err(damaged("a block is used twice".into()));
         }
         let mut alloc = self.alloc.lock();
         for class in Allocator::classes() {

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use fs3_core::{Code, Error, Result};
+use fs3_io::fault::FaultDisk;
 use fs3_rt::sim::{Process, Simulator};
 use fs3_storage::{EngineConfig, StorageEngine};
 use parking_lot::Mutex;
@@ -144,11 +145,15 @@ impl Nodes {
     pub fn stop_engine(&self, node: u32) {
         let taken = {
             let mut nodes = self.nodes.lock();
-            let life = nodes.get_mut(node as usize).and_then(|n| n.life.as_mut());
-            life.and_then(|life| Some((life.process.clone(), life.engine.take()?)))
+            let state = nodes.get_mut(node as usize);
+            state
+                .and_then(|s| Some((s.life.as_mut()?, s.disks.clone())))
+                .and_then(|(life, disks)| Some((life.process.clone(), life.engine.take()?, disks)))
         };
-        if let Some((process, engine)) = taken {
+        if let Some((process, engine, disks)) = taken {
             process.enter(|| engine.stop());
+            // Its directories are locked until it is gone: what it has under way ends before the next engine's begin.
+            disks.all().iter().for_each(FaultDisk::kill);
         }
     }
 
