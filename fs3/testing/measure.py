@@ -99,6 +99,12 @@ class Meter:
         return Measured(bytes_, operations, self.seconds, self.cpu_seconds, p50_us)
 
 
+def middle(found: Iterable[Measured]) -> Measured:
+    """The median by rate: a shared machine is slow for seconds now and then."""
+    ordered = sorted(found, key=lambda m: m.mb_per_s if m.bytes else m.per_s)
+    return ordered[len(ordered) // 2]
+
+
 # ---- limits of the machine
 
 LIMITS = (
@@ -268,13 +274,15 @@ def storage(
     total_bytes: int,
     operations: int = 100_000,
     replicas: int = 3,
+    times: int = 1,
     pids: Iterable[int] = (),
     storage_pids: Sequence[int] = (),
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Measured]:
     """The storage layer's figures on a new file: large writes and reads, random 4 KiB reads and overwrites.
 
-    `operations`: of the batched reads; the others do a fraction. Data are written and read once before it counts.
+    `operations`: of the batched reads; the others do a fraction. Data are written and read before it counts.
+    `times`: how often each is measured; the median counts.
     """
     pids = list(pids)
     size, batch = total_bytes, 256
@@ -296,8 +304,8 @@ def storage(
             storage_pids=storage_pids,
         ),
     }
-    native_write(fs, f"{path}.warm", size)
-    fs.remove(f"{path}.warm")
+    for _ in range(2):
+        native_write(fs, path, size)
     found = {}
     for name, measure in work.items():
         if report:
@@ -305,7 +313,7 @@ def storage(
         if name == "large reads":
             for _ in range(2):
                 measure()
-        found[name] = measure()
+        found[name] = middle(measure() for _ in range(times))
     return found
 
 
