@@ -1,6 +1,6 @@
 //! The metadata log: framed records in numbered segments, written by group commit.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
 use fs3_chunk::{Body, FRAME_HEADER_BYTES, Record, frame};
@@ -275,6 +275,13 @@ pub(crate) fn scan(file: &dyn DiskFile) -> Result<Option<Scan>> {
         scan.mark = scan.mark.max(Record::mark(payload));
     }
     Ok(Some(scan))
+}
+
+/// Write all of a segment to where it is, as it is.
+pub(crate) fn write_again(file: &dyn DiskFile, scan: &Scan) -> Result<()> {
+    let mut bytes = vec![0; (HEADER_BYTES + scan.end - scan.start) as usize];
+    let read = file.read_at(&mut [IoSliceMut::new(&mut bytes)], 0).map_err(|e| disk_error("cannot read the log", e))?;
+    file.write_at(&mut [IoSlice::new(&bytes[..read])], 0).map_err(|e| disk_error("cannot write the log again", e))
 }
 
 /// Give back the space reserved behind a segment that is not continued, and with it what a torn write left there.

@@ -1,16 +1,19 @@
 //! Opening a target: snapshot, log replay, and after a power loss the verification of what was not synced.
 
 use std::collections::BTreeMap;
+use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use fs3_chunk::{Allocator, Blocks, Chunk, Run, Table, Version};
-use fs3_core::{ChunkId, Code, Error, Result};
+use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, Result};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{SNAPSHOT_NEW, SnapshotHead, load, remove_if_there, remove_segments_before};
 use crate::disk::{Access, Disk};
-use crate::log::{GROW_BYTES, Log, Scan, disk_error, give_back_tail, replay, scan, segment_name, segment_number};
+use crate::log::{
+    GROW_BYTES, Log, Scan, disk_error, give_back_tail, replay, scan, segment_name, segment_number, write_again,
+};
 use crate::maintain::DataFiles;
 use crate::store::{StoreOptions, SyncQueue, TargetStore};
 
@@ -18,27 +21,48 @@ use crate::store::{StoreOptions, SyncQueue, TargetStore};
 const SEGMENTS_MAX: usize = 4;
 const LOG_BYTES_MAX: u64 = 4 << 20;
 
+/// There since an error of the disk, until the target was opened well after it. A failed sync may have left what it was to
+/// make durable in memory only, where a later sync does not find it (Rebello et al., *Can Applications Recover from fsync
+/// Failures?*, 2020); so everything since the last good one is written once more.
+const DISK_FAILED: &str = "disk.failed";
+
 /// Chunks as they were at the last mark in the log, for those that changed since.
 type Marked = BTreeMap<ChunkId, Option<Chunk>>;
 
 pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<TargetStore>> {
+    let opened = try_open(&disk, options);
+    if matches!(&opened, Err(e) if e.code == Code::DiskError) {
+        note_failure(&*disk);
+    }
+    opened
+}
+
+/// Let the next open know that a sync may have failed. Nothing can be done when this fails too.
+pub(crate) fn note_failure(disk: &dyn Disk) {
+    if let Err(e) = disk.open(DISK_FAILED, Access::Buffered) {
+        tracing::warn!(error = %e, "a disk error could not be noted");
+    }
+}
+
+fn try_open(disk: &Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<TargetStore>> {
     let cannot = |e| disk_error("cannot open the target", e);
+    let has_failed = disk.list().map_err(cannot)?.iter().any(|name| name == DISK_FAILED);
     let blocks = Arc::new(Blocks::default());
-    remove_if_there(&*disk, SNAPSHOT_NEW)?;
-    let (mut table, snapshot) = load(&*disk, blocks.clone(), options.live_chunks_max)?;
+    remove_if_there(&**disk, SNAPSHOT_NEW)?;
+    let (mut table, snapshot) = load(&**disk, blocks.clone(), options.live_chunks_max)?;
     let head = snapshot.unwrap_or_default();
-    let scans = scan_segments(&*disk, head, snapshot.is_some())?;
+    let scans = scan_segments(&**disk, head, snapshot.is_some(), has_failed)?;
     let (end, number) = scans.last().map_or((head.position, head.first_segment), |s| (s.end, s.number + 1));
     let log_bytes: u64 = scans.iter().map(|s| s.end - s.start).sum();
     let segments = scans.len();
     // Any segment: an open that was cut off after a power loss has verified nothing yet.
     let boot_id = disk.boot_id();
     let lost_power = scans.iter().any(|s| s.boot_id != boot_id);
-    let marked = replay_all(&*disk, &mut table, &scans)?;
+    let marked = replay_all(&**disk, &mut table, &scans)?;
     let mut alloc = Allocator::default();
     let files = DataFiles::new(disk.clone());
     rebuild_allocator(&table, &files, &disk.list().map_err(cannot)?, &mut alloc)?;
-    let log = create_log(&disk, number.max(1), end, &files, &mut alloc)?;
+    let log = create_log(disk, number.max(1), end, &files, &mut alloc)?;
     let store = Arc::new(TargetStore {
         options,
         files,
@@ -55,15 +79,22 @@ pub(crate) fn open(disk: Arc<dyn Disk>, options: StoreOptions) -> Result<Arc<Tar
         snapshot_bytes: AtomicU64::new(head.bytes),
         failure: Mutex::new(None),
         closed: AtomicBool::new(false),
-        disk,
+        disk: disk.clone(),
     });
+    let unsynced: Vec<ChunkId> = marked.keys().copied().collect();
     let rolled_back = store.roll_back_lost(marked, lost_power)?;
+    if has_failed {
+        store.write_again(&unsynced)?;
+    }
     store.settle(rolled_back || segments >= SEGMENTS_MAX || log_bytes > LOG_BYTES_MAX)?;
+    if has_failed {
+        remove_if_there(&**disk, DISK_FAILED)?;
+    }
     Ok(store)
 }
 
 /// Read all segments that follow the snapshot. Every one must begin where the one before ends.
-fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Result<Vec<Scan>> {
+fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool, has_failed: bool) -> Result<Vec<Scan>> {
     let cannot = |e| disk_error("cannot open the target", e);
     remove_segments_before(disk, head.first_segment)?;
     let mut numbers: Vec<u64> = disk.list().map_err(cannot)?.iter().filter_map(|name| segment_number(name)).collect();
@@ -85,6 +116,9 @@ fn scan_segments(disk: &dyn Disk, head: SnapshotHead, has_snapshot: bool) -> Res
             return Err(damaged(format!("segment {number} says {name} and begins at {start} instead of {end}")));
         }
         if last {
+            if has_failed {
+                write_again(&*file, &found)?;
+            }
             // A former process may not have synced it; the segment that follows must not be durable before.
             file.sync().map_err(cannot)?;
         }
@@ -155,6 +189,25 @@ fn rebuild_allocator(table: &Table, files: &DataFiles, names: &[String], alloc: 
 }
 
 impl TargetStore {
+    /// Write the content of chunks to where it is, as it is.
+    fn write_again(&self, chunks: &[ChunkId]) -> Result<()> {
+        for id in chunks {
+            let versions: Vec<Arc<Version>> = {
+                let mut table = self.table.lock();
+                let Some(chunk) = table.get(*id) else { continue };
+                chunk.pending.iter().map(|p| p.version.clone()).chain(chunk.committed.clone()).collect()
+            };
+            for version in versions {
+                let Some(block) = &version.block else { continue };
+                let length = (version.info.length as usize).next_multiple_of(CRC_BLOCK_BYTES);
+                let mut buffer = self.options.pool.take(length);
+                self.files.read(block, 0, &mut [IoSliceMut::new(&mut buffer)])?;
+                self.files.write(block, 0, &mut [IoSlice::new(&buffer)])?;
+            }
+        }
+        Ok(())
+    }
+
     /// After a power loss the log may have kept records whose data were lost. Those chunks go back to the
     /// state that was synced, whose blocks were not reused since. Returns whether there were any.
     ///

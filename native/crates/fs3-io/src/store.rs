@@ -13,6 +13,7 @@ use crate::cache::ReadCache;
 use crate::disk::{Disk, RealDisk};
 use crate::log::{GROW_BYTES, Log, disk_error};
 use crate::maintain::DataFiles;
+use crate::recover::note_failure;
 use crate::threads::{IoThreads, caught, result_of};
 
 /// Reads up to this size go through io_uring; it gains nothing for larger ones, whose checksums take time besides.
@@ -353,6 +354,7 @@ impl TargetStore {
             && e.code == Code::DiskError
         {
             tracing::error!(error = %e, "target failed");
+            note_failure(&*self.disk);
             self.failure.lock().get_or_insert_with(|| e.clone());
         }
         result

@@ -381,3 +381,56 @@ fn check_killed(dir: &std::path::Path, committed: &[u64; 5], prepared: &[u64; 5]
         assert!(bytes_of(&out) == kill_content(version), "chunk {chunk} version {version}");
     }
 }
+
+#[test]
+fn what_a_failed_sync_left_in_memory_is_durable_after_the_next_good_one() {
+    // Data files and log are synced one after the other; every one of them fails once.
+    for failing in 0..3 {
+        let mut bed = Bed::new();
+        bed.put(0, 1, write(0, vec![1; 9000]));
+        bed.sync().unwrap();
+        bed.put(0, 2, write(9000, vec![2; 3000]));
+        bed.put(1, 1, write(0, vec![3; 200_000]));
+        bed.prepare(2, 1, write(0, vec![4; 5000])).unwrap();
+        bed.disk.inject(Fault::Sync, failing);
+        if bed.sync().is_ok() {
+            continue;
+        }
+        // The process is started anew on the same running machine.
+        bed.disk.kill();
+        bed.reopen();
+        bed.commit(2, 1).unwrap();
+        bed.sync().unwrap();
+        for _ in 0..2 {
+            bed.disk.crash();
+            bed.reopen();
+            assert_eq!(bed.read(0), Ok([vec![1; 9000], vec![2; 3000]].concat()), "sync {failing}");
+            assert_eq!(bed.read(1), Ok(vec![3; 200_000]), "sync {failing}");
+            assert_eq!(bed.read(2), Ok(vec![4; 5000]), "sync {failing}");
+        }
+        assert!(!bed.disk.names().contains(&"disk.failed".to_string()));
+    }
+}
+
+#[test]
+fn an_open_that_failed_is_repeated_without_loss() {
+    let mut failed = 0;
+    for (fault, after) in [Fault::Sync, Fault::Write].iter().flat_map(|fault| (0..6).map(move |after| (*fault, after)))
+    {
+        let mut bed = Bed::new();
+        bed.put(0, 1, write(0, vec![1; 9000]));
+        bed.disk.kill();
+        bed.disk.inject(fault, after);
+        let again = TargetStore::open_on(Arc::new(bed.disk.clone()), bed.options.clone());
+        failed += u32::from(again.is_err());
+        drop(again);
+        bed.disk.kill();
+        bed.reopen();
+        bed.put(0, 2, write(9000, vec![2; 3000]));
+        bed.sync().unwrap();
+        bed.disk.crash();
+        bed.reopen();
+        assert_eq!(bed.read(0), Ok([vec![1; 9000], vec![2; 3000]].concat()), "{fault:?} {after}");
+    }
+    assert!(failed > 2, "{failed}");
+}

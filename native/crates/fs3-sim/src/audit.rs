@@ -2,13 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use fs3_core::{ChunkId, crc32c};
+use fs3_core::{ChunkId, Code, crc32c};
 use fs3_io::TargetStore;
 use fs3_proto::v1::{ChainTarget, PublicState, Routing};
+use fs3_rt::sleep;
 
 use crate::nodes::Nodes;
 
+/// Seconds in which a rotten chunk has to be repaired.
+const REPAIR_S_MAX: u64 = 60;
 /// Chunks looked at at a time.
 const PAGE: usize = 1024;
 
@@ -17,6 +21,7 @@ type Content = BTreeMap<ChunkId, (u64, u32, u32)>;
 
 /// Compare the serving replicas of every chain. Nothing must be under way. `Err`: the first difference in words.
 pub(crate) async fn replicas_agree(nodes: Arc<Nodes>, routing: Arc<Routing>) -> Result<(), String> {
+    (0..nodes.count()).for_each(|node| drop(nodes.with_engine(node, |engine| engine.scrub())));
     for chain in &routing.chains {
         let mut first: Option<(u64, Content)> = None;
         for target in chain.targets.iter().filter(|t| t.state() == PublicState::Serving) {
@@ -67,8 +72,16 @@ async fn content_of(target_id: u64, store: &Arc<TargetStore>) -> Result<Content,
                 return Err(format!("target {target_id} holds an unresolved update of chunk {id}"));
             }
             let Some(version) = meta.committed.filter(|v| !v.removed) else { continue };
-            let read = store.read(id, 0, version.length).await;
-            let read = read.map_err(|e| format!("target {target_id} cannot read chunk {id}: {e}"))?;
+            let mut tries = 0..REPAIR_S_MAX;
+            let read = loop {
+                match store.read(id, 0, version.length).await {
+                    // The scrub that was begun is to find it and another replica to mend it.
+                    Err(e) if e.code == Code::ChecksumMismatch && tries.next().is_some() => {
+                        sleep(Duration::from_secs(1)).await;
+                    }
+                    done => break done.map_err(|e| format!("target {target_id} cannot read chunk {id}: {e}"))?,
+                }
+            };
             let bytes: Vec<u8> = read.data.iter().flat_map(|region| region.iter().copied()).collect();
             content.insert(id, (version.update_version.0, version.length, crc32c(&bytes)));
         }

@@ -192,6 +192,11 @@ impl StorageEngine {
         self.core.status()
     }
 
+    /// Begin a scrub of all targets now, instead of the one that may be running.
+    pub fn scrub(&self) {
+        self.core.scrub_now.send_modify(|times| *times += 1);
+    }
+
     /// End serving: running requests get a few seconds, then the stores are synced and closed. Blocking. A second call
     /// does nothing.
     pub fn stop(&self) {
