@@ -132,7 +132,7 @@ def first_seed() -> int:
 
 
 class Campaign:
-    """Many seeds on several processes, until enough hours, enough seeds, no time left, or a failure."""
+    """Many seeds on several processes, until enough hours, enough seeds, no time left, or (unless told) a failure."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.summary = Summary(args.world)
@@ -153,13 +153,13 @@ class Campaign:
     def _enough(self) -> bool:
         args, summary = self._args, self.summary
         return bool(
-            summary.failures
+            (summary.failures and not args.keep_going)
             or (args.hours and summary.virtual_s >= args.hours * 3600)
             or (args.seconds and time.monotonic() - self._began_s >= args.seconds)
         )
 
     def run(self) -> Summary:
-        """Run; at the first failure nothing new is begun."""
+        """Run; unless told otherwise nothing new is begun after a failure."""
         tasks = self._tasks()
         running: dict[concurrent.futures.Future[Report], Task] = {}
         context = multiprocessing.get_context("spawn")
@@ -229,6 +229,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="native storage and clients, or the model")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--keep-going", action="store_true", help="go on after a failure")
     parser.add_argument("--verbose", action="store_true", help="with --seed: print every event")
     parser.add_argument("--canary", action="store_true", help="break a rule on purpose; this must fail")
     args = parser.parse_args(argv)
