@@ -88,6 +88,10 @@ class AsyncFile:
         """
         return await self.native.append(data)
 
+    async def punch(self, offset: int, length: int) -> None:
+        """Make a hole, as far as the file goes: it reads as zeros, and whole blocks give their disk space back."""
+        await self.native.punch(offset, length)
+
     async def truncate(self, size: int) -> None:
         """Cut or extend (with zeros) to `size` bytes."""
         await self.native.truncate(size)

@@ -206,6 +206,11 @@ class RawFile(io.RawIOBase):
         self._file.truncate(size).wait()
         return size
 
+    def punch(self, offset: int, length: int, /) -> None:
+        """Make a hole, as far as the file goes: it reads as zeros, and whole blocks give their disk space back."""
+        self._check_writable()
+        self._file.punch(_offset(offset), _offset(length)).wait()
+
     def sync(self) -> None:
         """Make acknowledged writes survive power loss of all nodes, and publish length and time of modification."""
         self._check_writable()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 CLUSTER = "sim"
-PACES: Final = (1, 3, 10, 10, 30)
+PACES: Final = (1, 3, 10, 30, 100)
 # Stored bytes change only where a replica that never fails is left to repair them from: the world lets node 0 rot, and
 # only nodes 0 and 2 fail then.
 ROT_REPLICAS: Final = 3

@@ -79,6 +79,7 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_STORAGE_STATUS: _Method.ValueType  # 522
     METHOD_STORAGE_SCRUB: _Method.ValueType  # 523
     METHOD_STORAGE_CHECK: _Method.ValueType  # 524
+    METHOD_STORAGE_PUNCH: _Method.ValueType  # 525
 
 class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
 
@@ -117,6 +118,7 @@ METHOD_STORAGE_RESYNC_DONE: Method.ValueType  # 521
 METHOD_STORAGE_STATUS: Method.ValueType  # 522
 METHOD_STORAGE_SCRUB: Method.ValueType  # 523
 METHOD_STORAGE_CHECK: Method.ValueType  # 524
+METHOD_STORAGE_PUNCH: Method.ValueType  # 525
 Global___Method: _TypeAlias = Method  # noqa: Y015
 
 class _Code:

@@ -437,6 +437,59 @@ class TruncateChunkRequest(_message.Message):
 Global___TruncateChunkRequest: _TypeAlias = TruncateChunkRequest  # noqa: Y015
 
 @_typing.final
+class PunchChunkRequest(_message.Message):
+    """Makes a range of one chunk a hole, as far as the chunk has it: it reads as zeros and takes no disk space where whole
+    blocks are free. The length stays. Answered with WriteResponse.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_ID_FIELD_NUMBER: _builtins.int
+    CHAIN_VERSION_FIELD_NUMBER: _builtins.int
+    TARGET_ID_FIELD_NUMBER: _builtins.int
+    CHUNK_ID_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    UPDATE_VERSION_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
+    chain_id: _builtins.int
+    chain_version: _builtins.int
+    target_id: _builtins.int
+    chunk_id: _builtins.bytes
+    chunk_bytes: _builtins.int
+    offset: _builtins.int
+    length: _builtins.int
+    update_version: _builtins.int
+    """forwarded: as in WriteRequest"""
+    base_version: _builtins.int
+    """forwarded: as in WriteRequest"""
+    @_builtins.property
+    def writer(self) -> Global___WriterId: ...
+    def __init__(
+        self,
+        *,
+        chain_id: _builtins.int = ...,
+        chain_version: _builtins.int = ...,
+        target_id: _builtins.int = ...,
+        chunk_id: _builtins.bytes = ...,
+        chunk_bytes: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+        writer: Global___WriterId | None = ...,
+        update_version: _builtins.int = ...,
+        base_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["writer", b"writer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "chain_id", b"chain_id", "chain_version", b"chain_version", "chunk_bytes", b"chunk_bytes", "chunk_id", b"chunk_id", "length", b"length", "offset", b"offset", "target_id", b"target_id", "update_version", b"update_version", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PunchChunkRequest: _TypeAlias = PunchChunkRequest  # noqa: Y015
+
+@_typing.final
 class QueryLastRequest(_message.Message):
     """The highest chunk of an inode on this chain, from any serving replica."""
 

@@ -79,3 +79,26 @@ def test_metadata_calls_wait_for_a_metadata_service_that_returns(cluster: LocalC
         cluster.start("meta-1")
         fs.mkdir("/d/e")
         assert fs.listdir("/d") == ["e"]
+
+
+def test_a_hole_reads_as_zeros_on_every_replica_and_survives_restarts(cluster: LocalCluster) -> None:
+    data = bytearray(os.urandom(5 << 20))
+    first, end = 1_000_001, 4_100_000
+    with fs3.connect(cluster.url, token=cluster.token) as fs:
+        with fs.open("/f", "wb", buffering=0) as file:
+            file.pwrite(data, 0)
+            file.punch(first, end - first)
+            file.punch(len(data) - 10, 1 << 30)
+        data[first:end] = bytes(end - first)
+        data[-10:] = bytes(10)
+        with fs.open("/f", "rb", buffering=0) as file:
+            assert file.readall() == data
+            with pytest.raises(OSError, match="writ"):
+                file.punch(0, 1)
+        for name in ("storage-1", "storage-2", "storage-3"):
+            cluster.kill(name)
+            cluster.start(name)
+            cluster.wait_serving()
+            with fs.open("/f", "rb") as file:
+                assert file.read() == data
+        assert compare_replicas(fs).differences == []

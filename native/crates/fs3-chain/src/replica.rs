@@ -353,6 +353,7 @@ impl Replica {
         }
         let nothing = match request.kind {
             Kind::Truncate(length) => state.committed == 0 || state.length <= length,
+            Kind::Punch(offset) => state.committed == 0 || state.length <= offset,
             Kind::Remove => state.committed == 0,
             Kind::Write | Kind::Mirror => false,
         };

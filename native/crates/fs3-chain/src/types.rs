@@ -88,6 +88,8 @@ pub enum Kind {
     Write,
     /// Cut to this length in bytes.
     Truncate(u32),
+    /// Make everything from this byte on a hole, up to wherever the executor knows; the length stays.
+    Punch(u32),
     /// Remove the chunk.
     Remove,
     /// Make successors equal to the committed chunk here (nothing changes locally).

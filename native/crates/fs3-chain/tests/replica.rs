@@ -430,7 +430,7 @@ fn resync_mirrors_one_chunk_to_one_syncing_successor_only() {
 
 #[test]
 fn a_late_copy_of_a_request_that_changed_nothing_changes_nothing_either() {
-    for kind in [Kind::Truncate(10), Kind::Remove] {
+    for kind in [Kind::Truncate(10), Kind::Punch(10), Kind::Remove] {
         let mut rig = match kind {
             Kind::Remove => Rig::new(place(1, true, &[])),
             _ => Rig::with_chunk(place(1, true, &[]), 4),

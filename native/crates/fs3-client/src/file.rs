@@ -156,6 +156,32 @@ impl OpenFile {
         }
     }
 
+    /// Make `[offset, offset + length)` a hole, as far as the file has it: it reads as zeros, and whole blocks give their
+    /// disk space back. The file keeps its length. Returns after every serving replica has it; otherwise like
+    /// [`OpenFile::write`].
+    pub async fn punch(&self, offset: u64, length: u64) -> Result<()> {
+        self.check_open()?;
+        if !self.writable() {
+            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
+        }
+        let state = self.state();
+        let _shared = state.gate.read().await;
+        let length = length.min(self.length().saturating_sub(offset));
+        if length == 0 {
+            return Ok(());
+        }
+        match crate::write::punch(self.client().inner(), state, offset, length).await {
+            Ok(()) => {
+                state.acknowledge_write(0, fs3_rt::wall_ns());
+                Ok(())
+            }
+            Err(error) => {
+                state.fail_write();
+                Err(error)
+            }
+        }
+    }
+
     /// Write all of `data` at the end of the file, as this client knows it; returns the end afterwards. Appends of
     /// one client to one inode never overlap, through whichever open files; those of different clients may.
     /// Otherwise like [`OpenFile::write`].

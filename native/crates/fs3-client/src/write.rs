@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, Result, crc_blocks, pack_crcs};
 use fs3_net::Sink;
-use fs3_proto::v1::{Layout, Method, SyncChainRequest, WriteRequest};
+use fs3_proto::v1::{Layout, Method, PunchChunkRequest, SyncChainRequest, WriteRequest};
 use fs3_rt::{Instant, JoinSet};
 use prost::Message;
 
@@ -22,6 +22,8 @@ use crate::routing::{ChainView, Replica};
 const RESENDS_MAX: usize = 4;
 /// Times a failure of the replicas' disks or stored bytes is waited out: their targets should leave the chain.
 const DISK_RETRIES_MAX: usize = 6;
+/// Chunks of one hole that are under way at a time.
+const PUNCHES_IN_FLIGHT_MAX: usize = 32;
 /// How long an answer may still come after its chain has changed.
 const MOVED_GRACE: Duration = Duration::from_millis(300);
 
@@ -72,6 +74,51 @@ async fn write_piece(
         ..request.clone()
     };
     head_call(&inner, chain_id, Method::StorageWrite, build, Some(data), deadline).await.map(drop)
+}
+
+/// Make a range of the file a hole. The pieces travel at the same time.
+pub(crate) async fn punch(inner: &Arc<Inner>, state: &Arc<InodeState>, offset: u64, length: u64) -> Result<()> {
+    let layout = state.layout();
+    let deadline = inner.deadline();
+    let mut tasks = JoinSet::new();
+    for piece in pieces(state.inode, layout.chunk_bytes, offset, length as usize)? {
+        while tasks.len() >= PUNCHES_IN_FLIGHT_MAX {
+            tasks.join_next().await.unwrap_or(Ok(Ok(()))).map_err(broke_off)??;
+        }
+        tasks.spawn(punch_piece(inner.clone(), state.clone(), layout, piece, deadline));
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.map_err(broke_off)??;
+    }
+    Ok(())
+}
+
+fn broke_off(error: impl std::fmt::Display) -> Error {
+    Error::new(Code::Internal, format!("a task of a hole failed: {error}")).maybe_applied()
+}
+
+async fn punch_piece(
+    inner: Arc<Inner>,
+    state: Arc<InodeState>,
+    layout: Layout,
+    piece: Piece,
+    deadline: Instant,
+) -> Result<()> {
+    let claim = inner.channels.claim(deadline).await?;
+    let chain_id = locate(&inner, &layout, u64::from(piece.chunk.index), deadline).await?;
+    state.touch_chain(chain_id);
+    let build = |chain: &ChainView, head: Replica| PunchChunkRequest {
+        chain_id,
+        chain_version: chain.version,
+        target_id: head.target_id,
+        chunk_id: Bytes::copy_from_slice(&piece.chunk.to_bytes()),
+        chunk_bytes: layout.chunk_bytes,
+        offset: piece.offset,
+        length: piece.len,
+        writer: Some(claim.id()),
+        ..Default::default()
+    };
+    head_call(&inner, chain_id, Method::StoragePunch, build, None, deadline).await.map(drop)
 }
 
 /// The chain of a chunk, waiting for a routing that has the file's table.

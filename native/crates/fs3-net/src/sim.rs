@@ -11,7 +11,7 @@ use crate::tcp::scatter;
 use bytes::Bytes;
 use fs3_core::{Code, Error, Result};
 use fs3_proto::frame::{HEADER_BYTES, Header, Kind, Limits};
-use fs3_proto::v1::{HelloResponse, Method};
+use fs3_proto::v1::HelloResponse;
 use fs3_rt::sim::{Process, Simulator};
 use fs3_rt::{Instant, sleep};
 use parking_lot::Mutex;
@@ -43,8 +43,8 @@ pub struct Fate {
 
 /// The world's network. Hosts are named by the processes on them.
 pub trait Network: Send + Sync {
-    /// Decide about a message of `bytes` bytes from one process to another; `request`: the method that it asks for.
-    fn fate(&self, from: u32, to: u32, bytes: usize, request: Option<Method>) -> Fate;
+    /// Decide about a message of `bytes` bytes from one process to another.
+    fn fate(&self, from: u32, to: u32, bytes: usize) -> Fate;
     /// Whether messages from one process to another are held back now.
     fn is_cut(&self, from: u32, to: u32) -> bool;
     /// Whether the process has gone without the system telling its peers (the host lost power).
@@ -83,7 +83,7 @@ impl Net {
 
     /// Wait as long as a message from one process to another takes now.
     async fn travel(&self, from: u32, to: u32) {
-        sleep(Duration::from_nanos(self.network.fate(from, to, 0, None).delay_ns)).await;
+        sleep(Duration::from_nanos(self.network.fate(from, to, 0).delay_ns)).await;
         while self.network.is_cut(from, to) {
             sleep(PARTITION_POLL).await;
         }
@@ -254,10 +254,7 @@ impl Link for SimLink {
         if let Some(slot) = &message.landing {
             slot.mark_sent();
         }
-        let header = message.head.first_chunk().map(Header::parse);
-        let header = header.expect("a message has a header").expect("a header that was made here");
-        let request = Method::try_from(i32::from(header.method)).ok().filter(|_| header.kind == Kind::Request);
-        let fate = self.net.network.fate(self.me, self.peer, message.bytes(), request);
+        let fate = self.net.network.fate(self.me, self.peer, message.bytes());
         if fate.reset {
             self.reset();
             return;
@@ -293,7 +290,7 @@ impl Link for SimLink {
         self.inbox.state.lock().abandoned = true;
         self.inbox.changed.notify_one();
         if !self.net.network.is_dark(self.me) {
-            let delay_ns = self.net.network.fate(self.me, self.peer, 0, None).delay_ns;
+            let delay_ns = self.net.network.fate(self.me, self.peer, 0).delay_ns;
             self.outbox.push(self.sim.now_ns() + delay_ns, Arrival::End);
         }
     }
@@ -307,8 +304,8 @@ impl SimLink {
     /// The connection breaks: each end notices in its own time.
     fn reset(&self) {
         let now_ns = self.sim.now_ns();
-        self.inbox.push(now_ns + self.net.network.fate(self.peer, self.me, 0, None).delay_ns, Arrival::End);
-        self.outbox.push(now_ns + self.net.network.fate(self.me, self.peer, 0, None).delay_ns, Arrival::End);
+        self.inbox.push(now_ns + self.net.network.fate(self.peer, self.me, 0).delay_ns, Arrival::End);
+        self.outbox.push(now_ns + self.net.network.fate(self.me, self.peer, 0).delay_ns, Arrival::End);
     }
 
     /// Let a request arrive again over a connection of its own, whose answer nobody waits for.

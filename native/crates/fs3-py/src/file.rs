@@ -108,6 +108,14 @@ impl File {
         self.attr_operation(|file| async move { file.publish().await })
     }
 
+    /// Make `length` bytes from `offset` on a hole.
+    fn punch(&self, offset: u64, length: u64) -> PyResult<Operation> {
+        let file = self.open_file()?;
+        Ok(Operation::with(async move { file.punch(offset, length).await }, |py, result| {
+            result.map_err(|error| crate::errors::to_python(py, &error))
+        }))
+    }
+
     /// Cut or extend to `length`.
     fn truncate(&self, length: u64) -> PyResult<Operation> {
         self.attr_operation(move |file| async move { file.truncate(length).await })

@@ -92,6 +92,7 @@ pub(crate) fn describe(o: &Operation) -> String {
     let what = match &o.kind {
         Kind::Write { offset, length, value } => format!("write of {value} at {offset}..{}", offset + length),
         Kind::Truncate { length } => format!("truncate to {length}"),
+        Kind::Punch { offset, length } => format!("hole at {offset}..{}", offset + length),
         Kind::Remove => "remove".to_string(),
         Kind::Sync => "sync".to_string(),
         Kind::Read { offset, length, seen } => {

@@ -77,7 +77,9 @@ fn registers(operations: &[&Operation]) -> Found {
     let mut borders = BTreeSet::new();
     for o in operations {
         match &o.kind {
-            Kind::Write { offset, length, .. } => borders.extend([*offset, offset + length]),
+            Kind::Write { offset, length, .. } | Kind::Punch { offset, length } => {
+                borders.extend([*offset, offset + length]);
+            }
             Kind::Truncate { length } => borders.extend([*length]),
             Kind::Read { offset, length, seen } => {
                 borders.extend([*offset, offset + length]);
@@ -116,6 +118,7 @@ fn register(operations: &[&Operation], at: u32) -> Found {
                 all.clusters.entry(*value).or_default().push(o);
             }
             Kind::Truncate { length } if *length <= at => all.clears.push(o),
+            Kind::Punch { offset, length } if (*offset..offset + length).contains(&at) => all.clears.push(o),
             Kind::Remove => all.clears.push(o),
             Kind::Read { seen, .. } if o.outcome == Outcome::Ok => {
                 match seen.iter().find(|r| (r.offset..r.offset + r.length).contains(&at)).map(|r| r.value) {

@@ -301,6 +301,7 @@ pub(crate) fn after(content: &Content, kind: &Kind) -> Content {
             runs
         }
         Kind::Truncate { length } => cut(*length, u32::MAX).collect(),
+        Kind::Punch { offset, length } => cut(*offset, offset + length).collect(),
         Kind::Remove => Vec::new(),
         Kind::Read { .. } | Kind::Sync => content.clone(),
     }

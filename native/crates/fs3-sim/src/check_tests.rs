@@ -241,7 +241,7 @@ fn explainable(todo: &[(&Operation, bool)], losses: &[(u64, Loss, bool)], past: 
 
 /// A story of overlapping operations on two registers whose reads mostly tell the truth.
 fn stories() -> impl Strategy<Value = Vec<(u64, u64, Kind, u64)>> {
-    let operation = (0u64..12, 1u64..6, 0u8..8, 0u8..4, any::<bool>());
+    let operation = (0u64..12, 1u64..6, 0u8..9, 0u8..4, any::<bool>());
     prop::collection::vec(operation, 2..7).prop_map(|operations| {
         let mut story = Vec::new();
         for (i, (begin, takes, kind, what, open)) in operations.into_iter().enumerate() {
@@ -252,6 +252,7 @@ fn stories() -> impl Strategy<Value = Vec<(u64, u64, Kind, u64)>> {
                 2 => write(0, 16, value),
                 3 => Kind::Truncate { length: 8 * u32::from(what % 2) },
                 4 => Kind::Remove,
+                8 => Kind::Punch { offset: 8 * u32::from(what % 2), length: 8 },
                 // Reads of one or two values, right or wrong.
                 5 => read(&[(8 * u32::from(what % 2), 8, u64::from(what))]),
                 6 => read(&[(0, 16, u64::from(what))]),

@@ -54,6 +54,13 @@ pub enum Kind {
         /// Length in bytes.
         length: u32,
     },
+    /// Make `offset..offset + length` zeros; the length stays.
+    Punch {
+        /// First byte.
+        offset: u32,
+        /// Bytes.
+        length: u32,
+    },
     /// Remove the chunk: all of it reads as zeros afterwards.
     Remove,
     /// Everything acknowledged on this chunk before survives power loss. A sync that covers several chunks is one

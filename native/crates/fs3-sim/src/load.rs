@@ -194,7 +194,11 @@ impl User {
                 let (offset, length) = place();
                 self.write(chunk, offset, length).await;
             }
-            88..92 => self.truncate(chunk, place().0).await,
+            88..90 => {
+                let (offset, length) = place();
+                self.punch(chunk, offset, length).await;
+            }
+            90..92 => self.truncate(chunk, place().0).await,
             92..95 if options.removes => self.remove(chunk).await,
             _ => self.sync(chunk).await,
         }
@@ -223,6 +227,11 @@ impl User {
         let begun = self.load.begin(self.number, chunk, Kind::Write { offset, length, value });
         let result = self.file.write(self.at(chunk, offset), Region::from_vec(bytes_of(value, length))).await;
         begun.end(&result.map(drop));
+    }
+
+    async fn punch(&self, chunk: u32, offset: u32, length: u32) {
+        let begun = self.load.begin(self.number, chunk, Kind::Punch { offset, length });
+        begun.end(&self.file.punch(self.at(chunk, offset), u64::from(length)).await);
     }
 
     async fn truncate(&self, chunk: u32, length: u32) {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use fs3_net::sim::{Fate, Network};
-use fs3_proto::v1::Method;
 use fs3_rt::sim::Simulator;
 use parking_lot::Mutex;
 
@@ -198,7 +197,7 @@ impl State {
 pub(crate) struct Shared(pub Arc<Weather>);
 
 impl Network for Shared {
-    fn fate(&self, from: u32, to: u32, bytes: usize, request: Option<Method>) -> Fate {
+    fn fate(&self, from: u32, to: u32, bytes: usize) -> Fate {
         let weather = &*self.0;
         let (sim, options) = (&weather.sim, &weather.options);
         let mut fate = Fate { delay_ns: 30_000 + sim.below(300_000) + bytes as u64, ..Fate::default() };
@@ -214,11 +213,7 @@ impl Network for Shared {
         fate.delay_ns += weather.late(&mut state);
         fate.reset = sim.chance(options.reset_ppm);
         fate.damaged = sim.chance(options.damage_ppm);
-        // What has no effect leaves no record to know its repetition by: those count as operations of their own where a
-        // client repeats them, and the network must not.
-        let recorded = !matches!(request, Some(Method::StorageRemove | Method::StorageTruncate))
-            || !matches!(state.host(from), Host::Client(_));
-        if recorded && sim.chance(options.duplicate_ppm) {
+        if sim.chance(options.duplicate_ppm) {
             fate.replay_ns = Some(sim.below(REPLAYS_NS[sim.below(REPLAYS_NS.len() as u64) as usize]));
         }
         for (happened, what) in [

@@ -27,6 +27,10 @@ pub(crate) enum Body {
     Truncate {
         length: u32,
     },
+    Punch {
+        offset: u32,
+        length: u32,
+    },
     Remove,
     /// The committed chunk here.
     Mirror,
@@ -53,6 +57,9 @@ impl Job {
                 Some(Change::Write { offset: *offset, data: data.clone(), crcs: crcs.clone() })
             }
             (Body::Truncate { length }, Content::Update) => Some(Change::Truncate { length: *length }),
+            (Body::Punch { offset, length }, Content::Update) => {
+                Some(Change::Punch { offset: *offset, length: *length })
+            }
             (Body::Replace { data, crcs, writers }, Content::Update | Content::Whole) => {
                 Some(Change::Replace { data: data.clone(), crcs: crcs.clone(), writers: writers.clone() })
             }
@@ -110,6 +117,7 @@ impl Job {
         let length = match &self.body {
             Body::Write { offset, data, .. } => old_length.max(offset + data.len() as u32),
             Body::Truncate { length } => old_length.min(*length),
+            Body::Punch { .. } => old_length,
             _ => return Err(Error::new(Code::Internal, "an update without content")),
         };
         let mut buffer = pool.take(length as usize);
@@ -120,8 +128,15 @@ impl Job {
             at += n;
         }
         buffer[at..].fill(0);
-        if let Body::Write { offset, data, .. } = &self.body {
-            buffer[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+        match &self.body {
+            Body::Write { offset, data, .. } => {
+                buffer[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+            }
+            Body::Punch { offset, length: hole } => {
+                let at = |byte: u32| byte.min(length) as usize;
+                buffer[at(*offset)..at(offset.saturating_add(*hole))].fill(0);
+            }
+            _ => {}
         }
         // The old bytes were verified by the read just now, so that fresh checksums cannot hide rot.
         let crcs = crc_blocks(0, &buffer);

@@ -7,7 +7,8 @@ use fs3_chain::{Content, Outcome};
 use fs3_core::{Code, Error, Region, Result, TargetId, pack_crcs};
 use fs3_net::{Reply, Sink};
 use fs3_proto::v1::{
-    Method, RemoveRequest, RemoveResponse, TruncateChunkRequest, WriteRequest, WriteResponse, WriterId,
+    Method, PunchChunkRequest, RemoveRequest, RemoveResponse, TruncateChunkRequest, WriteRequest, WriteResponse,
+    WriterId,
 };
 use prost::Message;
 
@@ -32,6 +33,9 @@ impl Target {
         match (&job.body, forward.content) {
             (Body::Remove, _) => self.forward_remove(job, forward).await,
             (Body::Truncate { length }, Content::Update) => self.forward_truncate(job, forward, *length).await,
+            (Body::Punch { offset, length }, Content::Update) => {
+                self.forward_punch(job, forward, *offset, *length).await
+            }
             (Body::Write { offset, data, crcs }, Content::Update) => {
                 let request = WriteRequest {
                     offset: *offset,
@@ -96,6 +100,23 @@ impl Target {
             base_version: forward.base,
         };
         let reply = self.call(forward.to, Method::StorageTruncate, request, Vec::new()).await?;
+        outcome_of(&reply)
+    }
+
+    async fn forward_punch(&self, job: &Job, forward: Forward, offset: u32, length: u32) -> Result<Outcome> {
+        let request = PunchChunkRequest {
+            chain_id: self.chain_id,
+            chain_version: forward.chain_version,
+            target_id: forward.to.0,
+            chunk_id: Bytes::copy_from_slice(&job.chunk.to_bytes()),
+            chunk_bytes: job.chunk_bytes,
+            offset,
+            length,
+            writer: writer_id(job),
+            update_version: forward.version,
+            base_version: forward.base,
+        };
+        let reply = self.call(forward.to, Method::StoragePunch, request, Vec::new()).await?;
         outcome_of(&reply)
     }
 

@@ -216,6 +216,9 @@ impl Target {
                 data.get(*offset as usize..*offset as usize + written.len()) == Some(&written[..])
             }
             Body::Truncate { length } => outcome.length <= *length,
+            Body::Punch { offset, length } => {
+                data.iter().skip(*offset as usize).take(*length as usize).all(|byte| *byte == 0)
+            }
             _ => false,
         };
         if !is_this {

@@ -23,6 +23,7 @@ impl Service for StorageService {
             Method::StorageRead => methods::read::read(core, request).await,
             Method::StorageWrite => methods::write::write(core, request).await,
             Method::StorageTruncate => methods::write::truncate(core, request).await,
+            Method::StoragePunch => methods::write::punch(core, request).await,
             Method::StorageRemove => methods::remove::remove(core, request).await,
             Method::StorageQueryLast => methods::query::query_last(core, &request),
             Method::StorageSync => methods::query::sync(core, request).await,

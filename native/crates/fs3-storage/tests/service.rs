@@ -381,3 +381,36 @@ fn replicas_that_differ_after_a_total_failure_converge() {
     c.write(0, chunk(8), 0, b"again").unwrap();
     c.assert_replicas_equal(&[0, 1, 2]);
 }
+
+#[test]
+fn a_hole_goes_through_the_chain_and_reads_as_zeros_on_every_replica() {
+    let mut c = Cluster::start();
+    let data = bytes_of(3, 50_000);
+    c.write(0, chunk(0), 0, &data).unwrap();
+    let hole = |offset, length| PunchChunkRequest {
+        chain_id: CHAIN,
+        chain_version: c.chain_version(),
+        target_id: target(0),
+        chunk_id: chunk(0).to_bytes().to_vec().into(),
+        chunk_bytes: CHUNK_BYTES,
+        offset,
+        length,
+        ..PunchChunkRequest::default()
+    };
+    let holes = [hole(1_000, 20_000), hole(49_000, 9_000), hole(60_000, 5)];
+    for (request, changes) in holes.into_iter().zip([true, true, false]) {
+        let before = c.list(0)[0].1;
+        let response: WriteResponse = c.request(0, Method::StoragePunch, request).unwrap();
+        assert_eq!((response.chunk_length, response.update_version), (50_000, before + u64::from(changes)));
+    }
+    let mut expected = data;
+    expected[1_000..21_000].fill(0);
+    expected[49_000..].fill(0);
+    for node in 0..NODES {
+        assert!(c.read(node, chunk(0), 0, CHUNK_BYTES).unwrap().data == expected, "node {node}");
+    }
+    let empty = PunchChunkRequest { length: 0, ..hole(0, 1) };
+    assert_eq!(c.request::<WriteResponse>(0, Method::StoragePunch, empty).unwrap_err().code, Code::InvalidArgument);
+    let far = hole(CHUNK_BYTES - 1, 2);
+    assert_eq!(c.request::<WriteResponse>(0, Method::StoragePunch, far).unwrap_err().code, Code::InvalidArgument);
+}

@@ -4,7 +4,7 @@ use fs3_chain::{Kind, Origin, Outcome};
 use fs3_core::{ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs, verify_crcs};
 use fs3_io::WriterRecord;
 use fs3_net::{Request, Response};
-use fs3_proto::v1::{TruncateChunkRequest, WriteRequest, WriteResponse, WriterId};
+use fs3_proto::v1::{PunchChunkRequest, TruncateChunkRequest, WriteRequest, WriteResponse, WriterId};
 
 use crate::content::{Body, Job};
 use crate::core::{Core, Counters};
@@ -62,27 +62,46 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
 /// Cut one chunk through the chain.
 pub(crate) async fn truncate(core: &Arc<Core>, request: Request) -> Result<Response> {
     let message: TruncateChunkRequest = decode(&request)?;
-    let forwarded = message.update_version != 0;
-    if forwarded {
-        check_replica(&request)?;
-    }
     let target = core.target(message.target_id, message.chain_id)?;
-    let chunk = chunk_id(&message.chunk_id)?;
-    check_chunk_bytes(&target, chunk, message.chunk_bytes)?;
-    let job = Job {
-        chunk,
-        chunk_bytes: message.chunk_bytes,
-        body: Body::Truncate { length: message.length },
-        writer: writer(message.writer.as_ref())?,
-        durable: false,
-    };
-    let origin = match forwarded {
-        true => Origin::Forward { version: message.update_version, base: message.base_version, replace: false },
-        false => Origin::Client,
-    };
+    let (chunk, chunk_bytes) = (chunk_id(&message.chunk_id)?, message.chunk_bytes);
+    let (body, writer) = (Body::Truncate { length: message.length }, writer(message.writer.as_ref())?);
+    let job = Job { chunk, chunk_bytes, body, writer, durable: false };
     let kind = Kind::Truncate(message.length);
-    let outcome = target.update(job, kind, message.chain_version, origin, request.deadline).await?;
-    Ok(answer(core, outcome))
+    let versions = (message.chain_version, message.update_version, message.base_version);
+    cut(core, &request, &target, job, kind, versions).await
+}
+
+/// Make a range of one chunk a hole through the chain.
+pub(crate) async fn punch(core: &Arc<Core>, request: Request) -> Result<Response> {
+    let message: PunchChunkRequest = decode(&request)?;
+    let target = core.target(message.target_id, message.chain_id)?;
+    let (chunk, chunk_bytes) = (chunk_id(&message.chunk_id)?, message.chunk_bytes);
+    let (offset, length) = (message.offset, message.length);
+    if length == 0 || u64::from(offset) + u64::from(length) > u64::from(chunk_bytes) {
+        return Err(invalid("the hole is empty or does not fit the chunk size"));
+    }
+    let (body, writer) = (Body::Punch { offset, length }, writer(message.writer.as_ref())?);
+    let job = Job { chunk, chunk_bytes, body, writer, durable: false };
+    let versions = (message.chain_version, message.update_version, message.base_version);
+    cut(core, &request, &target, job, Kind::Punch(offset), versions).await
+}
+
+/// An update that takes bytes away; `versions`: of the chain, and if forwarded of the update and its base.
+async fn cut(
+    core: &Core,
+    request: &Request,
+    target: &Arc<Target>,
+    job: Job,
+    kind: Kind,
+    versions: (u64, u64, u64),
+) -> Result<Response> {
+    let (chain_version, version, base) = versions;
+    let origin = if version == 0 { Origin::Client } else { Origin::Forward { version, base, replace: false } };
+    if version != 0 {
+        check_replica(request)?;
+    }
+    check_chunk_bytes(target, job.chunk, job.chunk_bytes)?;
+    Ok(answer(core, target.update(job, kind, chain_version, origin, request.deadline).await?))
 }
 
 fn answer(core: &Core, outcome: Outcome) -> Response {
