@@ -39,6 +39,7 @@ class Task:
     hours: float | None
     canary: bool
     verbose: bool = False
+    given: str = ""
 
     def command(self) -> str:
         """Write the command that does the same again."""
@@ -46,6 +47,7 @@ class Task:
         words += [f"--hours {self.hours:g}"] if self.hours is not None else []
         words += [f"--world {self.world}"] if self.world != WORLDS[0] else []
         words += ["--canary"] if self.canary else []
+        words += [f"--given '{self.given}'"] if self.given else []
         return " ".join(words)
 
 
@@ -100,7 +102,7 @@ def run_seed(task: Task) -> Report:
     """Simulate one seed in this process."""
     if task.canary:
         _break_a_rule()
-    return simulate(draw(task.seed, hours=task.hours), task.world, verbose=task.verbose)
+    return simulate(draw(task.seed, hours=task.hours, given=task.given), task.world, verbose=task.verbose)
 
 
 def _run_in_worker(task: Task) -> Report:
@@ -146,9 +148,9 @@ class Campaign:
         first = first_seed() if args.first is None else args.first
         for number in range(args.seeds or sys.maxsize):
             seed = (first + number) % (1 << SEED_BITS)
-            yield Task(seed, args.world, None, args.canary)
+            yield Task(seed, args.world, None, args.canary, given=args.given)
             if number % TWICE_EVERY == 0:
-                yield Task(seed, args.world, None, args.canary)
+                yield Task(seed, args.world, None, args.canary, given=args.given)
 
     def _enough(self) -> bool:
         args, summary = self._args, self.summary
@@ -231,6 +233,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--keep-going", action="store_true", help="go on after a failure")
     parser.add_argument("--verbose", action="store_true", help="with --seed: print every event")
+    parser.add_argument("--given", default="", help="fields of the plan that the seed does not decide, as JSON")
     parser.add_argument("--canary", action="store_true", help="break a rule on purpose; this must fail")
     args = parser.parse_args(argv)
     if args.seed is None and not (args.seeds or args.hours or args.seconds):
@@ -254,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one(args: argparse.Namespace) -> int:
-    task = Task(args.seed, args.world, args.hours, args.canary, args.verbose)
+    task = Task(args.seed, args.world, args.hours, args.canary, args.verbose, args.given)
     report = run_seed(task)
     if args.json:
         print(json.dumps({**report.to_json(), "command": task.command()}))

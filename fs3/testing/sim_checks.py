@@ -6,11 +6,14 @@
 - One version of the routing has one content, whoever tells it.
 - A chain keeps its targets and always has one that serves or served last.
 - A target that is made serving has every acknowledged write.
+- A target is taken out of service only when it cannot serve any more: its lease is over, or its process says so.
+- When all serving targets have died, none of them is dropped: each has everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from fs3.kv.faults import KvFaults
 from fs3.kv.memory import MemoryKv, MemoryTransaction
@@ -23,14 +26,31 @@ SERVING = PublicState.PUBLIC_STATE_SERVING
 LAST_SERVING = PublicState.PUBLIC_STATE_LASTSRV
 
 
+class Targets(Protocol):
+    """What is true of targets at this moment, whatever the managers know."""
+
+    @property
+    def now_ns(self) -> int:
+        """The time."""
+
+    def missing(self, target_id: int) -> str:
+        """Tell what acknowledged data a target lacks; "" for nothing."""
+
+    def serves_until_ns(self, target_id: int) -> int:
+        """Tell until when a target may serve by its own lease; 0: it does not serve."""
+
+    def ended_ns(self, target_id: int) -> tuple[int, int]:
+        """Tell when the process of a target's node was killed, and when it could serve no more; -1: it has one."""
+
+
 class Checks:
     """Takes note of what is decided and told. ``fail(property, text)`` is called with every violation."""
 
-    def __init__(self, fail: Callable[[str, str], None], missing: Callable[[int], str]) -> None:
+    def __init__(self, fail: Callable[[str, str], None], targets: Targets) -> None:
         self.decisions = 0
         self.epochs = 0
         self._fail = fail
-        self._missing = missing
+        self._targets = targets
         self._lease = ManagerLease()
         self._last: dict[bytes, bytes] = {}
         self._holders: dict[int, Process | None] = {}
@@ -104,8 +124,21 @@ class Checks:
         if set(old) != set(states):
             self._fail("a chain keeps its targets", f"chain {chain.chain_id}: {sorted(old)} became {sorted(states)}")
         for target, state in states.items():
-            if state == SERVING and old.get(target) != SERVING and (lacks := self._missing(target)):
+            if state == SERVING and old.get(target) != SERVING and (lacks := self._targets.missing(target)):
                 self._fail("serving means complete", f"target {target} was made serving and lacks {lacks}")
+            if state != SERVING and old.get(target) == SERVING:
+                self._left(target, [t for t, s in states.items() if s == SERVING])
+
+    def _left(self, target: int, staying: list[int]) -> None:
+        """Look at a target that is taken out of service while `staying` go on to serve."""
+        until_ns, now_ns = self._targets.serves_until_ns(target), self._targets.now_ns
+        if until_ns > now_ns:
+            more_s = (until_ns - now_ns) / 1e9
+            self._fail("leases", f"target {target} was taken out of service, and may serve for {more_s:.3f} s more")
+        _, served_ns = self._targets.ended_ns(target)
+        if served_ns >= 0 and staying and all(0 <= self._targets.ended_ns(t)[0] <= served_ns for t in staying):
+            text = f"target {target} was dropped in favour of {staying}, which had died before it"
+            self._fail("the last serving targets stay", text)
 
     # -- messages -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ error. Managers suffer what the plan says; storage nodes what the world says thr
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -14,7 +15,7 @@ from typing import Any, Final, Protocol
 
 from fs3.core.config import MgmtdConfig, StorageConfig
 from fs3.core.errors import Fs3Error
-from fs3.core.ids import UUID_BYTES
+from fs3.core.ids import TARGETS_PER_NODE_MAX, UUID_BYTES
 from fs3.kv.api import KvError, KvStore
 from fs3.mgmtd.manager import Manager
 from fs3.mgmtd.service import MgmtdService
@@ -27,7 +28,8 @@ from fs3.testing.sim_plan import CLUSTER, Plan
 from fs3.testing.sim_world import World
 from fs3.testing.virtual_loop import LoopClock, Process, VirtualLoop
 from fs3.testing.virtual_network import PORT, VirtualNetwork
-from fs3.v1.routing_pb2 import Node, Routing
+from fs3.v1.routing_pb2 import LocalState, Node, Routing
+from fs3.v1.storage_pb2 import EngineStatus
 
 TOKEN: Final = "simulated"
 # A supervisor begins a process again so long after it ended by itself.
@@ -211,19 +213,26 @@ class ManagerMachine(Machine):
 
 
 class _ToldEngine:
-    """An engine whose routing the checks see as well."""
+    """An engine whose routing the checks see as well, and which remembers its lease."""
 
     def __init__(self, engine: StorageEngine, told: Callable[[bytes], None]) -> None:
         self._engine = engine
         self._told = told
+        self.serves_until_ns = 0
         self.start = engine.start
-        self.renew_lease = engine.renew_lease
         self.status = engine.status
-        self.stop = engine.stop
 
     def apply_routing(self, routing: bytes) -> None:
         self._told(routing)
         self._engine.apply_routing(routing)
+
+    def renew_lease(self, serve_until_monotonic_ns: int) -> None:
+        self.serves_until_ns = max(self.serves_until_ns, serve_until_monotonic_ns)
+        self._engine.renew_lease(serve_until_monotonic_ns)
+
+    def stop(self) -> None:
+        self.serves_until_ns = 0
+        self._engine.stop()
 
 
 class NodeMachine(Machine):
@@ -242,15 +251,19 @@ class NodeMachine(Machine):
             disks=disks,
         )
         self._clock = LoopClock(around.loop)
-        self._engine: StorageEngine | None = None
+        self._engine: _ToldEngine | None = None
+        self.node_id = 0
+        # When its process was killed, and when it could serve no more; -1: it has one, or had ended by itself.
+        self.died_ns = self.served_ns = -1
 
     def _identity(self, data_dir: str, disks: tuple[str, ...], cluster_id: str) -> NodeIdentity:
         uuid = self.name.encode().ljust(UUID_BYTES, b"\0")
         return NodeIdentity(uuid, [DiskIdentity(d, d.strip("/").encode().ljust(UUID_BYTES, b"\0")) for d in disks], [])
 
     def _make_engine(self, config_json: str) -> StorageEngine:
-        engine = self._engine = self.around.world.engine(self.index, config_json)
-        return _ToldEngine(engine, self._told)
+        self.node_id = json.loads(config_json)["node_id"]
+        self._engine = _ToldEngine(self.around.world.engine(self.index, config_json), self._told)
+        return self._engine
 
     def _told(self, raw: bytes) -> None:
         self.known = self.around.checks.told(self.name, raw)
@@ -259,6 +272,7 @@ class NodeMachine(Machine):
         """See Machine."""
         around = self.around
         self.known, self._engine = 0, None
+        self.died_ns = self.served_ns = -1
         surroundings = Surroundings(
             make_engine=self._make_engine,
             network=around.network.at(self.name),
@@ -276,9 +290,20 @@ class NodeMachine(Machine):
         assert self._engine is not None, f"{self.name} has no engine"
         self._engine.renew_lease(until_ns)
 
+    def serves_until_ns(self, target_id: int) -> int:
+        """Tell until when a target of this node may serve, as far as its own life and lease go; 0: not at all."""
+        if self.process is None or self._engine is None:
+            return 0
+        status = EngineStatus.FromString(self._engine.status())
+        offline = LocalState.LOCAL_STATE_OFFLINE
+        usable = any(t.target_id == target_id and t.local_state != offline for t in status.targets)
+        return self._engine.serves_until_ns if usable else 0
+
     def happened(self, kind: str) -> None:
         """Follow what the world did to the node."""
         if kind == "crashed":
+            self.died_ns = self.around.loop.now_ns
+            self.served_ns = min(self.died_ns, self._engine.serves_until_ns if self._engine is not None else 0)
             self.crash()
         elif kind == "started":
             self.start()
@@ -353,6 +378,15 @@ class ControlPlane:
         for machine in self.managers:
             machine.resume()
             machine.start()
+
+    def serves_until_ns(self, target_id: int) -> int:
+        """See NodeMachine."""
+        return max(node.serves_until_ns(target_id) for node in self.nodes)
+
+    def ended_ns(self, target_id: int) -> tuple[int, int]:
+        """Tell when the process of a target's node was killed, and when it could serve no more; -1: it has one."""
+        node_id = target_id // TARGETS_PER_NODE_MAX
+        return next(((n.died_ns, n.served_ns) for n in self.nodes if n.node_id == node_id), (-1, -1))
 
     def settled(self, version: int) -> bool:
         """Tell whether every node and the data clients know that version of the routing."""

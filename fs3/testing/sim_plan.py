@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 CLUSTER = "sim"
@@ -66,8 +66,15 @@ class Plan:
         return asdict(self)
 
 
-def draw(seed: int, *, hours: float | None = None) -> Plan:
-    """Make the plan of a seed; `hours` replaces the horizon that it would have."""
+def draw(seed: int, *, hours: float | None = None, given: str = "") -> Plan:
+    """Make the plan of a seed; `hours` replaces the horizon that it would have, `given` (JSON) any other fields.
+
+    Raises TypeError for a field that there is not.
+    """
+    return replace(_drawn(seed, hours), **(json.loads(given) if given else {}))
+
+
+def _drawn(seed: int, hours: float | None) -> Plan:
     rng = random.Random(f"plan {seed}")
     replicas = rng.choice([1, 2, 2, 3, 3, 3, 3])
     nodes = rng.randint(max(2, replicas), 5)

@@ -130,7 +130,7 @@ class Simulation:
         self.loop.set_exception_handler(self._unhandled)
         self.network = VirtualNetwork(self.loop, world.delays, plan.seed)
         self.faults: Counter[str] = Counter()
-        self.checks = Checks(self.fail, getattr(world, "missing", lambda _: ""))
+        self.checks = Checks(self.fail, self)
         self.kv_faults = KvFaults(random.Random(f"kv {plan.seed}"))
         self.store = CheckedKv(now_ms=lambda: self.loop.now_ns // 1_000_000, faults=self.kv_faults, checks=self.checks)
         self.report = Report(plan.seed, kind, plan.to_json())
@@ -146,6 +146,24 @@ class Simulation:
         # Processes that are killed or begun here see the time that it is.
         self.loop.now_ns = until_ns
         self.control.follow_world()
+
+    @property
+    def now_ns(self) -> int:
+        """See sim_checks.Targets."""
+        return self.loop.now_ns
+
+    def missing(self, target_id: int) -> str:
+        """See sim_checks.Targets; not every world can tell."""
+        tell: Callable[[int], str] = getattr(self.world, "missing", lambda _: "")
+        return tell(target_id)
+
+    def serves_until_ns(self, target_id: int) -> int:
+        """See sim_checks.Targets."""
+        return self.control.serves_until_ns(target_id)
+
+    def ended_ns(self, target_id: int) -> tuple[int, int]:
+        """See sim_checks.Targets."""
+        return self.control.ended_ns(target_id)
 
     def fail(self, what: str, text: str) -> None:
         """Note a violated property; the first one counts, and the run ends at the driver's next look."""
