@@ -59,6 +59,18 @@ fn crashes_and_partitions_of_a_part_of_the_chain_lose_no_acknowledged_write() {
 }
 
 #[test]
+fn replicas_that_do_not_hear_each_other_while_a_third_returns_lose_no_acknowledged_write() {
+    run("replicas_that_do_not_hear", |seed| Options {
+        drop_percent: seed % 20,
+        duplicate_percent: seed % 30,
+        slow_percent: seed % 10,
+        crashes: true,
+        cuts: true,
+        ..Options::default()
+    });
+}
+
+#[test]
 fn rotten_chunks_and_their_repair_lose_no_acknowledged_write() {
     run("rotten_chunks", |seed| Options {
         drop_percent: seed % 10,

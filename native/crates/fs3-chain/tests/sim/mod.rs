@@ -33,6 +33,8 @@ pub struct Options {
     pub total_crash: bool,
     /// How often the bytes that an append builds on are found rotten.
     pub rot_percent: u64,
+    /// When a node crashes, the two others may lose sight of each other for a while.
+    pub cuts: bool,
 }
 
 /// SplitMix64.
@@ -113,6 +115,7 @@ pub enum Action {
     Chaos,
     Restart { node: usize },
     HealPartition { node: usize },
+    Heal { node: usize, life: u64, chain_version: u64, serving: Vec<usize> },
 }
 
 pub struct World {
@@ -127,6 +130,8 @@ pub struct World {
     actions: BTreeMap<u64, Action>,
     next_action: u64,
     pub healing: bool,
+    /// Until then the two that do not meet do not hear each other.
+    cut: (u64, [usize; 2]),
     /// Print every event and effect (FS3_CHAIN_TRACE).
     pub trace: bool,
 }
@@ -153,6 +158,7 @@ impl World {
             actions: BTreeMap::new(),
             next_action: 0,
             healing: false,
+            cut: (0, [0, 0]),
             trace: std::env::var_os("FS3_CHAIN_TRACE").is_some(),
         };
         for node in 0..NODES {
@@ -193,6 +199,7 @@ impl World {
 
     fn heal(&mut self) {
         self.healing = true;
+        self.cut.0 = 0;
         self.options = Options { removes: self.options.removes, ..Options::default() };
         for node in 0..NODES {
             self.nodes[node].partitioned = false;
@@ -231,6 +238,12 @@ impl World {
             Action::Chaos => self.chaos(),
             Action::Restart { node } => self.restart(node),
             Action::HealPartition { node } => self.nodes[node].partitioned = false,
+            Action::Heal { node, life, chain_version, serving } => {
+                let n = &self.nodes[node];
+                if n.up && n.life == life && n.chain_version() == chain_version {
+                    self.heal_replicas(node, chain_version, &serving);
+                }
+            }
         }
     }
 
@@ -261,6 +274,10 @@ impl World {
         let whole = self.manager.all_serving() && self.nodes.iter().all(|n| n.up && !n.partitioned);
         if self.options.crashes && whole && self.rng.chance(60) {
             self.crash(node);
+            if self.options.cuts && self.rng.chance(60) {
+                let until = self.now + self.rng.below(800) * MS;
+                self.cut = (until, [(node + 1) % NODES, (node + 2) % NODES]);
+            }
             let back = (1 + self.rng.below(600)) * MS;
             self.after(back, Action::Restart { node });
         } else if self.options.partitions && whole && self.rng.chance(60) {
@@ -284,7 +301,7 @@ impl World {
     pub fn send(&mut self, from_node: Option<usize>, to: usize, message: &Message, asker: Asker) {
         let copies = 1 + u64::from(self.rng.chance(self.options.duplicate_percent));
         let cut = match from_node {
-            Some(from) => self.nodes[to].partitioned || self.nodes[from].partitioned,
+            Some(from) => self.nodes[to].partitioned || self.nodes[from].partitioned || self.is_cut(from, to),
             None => self.nodes[to].is_hidden(),
         };
         for _ in 0..copies {
@@ -292,6 +309,11 @@ impl World {
                 self.after(delay, Action::Deliver { to, message: message.clone(), asker });
             }
         }
+    }
+
+    pub fn is_cut(&self, from: usize, to: usize) -> bool {
+        let (until, two) = self.cut;
+        self.now < until && two.contains(&from) && two.contains(&to)
     }
 
     fn describe(&self) -> String {

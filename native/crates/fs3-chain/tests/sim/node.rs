@@ -224,6 +224,11 @@ impl World {
         }
         let asker = self.nodes[node].requests.remove(&id).expect("a request is answered once");
         let client = matches!(asker, Asker::Client { .. });
+        if let Asker::Predecessor { node: to, .. } = asker
+            && self.is_cut(node, to)
+        {
+            return;
+        }
         if self.nodes[node].is_hidden() || (self.nodes[node].partitioned && !client) {
             return;
         }
@@ -462,12 +467,14 @@ impl World {
             self.after(5 * MS, Action::Resync { node, life, chain_version: chain.version });
         }
         if heal {
-            self.heal_replicas(node, chain.version, &serving);
+            // It takes a while to find out what differs, and clients do not wait for that.
+            let delay = self.rng.below(30) * MS;
+            self.after(delay, Action::Heal { node, life, chain_version: chain.version, serving });
         }
     }
 
     /// The head came back from the crash of the whole chain: chunks that differ are written again.
-    fn heal_replicas(&mut self, head: usize, chain_version: u64, serving: &[usize]) {
+    pub fn heal_replicas(&mut self, head: usize, chain_version: u64, serving: &[usize]) {
         for index in 0..super::CHUNKS {
             let chunk = super::chunk_id(index);
             let state = |n: &usize| {
@@ -497,7 +504,8 @@ impl World {
         for to in syncing {
             let other = (to.0 - 1) as usize;
             let reachable = self.nodes[other].up && self.nodes[other].chain_version() == chain_version;
-            if !reachable || self.nodes[other].partitioned || self.nodes[node].partitioned {
+            let cut = self.nodes[other].partitioned || self.nodes[node].partitioned || self.is_cut(node, other);
+            if !reachable || cut {
                 continue;
             }
             let mut differing = Vec::new();
