@@ -101,6 +101,7 @@ fn all_replicas_crash_at_once_and_acknowledged_writes_survive() {
         duplicate_percent: seed % 20,
         crashes: seed % 2 == 0,
         total_crash: true,
+        slow_disk_percent: seed % 30,
         ..Options::default()
     });
 }

@@ -33,8 +33,10 @@ pub struct Options {
     pub total_crash: bool,
     /// How often the bytes that an append builds on are found rotten.
     pub rot_percent: u64,
-    /// When a node crashes, the two others may lose sight of each other for a while.
+    /// When a node crashes and is back soon, the two others do not hear each other for a while.
     pub cuts: bool,
+    /// How often a disk takes its time.
+    pub slow_disk_percent: u64,
 }
 
 /// SplitMix64.
@@ -130,6 +132,8 @@ pub struct World {
     actions: BTreeMap<u64, Action>,
     next_action: u64,
     pub healing: bool,
+    /// Bytes were found rotten in this run.
+    rots: bool,
     /// Until then the two that do not meet do not hear each other.
     cut: (u64, [usize; 2]),
     /// Print every event and effect (FS3_CHAIN_TRACE).
@@ -158,6 +162,7 @@ impl World {
             actions: BTreeMap::new(),
             next_action: 0,
             healing: false,
+            rots: options.rot_percent > 0,
             cut: (0, [0, 0]),
             trace: std::env::var_os("FS3_CHAIN_TRACE").is_some(),
         };
@@ -274,11 +279,12 @@ impl World {
         let whole = self.manager.all_serving() && self.nodes.iter().all(|n| n.up && !n.partitioned);
         if self.options.crashes && whole && self.rng.chance(60) {
             self.crash(node);
-            if self.options.cuts && self.rng.chance(60) {
-                let until = self.now + self.rng.below(800) * MS;
+            let mut back = (1 + self.rng.below(600)) * MS;
+            if self.options.cuts {
+                back %= 100 * MS;
+                let until = self.now + (200 + self.rng.below(600)) * MS;
                 self.cut = (until, [(node + 1) % NODES, (node + 2) % NODES]);
             }
-            let back = (1 + self.rng.below(600)) * MS;
             self.after(back, Action::Restart { node });
         } else if self.options.partitions && whole && self.rng.chance(60) {
             self.nodes[node].partitioned = true;

@@ -176,7 +176,8 @@ impl World {
 
     fn carry_out(&mut self, node: usize, effect: Effect) {
         let life = self.nodes[node].life;
-        let disk = 50_000 + self.rng.below(4 * MS);
+        let slow = self.rng.chance(self.options.slow_disk_percent);
+        let disk = 50_000 + self.rng.below(if slow { 60 * MS } else { 4 * MS });
         match effect {
             Effect::Prepare { op, chunk, version, content } => {
                 let chain_version = self.nodes[node].chain_version();
@@ -206,7 +207,7 @@ impl World {
                 self.after(5 * disk, Action::StoreDone { node, life, done: StoreDone::Repair { op, chunk } });
             }
             // A head whose base is rotten and whose successor died before it could be asked.
-            Effect::Fatal { code: Code::ChecksumMismatch, .. } if self.options.rot_percent > 0 => {
+            Effect::Fatal { code: Code::ChecksumMismatch, .. } if self.rots => {
                 self.crash(node);
                 self.after(20 * MS, Action::Restart { node });
             }
@@ -353,7 +354,10 @@ impl World {
         (version, chain_version): (u64, u64),
         content: Which,
     ) -> Result<Outcome, Code> {
-        let message = self.nodes[node].payloads.get(&op).expect("a running update keeps its payload").clone();
+        // What was left pending by an earlier life has no payload but itself.
+        let message = self.nodes[node].payloads.get(&op).cloned();
+        let payload = Payload::Mirror;
+        let message = message.unwrap_or(Message { chunk, chain_version, payload, writer: None, forward: None });
         let needs_base = matches!(message.payload, Payload::Append(_)) && matches!(content, Which::Update);
         let (after, writers) = match content {
             Which::Fetched { from, outcome } => {
