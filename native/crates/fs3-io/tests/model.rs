@@ -73,9 +73,15 @@ enum Workload {
     Full,
     /// Many chunks, small writes, few bytes until the store cleans up.
     Small,
+    /// A sync fails, and what it was for is lost with the power.
+    Failing,
 }
 
+const WORKLOADS: [Workload; 5] =
+    [Workload::Mixed, Workload::Durable, Workload::Full, Workload::Small, Workload::Failing];
 const LIVES: u32 = 12;
+/// A life in which no disk operation halts ends after so many operations.
+const OPS_MAX: u32 = 200;
 
 /// Power is lost before any one operation of the disk, many times in one life of the store: 240 images.
 /// `FS3_CRASH_SEEDS=first..end` runs other seeds than the few of every run.
@@ -84,7 +90,7 @@ fn synced_data_survive_power_loss_at_any_point_and_every_readable_byte_verifies(
     let seeds = std::env::var("FS3_CRASH_SEEDS").unwrap_or("0..20".into());
     let (first, end) = seeds.split_once("..").expect("FS3_CRASH_SEEDS is first..end");
     for seed in first.parse::<u64>().unwrap()..end.parse().unwrap() {
-        let workload = [Workload::Mixed, Workload::Durable, Workload::Full, Workload::Small][seed as usize % 4];
+        let workload = WORKLOADS[seed as usize % WORKLOADS.len()];
         let mut random = StdRng::seed_from_u64(seed);
         let mut rig = Rig::new(seed);
         rig.options.log_bytes_max = 64 << 10;
@@ -97,8 +103,11 @@ fn synced_data_survive_power_loss_at_any_point_and_every_readable_byte_verifies(
             if matches!(workload, Workload::Full) {
                 rig.disk.set_space(random.random_range(11..15) << 20);
             }
-            rig.disk.inject(Fault::Halt, random.random_range(0..60));
-            loop {
+            match workload {
+                Workload::Failing => rig.disk.inject(Fault::Sync, random.random_range(0..8)),
+                _ => rig.disk.inject(Fault::Halt, random.random_range(0..60)),
+            }
+            for _ in 0..OPS_MAX {
                 let op = match workload {
                     Workload::Small => small_op(&mut random),
                     _ => random_op(&mut random),
