@@ -10,6 +10,7 @@ use fs3_rt::sim::{Process, Simulator};
 use fs3_rt::sleep;
 use parking_lot::Mutex;
 
+use crate::history::Loss;
 use crate::load::Load;
 use crate::network::{Host, Hosts, Weather};
 use crate::nodes::Nodes;
@@ -43,6 +44,7 @@ enum Trouble {
     TotalPower,
     Pause,
     Partition,
+    Deaf,
     SlowDisk,
     DiskError,
     Rot,
@@ -71,6 +73,7 @@ impl Chaos {
             (Trouble::TotalPower, o.total_power_ms),
             (Trouble::Pause, o.pause_ms),
             (Trouble::Partition, o.partition_ms),
+            (Trouble::Deaf, o.deaf_ms),
             (Trouble::SlowDisk, o.slow_disk_ms),
             (Trouble::DiskError, o.disk_error_ms),
             (Trouble::Rot, o.rot_ms),
@@ -150,6 +153,7 @@ impl Chaos {
             Trouble::TotalPower => self.crash((0..self.nodes.count()).collect(), true, "total power losses").await,
             Trouble::Pause => self.pause().await,
             Trouble::Partition => self.partition().await,
+            Trouble::Deaf => self.deafen().await,
             Trouble::SlowDisk => self.slow_disk().await,
             Trouble::DiskError => self.disk_error().await,
             Trouble::Rot => self.rot(),
@@ -172,6 +176,9 @@ impl Chaos {
             }
         }
         sleep(Duration::from_nanos(self.sim.below(20 * MS))).await;
+        if power && !self.options.durable_writes {
+            self.load.history.lock().lose(self.sim.now_ns(), Loss::Power);
+        }
         for &node in &nodes {
             self.nodes.crash(node, power);
         }
@@ -216,6 +223,17 @@ impl Chaos {
         }
         self.count("partitions");
         self.tell(format!("partition of {from:?} and {to:?}, ways {way}, for {span:?}"));
+        sleep(span).await;
+    }
+
+    /// A client does not hear a node, which hears the client.
+    async fn deafen(&self) {
+        let (node, client) = (self.node(), self.sim.below(u64::from(self.options.clients)) as u32);
+        let span = self.span();
+        self.count("deaf clients");
+        self.tell(format!("client {client} does not hear node {node} for {span:?}"));
+        let until_ns = self.sim.now_ns() + span.as_nanos() as u64;
+        self.weather.cut(Hosts::One(Host::Node(node)), Hosts::One(Host::Client(client)), until_ns);
         sleep(span).await;
     }
 

@@ -1,6 +1,6 @@
 //! The work of the clients, and what they see.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -152,6 +152,8 @@ struct User {
     number: u32,
     control: Control,
     file: Arc<OpenFile>,
+    /// Chunks that it has written to since its last sync: a sync goes to their chains, and to no others.
+    written: Mutex<BTreeSet<u32>>,
 }
 
 impl User {
@@ -167,7 +169,7 @@ impl User {
         let options = OpenOptions { read: true, write: true, truncate: false };
         let file = client.open(&Caller::default(), at_inode(INODE), options).await?;
         let control = Control::new(client, load.options.chunk_bytes);
-        Ok(Self { load, number, control, file })
+        Ok(Self { load, number, control, file, written: Mutex::default() })
     }
 
     /// One operation of any kind.
@@ -200,7 +202,7 @@ impl User {
             }
             90..92 => self.truncate(chunk, place().0).await,
             92..95 if options.removes => self.remove(chunk).await,
-            _ => self.sync(chunk).await,
+            _ => self.sync().await,
         }
     }
 
@@ -226,6 +228,9 @@ impl User {
         let value = self.load.values.fetch_add(1, Ordering::Relaxed) + 1;
         let begun = self.load.begin(self.number, chunk, Kind::Write { offset, length, value });
         let result = self.file.write(self.at(chunk, offset), Region::from_vec(bytes_of(value, length))).await;
+        if result.is_ok() {
+            self.written.lock().insert(chunk);
+        }
         begun.end(&result.map(drop));
     }
 
@@ -244,10 +249,15 @@ impl User {
         begun.end(&self.control.remove(chunk, self.timeout()).await);
     }
 
-    async fn sync(&self, chunk: u32) {
-        let begun = self.load.begin(self.number, chunk, Kind::Sync);
-        let result: Result<()> = self.file.sync().await.map(drop);
-        begun.end(&result.map_err(Error::maybe_applied));
+    /// Sync everything that this client has written. What others wrote to the same chunks is covered too.
+    async fn sync(&self) {
+        let mut written = std::mem::take(&mut *self.written.lock());
+        let begun: Vec<Begun> = written.iter().map(|c| self.load.begin(self.number, *c, Kind::Sync)).collect();
+        let result: Result<()> = self.file.sync().await.map(drop).map_err(Error::maybe_applied);
+        if result.is_err() {
+            self.written.lock().append(&mut written);
+        }
+        begun.iter().for_each(|begun| begun.end(&result));
     }
 
     fn timeout(&self) -> Duration {
