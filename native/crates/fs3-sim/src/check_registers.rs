@@ -37,6 +37,8 @@ pub(crate) fn check(operations: &[&Operation], losses: &[(u64, Loss)]) -> Found 
 fn lives_in(o: &Operation, from: u64, until: u64, safe: u64) -> bool {
     match o.kind {
         Kind::Read { .. } => o.invoked_ns >= from && (end(o) < until || until == u64::MAX),
+        // The acknowledgement of a write that was lost may have been on its way when the power was lost.
+        Kind::Write { .. } => o.invoked_ns >= safe,
         _ => end(o) >= safe,
     }
 }

@@ -240,23 +240,34 @@ impl Search<'_> {
         let mut kept = state.clone();
         kept.placed.push(i);
         let mut choices = vec![kept.clone()];
-        let mut left = kept;
-        while let (Some(operation), Some(before)) = (left.node.operation, left.node.before.clone()) {
+        let (mut node, mut left) = (kept.node.clone(), vec![kept]);
+        while let (Some(operation), Some(before)) = (node.operation, node.before.clone()) {
             let acknowledged = self.events[operation].until < at;
-            if left.node.synced || (loss == Loss::Processes && acknowledged) {
+            if node.synced || (loss == Loss::Processes && acknowledged) {
                 break;
             }
-            left.version = before.version;
-            left.node = before;
-            // What is not acknowledged yet may still take effect.
-            if !acknowledged {
-                left.placed.retain(|p| *p != operation);
-                if operation < left.next && self.events[operation].until < u64::MAX {
-                    left.placed.extend((operation + 1..left.next).filter(|p| self.events[*p].until < u64::MAX));
-                    left.next = operation;
+            node = before;
+            let mut without = Vec::new();
+            for mut state in left {
+                state.version = node.version;
+                state.node = node.clone();
+                // Its acknowledgement may have been on its way when the power was lost.
+                let late = loss == Loss::Power && self.events[operation].until < u64::MAX;
+                if acknowledged || late {
+                    without.push(state.clone());
+                }
+                // What is not acknowledged yet may still take effect.
+                if !acknowledged {
+                    state.placed.retain(|p| *p != operation);
+                    if operation < state.next && self.events[operation].until < u64::MAX {
+                        state.placed.extend((operation + 1..state.next).filter(|p| self.events[*p].until < u64::MAX));
+                        state.next = operation;
+                    }
+                    without.push(state);
                 }
             }
-            choices.push(left.clone());
+            choices.extend(without.iter().cloned());
+            left = without;
             if loss == Loss::Processes {
                 break;
             }

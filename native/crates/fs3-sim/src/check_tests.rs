@@ -163,6 +163,25 @@ fn a_power_loss_may_take_back_what_was_not_synced() {
 }
 
 #[test]
+fn a_power_loss_may_take_back_a_write_whose_acknowledgement_is_on_its_way() {
+    let story = |loss: bool| {
+        let mut story = history(&[
+            (1, 2, write(0, 8, 1), 0),
+            (3, 25, write(0, 8, 2), 0),
+            (4, 26, write(0, 8, 3), 0),
+            (27, 28, Kind::Sync, 0),
+            (30, 31, read(&[(0, 8, 1)]), 0),
+        ]);
+        if loss {
+            story.lose(20, Loss::Power);
+        }
+        story
+    };
+    assert_eq!(check(&story(true)), None);
+    assert!(check(&story(false)).is_some());
+}
+
+#[test]
 fn long_histories_are_checked_quickly() {
     let mut story = Vec::new();
     let mut values = [0u64; 8];
