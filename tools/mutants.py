@@ -293,6 +293,22 @@ ORACLES = {
             seeds=40,
         ),
         Oracle(
+            name="faults",
+            cargo=("test", "--no-run", "-p", "fs3-io", "--test", "faults"),
+            binary="faults",
+            arguments=("--test-threads=1", "failed_sync"),
+            environment={},
+            seeds=1,
+        ),
+        Oracle(
+            name="resync",
+            cargo=("test", "--no-run", "-p", "fs3-storage", "--test", "resync"),
+            binary="resync",
+            arguments=("--test-threads=1", "a_repeated_write"),
+            environment={},
+            seeds=1,
+        ),
+        Oracle(
             name="world",
             cargo=("test", "--no-run", "-p", "fs3-sim", "--test", "world"),
             binary="world",

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::*;
 use fs3_core::Code;
 use fs3_proto::v1::engine_status::ResyncStatus;
@@ -47,7 +49,7 @@ fn alone(healing: Healing) -> Cluster {
 fn several_replicas_are_brought_up_to_date_at_once_and_the_progress_is_seen() {
     let rate = 4_000_000;
     let mut c = alone(Healing { resync_bytes_per_s: rate, ..Healing::default() });
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     c.reroute(&places(PublicState::Syncing, PublicState::Syncing));
     for to in [1, 2] {
         wait_until("progress", || progress(&c, to).is_some_and(|p| p.done_chunks > 5 && p.sent_bytes > 0));
@@ -150,4 +152,27 @@ fn a_chunk_that_is_rotten_everywhere_is_not_copied_and_does_not_hold_up_the_othe
     c.wait_state(1, LocalState::Uptodate);
     c.reroute(&places(PublicState::Serving, PublicState::Offline));
     c.assert_replicas_equal(&[0, 1]);
+}
+
+#[test]
+fn a_repeated_write_is_known_to_a_replica_that_learned_of_it_by_resync() {
+    let mut c = Cluster::start();
+    c.stop_node(1);
+    c.stop_node(2);
+    c.reroute(&places(PublicState::Offline, PublicState::Offline));
+    let first = c.write_request(0, chunk(0), 0, b"first");
+    c.send_write(0, first.clone(), b"first").unwrap();
+    let other = WriterId { client_id: vec![8; 16].into(), channel: 1, sequence: 1 };
+    let second = WriteRequest { writer: Some(other), ..c.write_request(0, chunk(0), 0, b"other") };
+    c.send_write(0, second, b"other").unwrap();
+    c.bring_back(1, &[0]);
+    c.stop_node(0);
+    c.reroute(&[(1, PublicState::Serving), (0, PublicState::Offline), (2, PublicState::Offline)]);
+    // The first client has not heard of the answer and asks the new head.
+    let again = WriteRequest { chain_version: c.chain_version(), target_id: target(1), ..first };
+    let ends = Instant::now() + TIMEOUT;
+    while let Err(error) = c.send_write(1, again.clone(), b"first") {
+        assert!(error.retryable() && Instant::now() < ends, "{error}");
+    }
+    assert_eq!(c.read(1, chunk(0), 0, 100).unwrap().data, b"other");
 }

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 pub const CHAIN: u32 = 5;
 pub const CHUNK_BYTES: u32 = 256 << 10;
 pub const NODES: usize = 3;
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 const CLUSTER: &str = "test-cluster";
 
 pub fn target(node: usize) -> u64 {
