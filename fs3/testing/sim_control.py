@@ -294,7 +294,10 @@ class NodeMachine(Machine):
         """Tell until when a target of this node may serve, as far as its own life and lease go; 0: not at all."""
         if self.process is None or self._engine is None:
             return 0
-        status = EngineStatus.FromString(self._engine.status())
+        try:
+            status = EngineStatus.FromString(self._engine.status())
+        except OSError:
+            return 0  # The world has ended it in this moment.
         offline = LocalState.LOCAL_STATE_OFFLINE
         usable = any(t.target_id == target_id and t.local_state != offline for t in status.targets)
         return self._engine.serves_until_ns if usable else 0
