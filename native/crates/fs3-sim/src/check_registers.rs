@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::check::{Property, describe, end};
-use crate::history::{Kind, Loss, Operation, Outcome};
+use crate::history::{Kind, Loss, Operation, Outcome, Run};
 
 type Found = Option<(Property, String)>;
 
@@ -23,7 +23,9 @@ pub(crate) fn check(operations: &[&Operation], losses: &[(u64, Loss)]) -> Found 
     let (mut from, mut safe) = (0, 0);
     for (at, loss) in losses.iter().copied().chain([(u64::MAX, Loss::Processes)]) {
         let alive: Vec<&Operation> = operations.iter().copied().filter(|o| lives_in(o, from, at, safe)).collect();
-        if let Some(found) = registers(&alive) {
+        // Without a read nothing contradicts anything.
+        let reads = alive.iter().any(|o| matches!(o.kind, Kind::Read { .. }));
+        if let Some(found) = reads.then(|| registers(&alive)).flatten() {
             return Some(found);
         }
         from = at;
@@ -103,6 +105,12 @@ struct Register<'a> {
     zeros: Vec<&'a Operation>,
 }
 
+/// What a read showed at a byte; its runs are in order.
+fn value_at(seen: &[Run], at: u32) -> Option<u64> {
+    let run = &seen[seen.partition_point(|r| r.offset <= at).checked_sub(1)?];
+    (at < run.offset + run.length).then_some(run.value)
+}
+
 /// Where the register held one value without interruption, from the end of `first` to the beginning of `last`.
 struct Zone<'a> {
     value: u64,
@@ -122,13 +130,11 @@ fn register(operations: &[&Operation], at: u32) -> Found {
             Kind::Truncate { length } if *length <= at => all.clears.push(o),
             Kind::Punch { offset, length } if (*offset..offset + length).contains(&at) => all.clears.push(o),
             Kind::Remove => all.clears.push(o),
-            Kind::Read { seen, .. } if o.outcome == Outcome::Ok => {
-                match seen.iter().find(|r| (r.offset..r.offset + r.length).contains(&at)).map(|r| r.value) {
-                    Some(0) => all.zeros.push(o),
-                    Some(value) => all.clusters.entry(value).or_default().push(o),
-                    None => {}
-                }
-            }
+            Kind::Read { seen, .. } if o.outcome == Outcome::Ok => match value_at(seen, at) {
+                Some(0) => all.zeros.push(o),
+                Some(value) => all.clusters.entry(value).or_default().push(o),
+                None => {}
+            },
             _ => {}
         }
     }
