@@ -11,6 +11,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::check::{Property, describe, end};
 use crate::history::{Kind, Loss, Operation, Outcome, Run};
 
+/// Registers of one chunk that are looked at between two losses; each costs a pass over all operations.
+const REGISTERS_MAX: usize = 500;
+
 type Found = Option<(Property, String)>;
 
 /// Check every register of the chunk.
@@ -21,11 +24,11 @@ pub(crate) fn check(operations: &[&Operation], losses: &[(u64, Loss)]) -> Found 
     // A loss may take back what was only read, and a power loss what was acknowledged: reads of different lives are not
     // compared with each other, nor with updates that a power loss may have taken.
     let (mut from, mut safe) = (0, 0);
-    for (at, loss) in losses.iter().copied().chain([(u64::MAX, Loss::Processes)]) {
+    for (life, (at, loss)) in losses.iter().copied().chain([(u64::MAX, Loss::Processes)]).enumerate() {
         let alive: Vec<&Operation> = operations.iter().copied().filter(|o| lives_in(o, from, at, safe)).collect();
         // Without a read nothing contradicts anything.
         let reads = alive.iter().any(|o| matches!(o.kind, Kind::Read { .. }));
-        if let Some(found) = reads.then(|| registers(&alive)).flatten() {
+        if let Some(found) = reads.then(|| registers(&alive, life)).flatten() {
             return Some(found);
         }
         from = at;
@@ -77,7 +80,8 @@ fn writes<'a>(operations: &[&'a Operation]) -> BTreeMap<u64, &'a Operation> {
     operations.iter().filter_map(value).collect()
 }
 
-fn registers(operations: &[&Operation]) -> Found {
+/// Check the registers of one life; of very many only every so many-th, in each life others.
+fn registers(operations: &[&Operation], life: usize) -> Found {
     let mut borders = BTreeSet::new();
     for o in operations {
         match &o.kind {
@@ -94,7 +98,8 @@ fn registers(operations: &[&Operation]) -> Found {
     }
     let mut borders: Vec<u32> = borders.into_iter().collect();
     borders.pop();
-    borders.into_iter().find_map(|at| register(operations, at))
+    let step = borders.len().div_ceil(REGISTERS_MAX).max(1);
+    borders.into_iter().skip(life % step).step_by(step).find_map(|at| register(operations, at))
 }
 
 /// All that concerns the register that begins at a byte.
