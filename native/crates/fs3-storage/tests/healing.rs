@@ -37,8 +37,10 @@ fn rot_that_a_reader_meets_is_repaired_from_another_replica_without_leaving_the_
         assert_eq!(read.result.code, Code::ChecksumMismatch as u32);
         assert!(read.data.is_empty());
         wait_until("the repair", || reads_as(&c, node, 0, &data));
+        // A repaired block is readable before it is counted.
         let count = |name| counter(&c, node, name);
-        assert_eq!((count("rotten_chunks"), count("repaired_chunks"), count("repaired_blocks")), (1, 1, 1));
+        let repairs = || (count("rotten_chunks"), count("repaired_chunks"), count("repaired_blocks"));
+        wait_until("the repair to be counted", || repairs() == (1, 1, 1));
         assert_eq!(count("unrepairable_blocks"), 0);
         assert!(count("checksum_errors") > 0);
         assert_eq!(c.status(node).unwrap().local_state, LocalState::Uptodate as u32);
@@ -88,7 +90,7 @@ fn a_scrub_finds_rot_that_nobody_reads_on_every_replica_at_once() {
         wait_until("the repair", || counter(&c, node, "repaired_chunks") == 1);
         assert!(counter(&c, node, "scrubbed_bytes") >= 1_100_000);
         assert_eq!(counter(&c, node, "scrubbed_chunks"), 6);
-        assert_eq!(c.status(node).unwrap().repairs_waiting, 0);
+        wait_until("the repair to be done", || c.status(node).unwrap().repairs_waiting == 0);
         assert!(reads_as(&c, node, 5, &other));
     }
 }
@@ -152,7 +154,7 @@ fn the_only_replica_refuses_writes_over_rot_serves_everything_else_and_says_so()
         status.damaged
     );
     assert_eq!((status.local_state, status.error.as_str()), (LocalState::Uptodate as u32, ""));
-    assert_eq!(counter(&c, 0, "unrepairable_blocks"), 1);
+    wait_until("the damage to be counted", || counter(&c, 0, "unrepairable_blocks") == 1);
     assert_eq!(c.read(0, chunk(0), 20_480, 4096).unwrap().result.code, 0);
     assert_eq!(c.read(0, chunk(1), 0, 4096).unwrap().data, data[..100]);
     c.write(0, chunk(0), 0, &data).unwrap();
