@@ -32,6 +32,7 @@ COMMANDS = {
     "du": "files",
     "cp": "copy",
     "doctor": "doctor",
+    "rdma": "rdma",
     "bench": "bench",
     "completion": "completion",
 }
