@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign torture proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign torture test-rdma proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -55,6 +55,9 @@ kill-campaign: build ## long run of kill -9 under write load: make kill-campaign
 
 torture: build ## writers and readers under kill -9, partitions, bad disks, power cuts: make torture CYCLES=… MINUTES=… SEED=…
 	@$(PY) -m tests.torture $(if $(CYCLES),--cycles $(CYCLES)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test-rdma: build ## tests over real RDMA verbs, in a kernel with soft-RoCE and soft-iWARP that it builds once
+	@$(PY) -m tests.rdma
 
 proto: setup ## regenerate fs3/v1 from proto/
 	@$(PY) tools/gen_proto.py
