@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fs3.core.process import last_line
+
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fs3"
 SOURCE = "linux-source-6.1"
@@ -123,9 +125,15 @@ def _made_once(final: Path) -> Iterator[Path | None]:
 
 
 @contextmanager
-def _session(command: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process in a session of its own. When the block ends, all of it has ended."""
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options)
+def _session(command: Sequence[str | Path], pinned: bool = False, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process in a session of its own, on one CPU if `pinned`. When the block ends, all of it has ended."""
+
+    def prepare() -> None:
+        if pinned:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, preexec_fn=prepare, **options)
     try:
         yield process
     finally:
@@ -143,6 +151,8 @@ def kernel() -> Path:
     final = CACHE / "rdma-kernel" / key
     with _made_once(final) as made:
         if made is not None:
+            if platform.machine() != "x86_64":
+                raise RigError(f"User Mode Linux runs on x86-64 only, not on {platform.machine()}")
             install(BUILD)
             log = CACHE / "rdma-kernel" / "build.log"
             print(f"building the kernel of the RDMA tests, once, for some minutes; see {log}", flush=True)
@@ -157,7 +167,7 @@ def _compile(config: Path, made: Path, log: Path, output: int) -> None:
     def step(*command: str | Path) -> None:
         with _session(command, stdout=output, stderr=output, env={**os.environ, "ARCH": "um"}) as process:
             if process.wait() != 0:
-                raise RigError(f"the kernel cannot be built; {log} ends with: {log.read_text().splitlines()[-1:]}")
+                raise RigError(f"the kernel cannot be built; {log} ends with: {last_line(log)}")
 
     work = made.parent
     package = download(SOURCE, work)
@@ -197,16 +207,6 @@ def _memory_directory(memory_mib: int) -> Path:
     raise RigError(f"neither /dev/shm nor {tempfile.gettempdir()} has {memory_mib} MiB free and may be executed from")
 
 
-def _bind_to_us() -> None:
-    """In the child: one CPU, and an end that follows ours.
-
-    The kernel's process and those it traces hand over to each other at every system call and page fault; across CPUs
-    that takes three times as long.
-    """
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def run(linux: Path, command: str, *, out: Path, timeout_s: float, environment: Mapping[str, str]) -> int:
     """Run a shell command as root in a new guest, its output on our standard output, and return its exit status.
 
@@ -233,8 +233,10 @@ def run(linux: Path, command: str, *, out: Path, timeout_s: float, environment: 
             "con=null", "con0=null,fd:2", "con1=null,fd:1",
         ]  # fmt: skip
         with open(out / "console.txt", "wb") as console:
-            options = {"stdout": subprocess.PIPE, "stderr": console, "preexec_fn": _bind_to_us}
-            with _session(arguments, **options, env={**os.environ, "TMPDIR": str(rig)}) as guest:
+            # The kernel's process and those it traces hand over to each other at every system call and page fault.
+            # Across CPUs that takes three times as long.
+            options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": console}
+            with _session(arguments, pinned=True, env={**os.environ, "TMPDIR": str(rig)}, **options) as guest:
                 if not _pass_on(guest, timeout_s):
                     print(f"ended after {timeout_s:.0f} s", file=sys.stderr)
                     return 124
