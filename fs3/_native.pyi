@@ -155,6 +155,7 @@ class Client:
         write_bytes_in_flight: int = ...,
         write_channels: int = 64,
         connections_per_peer: int = 2,
+        transport: str = "auto",
         description: str = ...,
     ) -> Operation[Client]: ...
     @property

@@ -46,6 +46,10 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     DESCRIPTOR: _descriptor.EnumDescriptor
     METHOD_HELLO: _Method.ValueType  # 0
     METHOD_PING: _Method.ValueType  # 1
+    METHOD_RDMA_CONNECT: _Method.ValueType  # 2
+    """Sent by a client whose hello was answered with an RdmaEnd, before anything else: its own RdmaEnd. After an
+    answer without an error, messages travel by RDMA and the socket is a sign of life; otherwise TCP goes on.
+    """
     METHOD_GET_ROUTING: _Method.ValueType  # 16
     """Returns the routing when it is newer than the caller's, waiting up to wait_ms for that."""
     METHOD_META_LOOKUP: _Method.ValueType  # 256
@@ -85,6 +89,10 @@ class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
 
 METHOD_HELLO: Method.ValueType  # 0
 METHOD_PING: Method.ValueType  # 1
+METHOD_RDMA_CONNECT: Method.ValueType  # 2
+"""Sent by a client whose hello was answered with an RdmaEnd, before anything else: its own RdmaEnd. After an
+answer without an error, messages travel by RDMA and the socket is a sign of life; otherwise TCP goes on.
+"""
 METHOD_GET_ROUTING: Method.ValueType  # 16
 """Returns the routing when it is newer than the caller's, waiting up to wait_ms for that."""
 METHOD_META_LOOKUP: Method.ValueType  # 256
@@ -343,6 +351,7 @@ class HelloRequest(_message.Message):
     PEER_ID_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    RDMA_PORTS_FIELD_NUMBER: _builtins.int
     protocol_min: _builtins.int
     protocol_max: _builtins.int
     cluster_id: _builtins.str
@@ -354,8 +363,10 @@ class HelloRequest(_message.Message):
     """the cluster's shared secret"""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """offered, best first: "tcp", later "rdma" """
+        """offered, best first: "rdma", "tcp" """
 
+    @_builtins.property
+    def rdma_ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___RdmaPort]: ...
     def __init__(
         self,
         *,
@@ -366,14 +377,114 @@ class HelloRequest(_message.Message):
         peer_id: _builtins.bytes = ...,
         token: _builtins.str = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        rdma_ports: _abc.Iterable[Global___RdmaPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "peer_id", b"peer_id", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "role", b"role", "token", b"token", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "peer_id", b"peer_id", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "rdma_ports", b"rdma_ports", "role", b"role", "token", b"token", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HelloRequest: _TypeAlias = HelloRequest  # noqa: Y015
+
+@_typing.final
+class RdmaPort(_message.Message):
+    """A port of a device with RDMA."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RdmaPort._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: RdmaPort._Kind.ValueType  # 0
+        KIND_INFINIBAND: RdmaPort._Kind.ValueType  # 1
+        KIND_ROCE_V1: RdmaPort._Kind.ValueType  # 2
+        KIND_ROCE_V2: RdmaPort._Kind.ValueType  # 3
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: RdmaPort.Kind.ValueType  # 0
+    KIND_INFINIBAND: RdmaPort.Kind.ValueType  # 1
+    KIND_ROCE_V1: RdmaPort.Kind.ValueType  # 2
+    KIND_ROCE_V2: RdmaPort.Kind.ValueType  # 3
+
+    KIND_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    LID_FIELD_NUMBER: _builtins.int
+    kind: Global___RdmaPort.Kind.ValueType
+    gid: _builtins.bytes
+    """16 bytes, network order"""
+    lid: _builtins.int
+    """0 on Ethernet"""
+    def __init__(
+        self,
+        *,
+        kind: Global___RdmaPort.Kind.ValueType = ...,
+        gid: _builtins.bytes = ...,
+        lid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "kind", b"kind", "lid", b"lid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RdmaPort: _TypeAlias = RdmaPort  # noqa: Y015
+
+@_typing.final
+class RdmaEnd(_message.Message):
+    """One end of an RDMA connection (a reliable connected queue pair)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PSN_FIELD_NUMBER: _builtins.int
+    GID_FIELD_NUMBER: _builtins.int
+    LID_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    READS_ASKED_FIELD_NUMBER: _builtins.int
+    READS_ANSWERED_FIELD_NUMBER: _builtins.int
+    RECEIVES_FIELD_NUMBER: _builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of the queue pair; 0: no thanks"""
+    psn: _builtins.int
+    """first packet sequence number"""
+    gid: _builtins.bytes
+    """16 bytes, network order"""
+    lid: _builtins.int
+    mtu: _builtins.int
+    """as verbs number it: 1 is 256 bytes, 5 is 4096"""
+    reads_asked: _builtins.int
+    """RDMA READs this end may have under way"""
+    reads_answered: _builtins.int
+    """RDMA READs this end answers at a time"""
+    receives: _builtins.int
+    """messages this end can take before it says more"""
+    message_bytes: _builtins.int
+    """length of each"""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        psn: _builtins.int = ...,
+        gid: _builtins.bytes = ...,
+        lid: _builtins.int = ...,
+        mtu: _builtins.int = ...,
+        reads_asked: _builtins.int = ...,
+        reads_answered: _builtins.int = ...,
+        receives: _builtins.int = ...,
+        message_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "lid", b"lid", "message_bytes", b"message_bytes", "mtu", b"mtu", "number", b"number", "psn", b"psn", "reads_answered", b"reads_answered", "reads_asked", b"reads_asked", "receives", b"receives"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RdmaEnd: _TypeAlias = RdmaEnd  # noqa: Y015
 
 @_typing.final
 class HelloResponse(_message.Message):
@@ -387,6 +498,8 @@ class HelloResponse(_message.Message):
     BODY_BYTES_MAX_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_MAX_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    RDMA_PORT_FIELD_NUMBER: _builtins.int
+    RDMA_END_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     cluster_id: _builtins.str
     role: Global___Role.ValueType
@@ -396,6 +509,12 @@ class HelloResponse(_message.Message):
     body_bytes_max: _builtins.int
     payload_bytes_max: _builtins.int
     server_version: _builtins.str
+    rdma_port: _builtins.int
+    """index of the client's port that rdma_end can reach"""
+    @_builtins.property
+    def rdma_end(self) -> Global___RdmaEnd:
+        """there when transport is "rdma" """
+
     def __init__(
         self,
         *,
@@ -407,10 +526,12 @@ class HelloResponse(_message.Message):
         body_bytes_max: _builtins.int = ...,
         payload_bytes_max: _builtins.int = ...,
         server_version: _builtins.str = ...,
+        rdma_port: _builtins.int = ...,
+        rdma_end: Global___RdmaEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rdma_end", b"rdma_end"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes_max", b"body_bytes_max", "cluster_id", b"cluster_id", "node_id", b"node_id", "payload_bytes_max", b"payload_bytes_max", "protocol", b"protocol", "role", b"role", "server_version", b"server_version", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes_max", b"body_bytes_max", "cluster_id", b"cluster_id", "node_id", b"node_id", "payload_bytes_max", b"payload_bytes_max", "protocol", b"protocol", "rdma_end", b"rdma_end", "rdma_port", b"rdma_port", "role", b"role", "server_version", b"server_version", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

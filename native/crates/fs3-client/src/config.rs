@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use fs3_core::{Code, Error, Result};
+use fs3_net::Transport;
 
 /// How to reach a cluster and how much to use. `Default` has the tuned limits and no meta address.
 #[derive(Clone, Debug)]
@@ -23,8 +24,10 @@ pub struct ClientConfig {
     pub write_bytes_in_flight: usize,
     /// Writes that may be on their way at a time, per client (channels of exactly-once).
     pub write_channels: usize,
-    /// TCP connections to each storage node.
+    /// Connections to each storage node.
     pub connections_per_peer: usize,
+    /// TCP, or RDMA too.
+    pub transport: Transport,
     /// Shown in the service's list of clients.
     pub description: String,
 }
@@ -42,6 +45,7 @@ impl Default for ClientConfig {
             write_bytes_in_flight: 16 << 20,
             write_channels: 64,
             connections_per_peer: 2,
+            transport: Transport::tcp(),
             description: String::new(),
         }
     }

@@ -20,8 +20,13 @@ pub(crate) struct Wire {
 impl Wire {
     /// Connects to services of `cluster_id` only; empty: any.
     pub fn new(id: ClientId, config: &ClientConfig, cluster_id: &str) -> Self {
-        let hello =
-            Hello { cluster_id: cluster_id.to_owned(), role: Role::Client, peer_id: id.0, token: config.token.clone() };
+        let hello = Hello {
+            cluster_id: cluster_id.to_owned(),
+            role: Role::Client,
+            peer_id: id.0,
+            token: config.token.clone(),
+            transport: config.transport.clone(),
+        };
         Self { peers: Peers::new(hello, config.connections_per_peer), closed: AtomicBool::new(false) }
     }
 

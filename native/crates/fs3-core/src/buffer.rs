@@ -4,6 +4,7 @@
 //! that outlives its caller never touches freed memory. Who may touch the bytes at a time is a protocol
 //! between the holders, stated at each use.
 
+use crate::mapped;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::sync::Arc;
@@ -28,7 +29,7 @@ impl AlignedBuf {
     /// Alignment of the memory in bytes.
     pub const ALIGN: usize = 4096;
     /// From this size on a buffer is a mapping of its own.
-    const MAP_BYTES_MIN: usize = 128 << 10;
+    pub const MAP_BYTES_MIN: usize = 128 << 10;
     /// From this size on huge pages are asked for.
     const HUGE_BYTES_MIN: usize = 2 << 20;
 
@@ -43,6 +44,9 @@ impl AlignedBuf {
         };
         if ptr.is_null() {
             handle_alloc_error(layout);
+        }
+        if len >= Self::MAP_BYTES_MIN {
+            mapped::mapped(ptr as usize, layout.size());
         }
         Self { ptr, len }
     }
@@ -80,6 +84,7 @@ impl Drop for AlignedBuf {
             // SAFETY: allocated in `new` with the same layout.
             unsafe { dealloc(self.ptr, layout) }
         } else {
+            mapped::unmapping(self.ptr as usize, layout.size());
             // SAFETY: mapped in `new` with the same size, and nobody refers to it any more.
             unsafe { libc::munmap(self.ptr.cast(), layout.size()) };
         }

@@ -3,7 +3,7 @@
 //! `cargo run --release -p fs3-net --example netbench [seconds per measurement] [current|multi] [part of a name]`
 
 use fs3_core::{BufferPool, Code, Error, Region, RegionMut, Result};
-use fs3_net::{Connection, Hello, HelloPolicy, Request, Response, Server, Service, Sink};
+use fs3_net::{Connection, Hello, HelloPolicy, Mode, RdmaSettings, Request, Response, Server, Service, Sink, Transport};
 use fs3_proto::v1::{GetRoutingRequest, Method, Role};
 use prost::Message;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -117,6 +117,9 @@ fn round(server: &Spawned, runtime: &tokio::runtime::Runtime, slice: Duration, o
         measure("raw 1 MiB, 2 streams", "raw 1 MiB", LARGE, &|| raw_streams(&server.raw_addr, 2, slice)),
         measure("fs3 1 MiB, 2 connections, 8 calls", "raw 1 MiB", LARGE, &|| many(&two, 8, LARGE)),
         measure("fs3 1 MiB, 4 connections, 8 calls", "raw 1 MiB", LARGE, &|| many(&four, 8, LARGE)),
+        measure("fs3 1 MiB writes, 1 connection, 4 calls", "raw 1 MiB", LARGE, &|| {
+            runtime.block_on(store_many(&one, 4, slice))
+        }),
         measure("raw 4 KiB ping-pong", "raw 4 KiB ping", SMALL, &|| raw_ping_pong(&server.raw_addr, slice)),
         measure("fs3 4 KiB ping-pong", "raw 4 KiB ping", SMALL, &|| runtime.block_on(ping_pong(one[0].clone(), slice))),
         measure("raw 4 KiB, 32 in flight", "raw 4 KiB, 32", SMALL, &|| raw_pipelined(&server.raw_addr, slice)),
@@ -154,7 +157,7 @@ impl Service for Blocks {
             GetRoutingRequest::decode(request.body).map_err(|_| Error::new(Code::InvalidArgument, "bad body"))?;
         let bytes = wanted.known_version as usize;
         let body = (bytes as u32).to_le_bytes().to_vec().into();
-        Ok(Response { body, payload: vec![self.data.slice(0, bytes)] })
+        Ok(Response { body, payload: vec![self.data.slice(0, bytes)], ..Response::default() })
     }
 }
 
@@ -167,8 +170,14 @@ fn serve(flavour: &str) {
         }
     });
     runtime(flavour).block_on(async {
-        let policy = HelloPolicy { cluster_id: "bench".into(), token: "t".into(), node_id: 1, role: Role::Storage };
-        let blocks = Blocks { data: Region::from_vec(vec![7; LARGE]), pool: BufferPool::new(256 << 20) };
+        let policy = HelloPolicy {
+            cluster_id: "bench".into(),
+            token: "t".into(),
+            node_id: 1,
+            role: Role::Storage,
+            transport: transport(),
+        };
+        let blocks = Blocks { data: RegionMut::zeroed(LARGE).freeze(), pool: BufferPool::new(256 << 20) };
         let server = Server::bind("127.0.0.1:0", policy, Arc::new(blocks)).await.expect("a port");
         println!("{} {raw_addr}", server.local_addr());
         let (ended, wait) = tokio::sync::oneshot::channel();
@@ -310,8 +319,25 @@ fn p50(times: &mut [Duration]) -> f64 {
 
 // Framed calls.
 
+/// TCP; or RDMA with the device that FS3_TEST_RDMA names.
+fn transport() -> Transport {
+    match std::env::var("FS3_TEST_RDMA") {
+        Ok(device) => {
+            let settings = RdmaSettings { devices: vec![device], ..RdmaSettings::default() };
+            Transport::new(Mode::Rdma, settings).expect("RDMA on the device")
+        }
+        Err(_) => Transport::tcp(),
+    }
+}
+
 async fn connect(addr: &str, count: usize) -> Vec<Connection> {
-    let hello = Hello { cluster_id: "bench".into(), role: Role::Client, peer_id: [1; 16], token: "t".into() };
+    let hello = Hello {
+        cluster_id: "bench".into(),
+        role: Role::Client,
+        peer_id: [1; 16],
+        token: "t".into(),
+        transport: transport(),
+    };
     let mut connections = Vec::new();
     for _ in 0..count {
         connections.push(Connection::connect(addr, &hello, TIMEOUT).await.expect("the server").0);
@@ -326,6 +352,33 @@ async fn fetch(connection: &Connection, window: RegionMut) -> RegionMut {
     let sink = Sink { windows: vec![window], lengths };
     let reply = connection.call(Method::StorageRead, body, Vec::new(), sink, TIMEOUT).await.expect("a reply");
     reply.windows.into_iter().next().expect("the window")
+}
+
+/// Calls made by `tasks` callers that each send a large payload after another.
+async fn store_many(connections: &[Connection], tasks: usize, limit: Duration) -> Work {
+    let data = RegionMut::zeroed(LARGE).freeze();
+    let started = Instant::now();
+    let work = (0..tasks).map(|i| {
+        let (connection, data) = (connections[i % connections.len()].clone(), data.clone());
+        tokio::spawn(async move {
+            let mut count = 0;
+            while started.elapsed() < limit {
+                let body = GetRoutingRequest { known_version: 0, wait_ms: 0 };
+                let sink = Sink::none();
+                connection
+                    .call(Method::StorageWrite, body, vec![data.clone()], sink, TIMEOUT)
+                    .await
+                    .expect("a reply");
+                count += 1;
+            }
+            count
+        })
+    });
+    let mut count = 0;
+    for task in work.collect::<Vec<_>>() {
+        count += task.await.expect("the caller");
+    }
+    (count, 0.0)
 }
 
 /// Calls made by `tasks` callers that fetch one after another.

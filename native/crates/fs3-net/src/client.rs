@@ -1,12 +1,13 @@
 use crate::REQUESTS_IN_FLIGHT_MAX;
 use crate::hello::Hello;
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::rdma::{Mode, RdmaLink, Ready};
 use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, HEADER_BYTES, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_from_response};
-use fs3_proto::v1::{HelloResponse, Method};
+use fs3_proto::v1::{HelloRequest, HelloResponse, Method, RdmaEnd, Role};
 use parking_lot::Mutex;
 use prost::Message;
 use std::collections::HashMap;
@@ -17,6 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 use tokio::sync::Semaphore;
+
+/// How long the first message by RDMA may take before TCP is used instead.
+const RDMA_TRIAL: Duration = Duration::from_secs(1);
 
 /// Where the payload of a response goes: window i receives segment i from its start.
 pub struct Sink {
@@ -80,22 +84,61 @@ impl Connection {
             let endpoint = end.start(|link| Arc::new(Caller { link, pending: Mutex::default() }));
             return Ok((Self::new(endpoint), welcome));
         }
+        let hello_request = hello.to_request(addr);
+        let (connection, welcome) = Self::connect_socket(addr, hello, &hello_request, timeout).await?;
+        if !connection.uses_rdma() {
+            return Ok((connection, welcome));
+        }
+        // The ends are connected; whether packets get through shows only now.
+        let trial = timeout.min(RDMA_TRIAL);
+        match connection.call(Method::Ping, (), Vec::new(), Sink::none(), trial).await {
+            Ok(_) => Ok((connection, welcome)),
+            Err(error) => {
+                drop(connection);
+                hello.transport.avoid(addr, &error);
+                let plain = HelloRequest { rdma_ports: Vec::new(), ..hello_request };
+                Self::connect_socket(addr, hello, &plain, timeout).await
+            }
+        }
+    }
+
+    /// Connect a socket, say hello on it and make a connection of it, by RDMA when both ends want that.
+    async fn connect_socket(
+        addr: &str,
+        hello: &Hello,
+        hello_request: &HelloRequest,
+        timeout: Duration,
+    ) -> Result<(Self, HelloResponse)> {
         let unreachable = |e: std::io::Error| Error::new(Code::Unavailable, format!("cannot connect to {addr}: {e}"));
         let stream = tokio::net::TcpStream::connect(addr).await.map_err(unreachable)?;
         let socket = Socket::new(stream.into_std().map_err(unreachable)?).map_err(unreachable)?;
-        let (header, mut request) = request(Method::Hello, timeout, &hello.to_request(), Vec::new())?;
-        request.head[..HEADER_BYTES].copy_from_slice(&header.encode());
-        socket.write_all(&request.head).await?;
-        let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
-        let body = body?;
-        let header = header.expect("a frame that was read has a header");
-        if header.status != 0 {
-            return Err(error_from_response(header.status, &body));
-        }
+        let body = ask(&socket, Method::Hello, hello_request, timeout).await?;
         let welcome = HelloResponse::decode(body)
             .map_err(|_| Error::new(Code::Protocol, format!("the hello of {addr} cannot be read")))?;
-        let endpoint = TcpLink::start(socket, |link| Arc::new(Caller { link, pending: Mutex::default() }));
+        let caller = |link| Arc::new(Caller { link, pending: Mutex::default() });
+        let connected = match &welcome.rdma_end {
+            Some(end) => connect_rdma(&socket, hello, welcome.rdma_port, end, timeout).await,
+            None => Err(Error::new(Code::Unavailable, "the server has no RDMA that this machine can reach")),
+        };
+        match connected {
+            Ok((ready, receives)) => {
+                let endpoint = RdmaLink::start(socket, ready, receives, |link| caller(link));
+                return Ok((Self::new(endpoint), welcome));
+            }
+            Err(error) if hello.transport.mode() == Mode::Rdma && welcome.role == Role::Storage as i32 => {
+                let message = format!("no RDMA with {addr}, and transport = \"rdma\": {}", error.message);
+                return Err(Error::new(Code::Unavailable, message));
+            }
+            Err(error) if welcome.rdma_end.is_some() => hello.transport.avoid(addr, &error),
+            Err(_) => {}
+        }
+        let endpoint = TcpLink::start(socket, |link| caller(link));
         Ok((Self::new(endpoint), welcome))
+    }
+
+    /// Whether messages travel by RDMA.
+    pub fn uses_rdma(&self) -> bool {
+        self.0.endpoint.link.is_rdma()
     }
 
     fn new(endpoint: Arc<Caller>) -> Self {
@@ -105,8 +148,9 @@ impl Connection {
     /// Make one call and wait for its response.
     ///
     /// `payload` is sent as the pieces' concatenation and must not be modified until the call returns. The
-    /// response's payload goes straight into the sink's windows. Once the call has returned, or its future was
-    /// dropped, nothing is written to the windows any more.
+    /// response's payload goes straight into the sink's windows. A call that is given up (its future dropped, or timed
+    /// out) drops the windows: at once with TCP, with RDMA as soon as the peer cannot write to them any more. So
+    /// memory behind a window is free when its owner is dropped.
     ///
     /// # Errors
     /// What the peer answered; `Unavailable` when the connection broke and `Timeout` when no response came, both with
@@ -157,6 +201,37 @@ impl Connection {
     }
 }
 
+/// One request before there is a link.
+async fn ask(socket: &Socket, method: Method, body: &impl Message, timeout: Duration) -> Result<Bytes> {
+    let (header, mut request) = request(method, timeout, body, Vec::new())?;
+    request.head[..HEADER_BYTES].copy_from_slice(&header.encode());
+    socket.write_all(&request.head).await?;
+    let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
+    let body = body?;
+    let header = header.expect("a frame that was read has a header");
+    if header.status != 0 {
+        return Err(error_from_response(header.status, &body));
+    }
+    Ok(body)
+}
+
+/// Make the end that the server wants to talk to, and tell it. Returns also how many messages the server takes.
+async fn connect_rdma(
+    socket: &Socket,
+    hello: &Hello,
+    port: u32,
+    end: &RdmaEnd,
+    timeout: Duration,
+) -> Result<(Ready, u32)> {
+    let ready = hello.transport.prepare(port as usize, end);
+    // A server that has offered an end waits for an answer in any case.
+    let own = ready.as_ref().map_or_else(|_| RdmaEnd::default(), Ready::end);
+    let answer = ask(socket, Method::RdmaConnect, &own, timeout).await;
+    let ready = ready?;
+    answer?;
+    Ok((ready, end.receives))
+}
+
 /// A request without its id: the header is encoded into the first bytes of `head` when the id is known.
 fn request(method: Method, timeout: Duration, body: &impl Message, payload: Vec<Region>) -> Result<(Header, Outgoing)> {
     let body_bytes = body.encoded_len();
@@ -177,7 +252,7 @@ fn request(method: Method, timeout: Duration, body: &impl Message, payload: Vec<
     let mut head = Vec::with_capacity(HEADER_BYTES + body_bytes);
     head.resize(HEADER_BYTES, 0);
     body.encode(&mut head).expect("a vector grows as needed");
-    Ok((header, Outgoing { head, body: Bytes::new(), payload, landing: None, permit: None }))
+    Ok((header, Outgoing { head, body: Bytes::new(), payload, segments: Vec::new(), landing: None, permit: None }))
 }
 
 /// Where one call waits for its response.
@@ -236,9 +311,16 @@ impl Slot {
         }
     }
 
-    fn cancel(&self) {
-        let sink = self.state.lock().sink.take();
-        drop(sink);
+    /// End the call; its windows.
+    fn cancel(&self) -> Vec<RegionMut> {
+        self.state.lock().sink.take().map_or_else(Vec::new, |sink| sink.windows)
+    }
+
+    /// Start and length of the windows.
+    pub fn windows(&self) -> Vec<(usize, usize)> {
+        let state = self.state.lock();
+        let windows = state.sink.iter().flat_map(|sink| &sink.windows);
+        windows.map(|window| (window.as_ptr() as usize, window.len())).collect()
     }
 
     /// Lengths of the segments that the response will bring, one per window.
@@ -267,7 +349,10 @@ struct CancelOnDrop<'a> {
 impl Drop for CancelOnDrop<'_> {
     fn drop(&mut self) {
         self.caller.pending.lock().slots.remove(&self.id);
-        self.slot.cancel();
+        let windows = self.slot.cancel();
+        if !windows.is_empty() {
+            self.caller.link.abandon(self.id, windows);
+        }
     }
 }
 
@@ -337,6 +422,20 @@ impl Landing for ReplyLanding {
             }
             self.window += 1;
             self.offset = 0;
+        }
+    }
+
+    fn put(&mut self, window: usize, bytes: &[u8]) {
+        let (Ok(lengths), Some(slot)) = (&self.plan, &self.slot) else { return };
+        let Some(&length) = lengths.get(window) else { return };
+        if let Some(sink) = &mut slot.state.lock().sink {
+            sink.windows[window][..length].copy_from_slice(&bytes[..length]);
+        }
+    }
+
+    fn refuse(&mut self, error: Error) {
+        if self.plan.is_ok() {
+            self.plan = Err(error);
         }
     }
 }

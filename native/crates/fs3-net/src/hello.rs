@@ -1,7 +1,8 @@
+use crate::rdma::Transport;
 use bytes::Bytes;
 use fs3_core::{Code, Error, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, PAYLOAD_BYTES_MAX, VERSION};
-use fs3_proto::v1::{HelloRequest, HelloResponse, Role};
+use fs3_proto::v1::{HelloRequest, HelloResponse, RdmaPort, Role};
 use prost::Message;
 
 /// How a client introduces itself on every connection.
@@ -15,6 +16,8 @@ pub struct Hello {
     pub peer_id: [u8; 16],
     /// The cluster's shared secret.
     pub token: String,
+    /// How servers may be reached.
+    pub transport: Transport,
 }
 
 /// What a server asks of those who connect, and how it introduces itself.
@@ -28,6 +31,8 @@ pub struct HelloPolicy {
     pub node_id: u32,
     /// What this server is.
     pub role: Role,
+    /// How clients may reach it.
+    pub transport: Transport,
 }
 
 /// Who is on the other side of a connection, as it said in its hello.
@@ -40,7 +45,10 @@ pub struct PeerInfo {
 }
 
 impl Hello {
-    pub(crate) fn to_request(&self) -> HelloRequest {
+    /// The request to the server at `addr`.
+    pub(crate) fn to_request(&self, addr: &str) -> HelloRequest {
+        let rdma_ports = self.transport.offers(addr);
+        let rdma = (!rdma_ports.is_empty()).then(|| "rdma".to_owned());
         HelloRequest {
             protocol_min: u32::from(VERSION),
             protocol_max: u32::from(VERSION),
@@ -48,14 +56,15 @@ impl Hello {
             role: self.role as i32,
             peer_id: Bytes::copy_from_slice(&self.peer_id),
             token: self.token.clone(),
-            transports: vec!["tcp".into()],
+            transports: rdma.into_iter().chain(["tcp".to_owned()]).collect(),
+            rdma_ports,
         }
     }
 }
 
 impl HelloPolicy {
-    /// Check the body of a hello request.
-    pub(crate) fn admit(&self, body: &[u8]) -> Result<(PeerInfo, HelloResponse)> {
+    /// Check the body of a hello request. The ports offered for RDMA come with the answer.
+    pub(crate) fn admit(&self, body: &[u8]) -> Result<(PeerInfo, HelloResponse, Vec<RdmaPort>)> {
         let hello = HelloRequest::decode(body).map_err(|_| Error::new(Code::Protocol, "the hello cannot be read"))?;
         if !(hello.protocol_min..=hello.protocol_max).contains(&u32::from(VERSION)) {
             let message = format!(
@@ -87,8 +96,9 @@ impl HelloPolicy {
             body_bytes_max: BODY_BYTES_MAX as u32,
             payload_bytes_max: PAYLOAD_BYTES_MAX as u32,
             server_version: env!("CARGO_PKG_VERSION").into(),
+            ..HelloResponse::default()
         };
-        Ok((PeerInfo { role, peer_id }, response))
+        Ok((PeerInfo { role, peer_id }, response, hello.rdma_ports))
     }
 }
 

@@ -12,6 +12,7 @@ mod client;
 mod hello;
 mod link;
 mod peers;
+mod rdma;
 mod server;
 pub mod sim;
 mod tcp;
@@ -19,6 +20,7 @@ mod tcp;
 pub use client::{Connection, Reply, Sink};
 pub use hello::{Hello, HelloPolicy, PeerInfo};
 pub use peers::Peers;
+pub use rdma::{Mode, RdmaSettings, Transport};
 pub use server::{Request, Response, Server, Service};
 
 /// Requests of one connection that may be unanswered at a time: a client waits, a server stops reading.

@@ -8,7 +8,7 @@
 
 use crate::client::Slot;
 use bytes::Bytes;
-use fs3_core::{Error, Region, Result};
+use fs3_core::{Error, Region, RegionMut, Result};
 use fs3_proto::frame::Header;
 use std::io::IoSliceMut;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub(crate) struct Outgoing {
     pub body: Bytes,
     /// The payload's pieces in order.
     pub payload: Vec<Region>,
+    /// Responses: lengths of the payload's segments; empty: it is one.
+    pub segments: Vec<u32>,
     /// Requests: where the response goes. Told when the message begins to leave.
     pub landing: Option<Arc<Slot>>,
     /// Responses: held until the message has left.
@@ -61,18 +63,37 @@ pub(crate) trait Link: Send + Sync + 'static {
     fn close(&self);
     /// Whether the connection has ended.
     fn is_closed(&self) -> bool;
+    /// Whether messages travel by RDMA.
+    fn is_rdma(&self) -> bool {
+        false
+    }
+    /// The call of this request was given up, and these were its windows. They are dropped when the peer cannot
+    /// write to them any more.
+    fn abandon(&self, request_id: u64, windows: Vec<RegionMut>) {
+        let _ = (request_id, windows);
+    }
 }
 
 /// Writes into windows in order and returns how many bytes it wrote.
 pub(crate) type Fill<'a> = &'a mut dyn FnMut(&mut [IoSliceMut<'_>]) -> std::io::Result<usize>;
 
 /// Memory that one payload goes into.
-pub(crate) trait Landing: Send {
+pub(crate) trait Landing: Send + Sync {
     /// Call `io` with the windows not yet filled, and `tail` behind them when it is passed all of them.
     /// `None`: nobody wants the bytes any more.
     fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>>;
     /// `bytes` more were written (or thrown away).
     fn advance(&mut self, bytes: usize);
+    /// Requests: memory for the whole payload, to read it into. `None` when nobody wants it.
+    fn memory(&mut self) -> Option<&mut [u8]> {
+        None
+    }
+    /// Responses: put what a window got elsewhere into it.
+    fn put(&mut self, window: usize, bytes: &[u8]) {
+        let _ = (window, bytes);
+    }
+    /// The payload does not come.
+    fn refuse(&mut self, error: Error);
 }
 
 /// What receives messages of one connection.

@@ -1,5 +1,6 @@
 use crate::hello::{HelloPolicy, PeerInfo};
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::rdma::{RdmaLink, Ready, decode_end};
 use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use crate::{CONNECTIONS_MAX, HELLO_TIMEOUT_MS, REQUESTS_IN_FLIGHT_MAX, UNAUTHENTICATED_CONNECTIONS_MAX};
@@ -44,17 +45,19 @@ pub struct Response {
     pub body: Bytes,
     /// Pieces of the payload; must not be modified while any clone of them lives.
     pub payload: Vec<Region>,
+    /// Lengths of the payload's segments, each for one window of the caller; empty: it is one.
+    pub segments: Vec<u32>,
 }
 
 impl Response {
     /// A response without payload.
     pub fn new(message: &impl Message) -> Self {
-        Self { body: message.encode_to_vec().into(), payload: Vec::new() }
+        Self { body: message.encode_to_vec().into(), ..Self::default() }
     }
 
-    /// A response with payload.
-    pub fn with_payload(message: &impl Message, payload: Vec<Region>) -> Self {
-        Self { payload, ..Self::new(message) }
+    /// A response whose payload's pieces make segments of these lengths.
+    pub fn with_payload(message: &impl Message, payload: Vec<Region>, segments: Vec<u32>) -> Self {
+        Self { payload, segments, ..Self::new(message) }
     }
 }
 
@@ -186,7 +189,10 @@ async fn welcome<S: Service>(stream: tokio::net::TcpStream, number: u64, shared:
     let Ok(socket) = stream.into_std().and_then(Socket::new) else { return };
     let greeting = greet(&socket, &shared.policy);
     match tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), greeting).await {
-        Ok(Ok(peer)) => {
+        Ok(Ok((peer, Some((ready, receives))))) => {
+            RdmaLink::start(socket, ready, receives, |link| Callee::begin(number, link, peer, service, &shared));
+        }
+        Ok(Ok((peer, None))) => {
             TcpLink::start(socket, |link| Callee::begin(number, link, peer, service, &shared));
         }
         Ok(Err(error)) => tracing::debug!("a hello was refused: {error}"),
@@ -208,8 +214,9 @@ fn listen_simulated<S: Service>(
     sim::listen(addr, policy, Box::new(accept))
 }
 
-/// Read the hello and answer it.
-async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<PeerInfo> {
+/// Read the hello and answer it. With the peer comes this end of an RDMA connection, when that is what was agreed
+/// on, and how many messages the peer takes.
+async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Option<(Ready, u32)>)> {
     let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
     let admitted = body.and_then(|body| match header {
         Some(h) if h.kind == Kind::Request && h.method == Method::Hello as u16 => policy.admit(&body),
@@ -217,9 +224,17 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<PeerInfo> {
     });
     let Some(header) = header else { return Err(admitted.expect_err("no frame was read")) };
     match admitted {
-        Ok((peer, response)) => {
+        Ok((peer, mut response, offered)) => {
+            let ready = policy.transport.answer(&offered);
+            if let Some((ready, theirs)) = &ready {
+                response.transport = "rdma".into();
+                (response.rdma_port, response.rdma_end) = (*theirs as u32, Some(ready.end()));
+            }
             socket.write_all(&answer(&header, Ok(Response::new(&response))).flat()).await?;
-            Ok(peer)
+            match ready {
+                Some((ready, _)) => Ok((peer, connect_rdma(socket, policy, ready).await?)),
+                None => Ok((peer, None)),
+            }
         }
         Err(error) => {
             socket.write_all(&answer(&header, Err(error.clone())).flat()).await?;
@@ -227,6 +242,25 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<PeerInfo> {
             Err(error)
         }
     }
+}
+
+/// Read the client's end of an RDMA connection and connect to it; `None` when there will be none.
+async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, ready: Ready) -> Result<Option<(Ready, u32)>> {
+    let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
+    let Some(header) = header.filter(|h| h.method == Method::RdmaConnect as u16) else {
+        return Err(Error::new(Code::Protocol, "an RDMA connection was expected to be made"));
+    };
+    let peer = decode_end(&body?)?;
+    let connected = match peer.number {
+        0 => Err(Error::new(Code::Unavailable, "the client cannot connect by RDMA")),
+        _ => ready.connect(&peer, policy.transport.settings()),
+    };
+    let told = connected.as_ref().map(|()| Response::default()).map_err(Clone::clone);
+    socket.write_all(&answer(&header, told).flat()).await?;
+    if let Err(error) = &connected {
+        tracing::info!("a client gets TCP instead of RDMA: {}", error.message);
+    }
+    Ok(connected.is_ok().then_some((ready, peer.receives)))
 }
 
 impl Outgoing {
@@ -261,6 +295,7 @@ fn answer(request: &Header, result: Result<Response>) -> Outgoing {
         head: header.encode().to_vec(),
         body: response.body,
         payload: response.payload,
+        segments: response.segments,
         landing: None,
         permit: None,
     }
@@ -318,6 +353,14 @@ impl Landing for RequestLanding {
     fn advance(&mut self, bytes: usize) {
         self.filled += bytes;
     }
+
+    fn memory(&mut self) -> Option<&mut [u8]> {
+        self.buffer.as_deref_mut()
+    }
+
+    fn refuse(&mut self, error: Error) {
+        (self.buffer, self.refusal) = (None, Some(error));
+    }
 }
 
 /// A request that is answered even if its handler panics.
@@ -364,7 +407,7 @@ impl<S: Service> Callee<S> {
             return Err(Error::new(Code::Unavailable, "the server is shutting down"));
         }
         match Method::try_from(i32::from(header.method)) {
-            Ok(Method::Hello) => Err(Error::new(Code::Protocol, "hello is said once")),
+            Ok(Method::Hello | Method::RdmaConnect) => Err(Error::new(Code::Protocol, "hello is said once")),
             Ok(method) => Ok(method),
             Err(_) => Err(Error::new(Code::Unimplemented, format!("no method {} here", header.method))),
         }

@@ -134,10 +134,10 @@ pub(crate) async fn connect(addr: &str, hello: &Hello) -> Result<(End, HelloResp
         std::future::pending::<()>().await;
     }
     let (tell, told) = tokio::sync::oneshot::channel();
-    let (request, accepting, network) = (hello.to_request().encode_to_vec(), listener.clone(), net.clone());
+    let (request, accepting, network) = (hello.to_request(addr).encode_to_vec(), listener.clone(), net.clone());
     let address = addr.to_owned();
     listener.process.spawn(async move {
-        let answer = accepting.policy.admit(&request).map(|(peer, welcome)| {
+        let answer = accepting.policy.admit(&request).map(|(peer, welcome, _)| {
             let (here, there) = pair(&sim, &network, (server, me), Some(Route { addr: address, peer }));
             (accepting.accept)(here, peer);
             (there, welcome)

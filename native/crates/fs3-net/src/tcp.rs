@@ -104,6 +104,19 @@ impl Socket {
         Ok(())
     }
 
+    /// End the connection in both directions.
+    pub fn shutdown(&self) {
+        let _ = self.fd.get_ref().shutdown(Shutdown::Both);
+    }
+
+    /// Wait until the peer closes the connection, or it breaks. Nothing is to be received on it any more.
+    pub async fn ended(&self) -> Error {
+        match self.read_exact(&mut [0u8; 1]).await {
+            Ok(()) => Error::new(Code::Protocol, "the peer sent bytes where only RDMA is expected"),
+            Err(e) => broken(&e),
+        }
+    }
+
     /// Say goodbye so that the peer reads what was sent last: without this, closing with unread input resets
     /// the connection and the last message is lost. Bounded by [`LINGER`].
     pub async fn linger(&self) {
@@ -240,7 +253,7 @@ impl Link for TcpLink {
             std::mem::take(&mut *queue)
         };
         drop(dropped);
-        let _ = self.socket.fd.get_ref().shutdown(Shutdown::Both);
+        self.socket.shutdown();
         self.wake_writer.notify_one();
     }
 

@@ -6,7 +6,7 @@ use common::*;
 use fs3_core::{Code, Region, RegionMut, Result};
 use fs3_net::{Connection, REQUESTS_IN_FLIGHT_MAX, Reply, Sink};
 use fs3_proto::frame::{BODY_BYTES_MAX, Header, Kind, PAYLOAD_BYTES_MAX};
-use fs3_proto::v1::Method;
+use fs3_proto::v1::{GetRoutingRequest, Method};
 use std::time::Duration;
 
 async fn call(connection: &Connection, method: Method, number: u64) -> Result<Reply> {
@@ -97,7 +97,8 @@ async fn segments_land_in_their_windows_and_holes_stay_untouched() {
         })
         .collect();
     let sink = Sink { windows, lengths };
-    let reply = connection.call(Method::StorageRead, body(total as u64), Vec::new(), sink, LONG).await.unwrap();
+    let request = GetRoutingRequest { known_version: total as u64, wait_ms: 300 };
+    let reply = connection.call(Method::StorageRead, request, Vec::new(), sink, LONG).await.unwrap();
     let data = pattern(total);
     let mut at = 0;
     for (window, &length) in reply.windows.iter().zip(&expected) {

@@ -132,6 +132,7 @@ fn valid_frames() -> Vec<Value> {
         peer_id: (0u8..16).collect::<Vec<_>>().into(),
         token: "secret".into(),
         transports: vec!["tcp".into()],
+        rdma_ports: Vec::new(),
     };
     let welcome = v1::HelloResponse {
         protocol: 1,
@@ -142,6 +143,7 @@ fn valid_frames() -> Vec<Value> {
         body_bytes_max: BODY_BYTES_MAX as u32,
         payload_bytes_max: PAYLOAD_BYTES_MAX as u32,
         server_version: "0.1.0".into(),
+        ..v1::HelloResponse::default()
     };
     let stale = Error::new(Code::StaleChain, "the chain moved on; refresh the routing").with_routing(42);
     let unsure = Error::new(Code::Timeout, "the deadline passed").maybe_applied();

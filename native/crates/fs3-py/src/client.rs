@@ -18,6 +18,7 @@ use crate::file::File;
 use crate::operation::Operation;
 use crate::records::{Attr, DirEntry, Replica, Statfs};
 use crate::runtime::Owned;
+use crate::transport;
 
 /// A connection to a cluster, made by `Client.connect`. Thread-safe. Paths are bytes, relative to the directory
 /// inode given with them (1: the root); an empty path is that inode itself.
@@ -57,9 +58,11 @@ impl Client {
     #[staticmethod]
     #[pyo3(signature = (metas, token, *, cluster_id=None, uid=0, gid=0, groups=Vec::new(), op_timeout_s=30.0,
         read_attempt_timeout_s=5.0, meta_attempt_timeout_s=10.0, read_bytes_in_flight=16 << 20,
-        write_bytes_in_flight=16 << 20, write_channels=64, connections_per_peer=2, description=String::new()))]
+        write_bytes_in_flight=16 << 20, write_channels=64, connections_per_peer=2, transport="auto".into(),
+        description=String::new()))]
     #[allow(clippy::too_many_arguments)]
     fn connect(
+        py: Python<'_>,
         metas: Vec<String>,
         token: String,
         cluster_id: Option<String>,
@@ -73,6 +76,7 @@ impl Client {
         write_bytes_in_flight: usize,
         write_channels: usize,
         connections_per_peer: usize,
+        transport: String,
         description: String,
     ) -> PyResult<Operation> {
         let config = ClientConfig {
@@ -86,6 +90,7 @@ impl Client {
             write_bytes_in_flight,
             write_channels,
             connections_per_peer,
+            transport: transport::transport(py, &transport)?,
             description,
         };
         let caller = Arc::new(Caller { uid, gid, groups });

@@ -15,6 +15,7 @@ mod records;
 mod runtime;
 mod sim;
 mod storage;
+mod transport;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;

@@ -27,6 +27,8 @@ struct Config {
     scrub_bytes_per_s: u64,
     scrub_interval_s: u64,
     resync_bytes_per_s: u64,
+    #[serde(default)]
+    transport: String,
 }
 
 #[derive(Deserialize)]
@@ -47,6 +49,7 @@ fn uuid(hex: &str) -> PyResult<[u8; 16]> {
 impl Config {
     fn into_engine(self) -> PyResult<EngineConfig> {
         let disks = self.disks.into_iter().map(|d| Ok(DiskConfig { uuid: uuid(&d.uuid_hex)?, path: d.path.into() }));
+        let transport = Python::attach(|py| crate::transport::transport(py, &self.transport))?;
         Ok(EngineConfig {
             node_id: self.node_id,
             node_uuid: uuid(&self.node_uuid_hex)?,
@@ -62,6 +65,7 @@ impl Config {
                 scrub_interval: Duration::from_secs(self.scrub_interval_s),
                 resync_bytes_per_s: self.resync_bytes_per_s,
             },
+            transport,
         })
     }
 }

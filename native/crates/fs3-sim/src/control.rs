@@ -29,8 +29,13 @@ pub(crate) struct Control {
 impl Control {
     pub fn new(client: Client, chunk_bytes: u32) -> Self {
         let client_id = fs3_rt::random_bytes();
-        let hello =
-            Hello { cluster_id: client.cluster_id(), role: Role::Meta, peer_id: client_id, token: TOKEN.into() };
+        let hello = Hello {
+            cluster_id: client.cluster_id(),
+            role: Role::Meta,
+            peer_id: client_id,
+            token: TOKEN.into(),
+            transport: fs3_net::Transport::tcp(),
+        };
         Self { client, peers: Peers::new(hello, 1), client_id, sequence: AtomicU64::new(0), chunk_bytes }
     }
 

@@ -33,7 +33,13 @@ impl Meta {
         let mut routing = self.routing.subscribe();
         let Ok(first) = routing.wait_for(Option::is_some).await.map(|r| r.clone()) else { return };
         let cluster_id = first.map(|r| r.cluster_id.clone()).unwrap_or_default();
-        let policy = HelloPolicy { cluster_id, token: TOKEN.into(), node_id: u32::MAX, role: Role::Meta };
+        let policy = HelloPolicy {
+            cluster_id,
+            token: TOKEN.into(),
+            node_id: u32::MAX,
+            role: Role::Meta,
+            transport: fs3_net::Transport::tcp(),
+        };
         let server = Server::bind(META_ADDRESS, policy, self).await;
         let _server = server.expect("the address is free");
         std::future::pending::<()>().await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use fs3_core::{BufferPool, Code, Error, Result};
 use fs3_io::{ReadCache, StoreOptions, TargetStore};
-use fs3_net::{Hello, HelloPolicy, Peers, Server};
+use fs3_net::{Hello, HelloPolicy, Peers, Server, Transport};
 use fs3_proto::v1::{EngineStatus, Role, Routing};
 use parking_lot::Mutex;
 use prost::Message;
@@ -54,6 +54,8 @@ pub struct EngineConfig {
     pub durable_writes: bool,
     /// Work behind the clients' requests.
     pub healing: Healing,
+    /// TCP, or RDMA too.
+    pub transport: Transport,
 }
 
 /// How much a node does to stay sound.
@@ -123,6 +125,7 @@ impl StorageEngine {
             role: Role::Storage,
             peer_id: config.node_uuid,
             token: config.token.clone(),
+            transport: config.transport.clone(),
         };
         let cache = ReadCache::new(config.read_cache_bytes);
         let pool = BufferPool::new(PAYLOAD_BYTES_HELD_MAX);
@@ -142,6 +145,7 @@ impl StorageEngine {
             token: config.token,
             node_id: config.node_id,
             role: Role::Storage,
+            transport: config.transport,
         };
         let address = format!("{}:{}", config.host, config.frame_port);
         let service = Arc::new(StorageService(core.clone()));

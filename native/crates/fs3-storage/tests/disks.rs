@@ -67,6 +67,7 @@ fn a_failed_sync_takes_all_targets_of_the_disk_offline_and_says_why() {
         read_cache_bytes: 1 << 20,
         durable_writes: false,
         healing: Healing::default(),
+        transport: fs3_net::Transport::tcp(),
     };
     let engine = runtime.block_on(StorageEngine::start_here(config, Box::new(disks.clone()))).unwrap();
     engine.renew_lease(monotonic_ns() + 3_600_000_000_000);

@@ -97,7 +97,13 @@ impl FakeCluster {
         for (id, role) in
             [(1, Role::Meta), (2, Role::Meta), (11, Role::Storage), (12, Role::Storage), (13, Role::Storage)]
         {
-            let policy = HelloPolicy { cluster_id: "test".into(), token: TOKEN.into(), node_id: id, role };
+            let policy = HelloPolicy {
+                cluster_id: "test".into(),
+                token: TOKEN.into(),
+                node_id: id,
+                role,
+                transport: fs3_net::Transport::tcp(),
+            };
             let service = Arc::new(Fake { state: state.clone(), node: id });
             let server = Server::bind("127.0.0.1:0", policy, service).await.unwrap();
             let port = server.local_addr().port();
@@ -288,7 +294,8 @@ impl Fake {
             }
         }
         let routing_version = self.state.routing.borrow().version;
-        Ok(Response::with_payload(&ReadResponse { results, routing_version }, payload))
+        let segments = results.iter().map(|r| r.length).collect();
+        Ok(Response::with_payload(&ReadResponse { results, routing_version }, payload, segments))
     }
 
     fn read_one(&self, op: &ReadOp) -> Result<(ReadResult, Vec<u8>)> {
@@ -386,7 +393,7 @@ impl Fake {
         let Some(op) = op else { return self.meta_once(method, body) };
         let key = (op.client_id.to_vec(), op.sequence);
         if let Some(known) = self.state.answers.lock().get(&key) {
-            return Ok(Response { body: known.clone(), payload: Vec::new() });
+            return Ok(Response { body: known.clone(), ..Response::default() });
         }
         let response = self.meta_once(method, body)?;
         self.state.answers.lock().insert(key, response.body.clone());

@@ -78,7 +78,13 @@ impl FakeCluster {
             let root = Attr { inode: 1, mode: 0o777, nlink: 2, parent: 1, ..attr(FileType::Directory) };
             names.inodes.insert(1, root);
         }
-        let policy = HelloPolicy { cluster_id: "test".into(), token: TOKEN.into(), node_id: NODE, role: Role::Meta };
+        let policy = HelloPolicy {
+            cluster_id: "test".into(),
+            token: TOKEN.into(),
+            node_id: NODE,
+            role: Role::Meta,
+            transport: fs3_net::Transport::tcp(),
+        };
         let fake = Arc::new(Fake { state: state.clone(), port: Mutex::new(0) });
         let server = Server::bind("127.0.0.1:0", policy, fake.clone()).await.unwrap();
         let port = server.local_addr().port();
@@ -198,7 +204,8 @@ impl Fake {
             results.push(ReadResult { length: bytes.len() as u32, crcs, ..Default::default() });
             payload.push(Region::from_vec(bytes));
         }
-        Ok(Response::with_payload(&ReadResponse { results, routing_version: 1 }, payload))
+        let segments = results.iter().map(|r| r.length).collect();
+        Ok(Response::with_payload(&ReadResponse { results, routing_version: 1 }, payload, segments))
     }
 
     fn write(&self, body: &[u8], payload: &[u8]) -> Result<Response> {

@@ -2,11 +2,13 @@
 #![allow(dead_code, missing_docs)]
 
 use fs3_core::{BufferPool, Code, Error, Region, RegionMut, Result};
-use fs3_net::{Connection, Hello, HelloPolicy, Request, Response, Server, Service, Sink};
+use fs3_net::{
+    Connection, Hello, HelloPolicy, Mode, RdmaSettings, Request, Response, Server, Service, Sink, Transport,
+};
 use fs3_proto::frame::{HEADER_BYTES, Header, Kind, Limits};
 use fs3_proto::v1::{GetRoutingRequest, HelloResponse, Method, Role};
 use prost::Message;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -40,15 +42,19 @@ impl Service for Scripted {
         assert_eq!(request.peer.peer_id, [9; 16]);
         let body = GetRoutingRequest::decode(request.body.clone()).unwrap();
         match request.method {
-            Method::StorageWrite => Ok(Response { body: request.body, payload: vec![request.payload] }),
+            Method::StorageWrite => {
+                Ok(Response { body: request.body, payload: vec![request.payload], ..Response::default() })
+            }
             Method::StorageRead => {
                 let payload = Region::from_vec(pattern(body.known_version as usize));
-                Ok(Response { body: request.body, payload: vec![payload] })
+                // `wait_ms` asks for that many segments of rising length.
+                let segments = (0..body.wait_ms).map(|i| 7 * (i % 100)).collect();
+                Ok(Response { body: request.body, payload: vec![payload], segments })
             }
             Method::StorageSync => {
                 self.waiting.add_permits(1);
                 self.gate.acquire().await.unwrap().forget();
-                Ok(Response { body: request.body, payload: Vec::new() })
+                Ok(Response { body: request.body, ..Response::default() })
             }
             Method::StorageRemove => {
                 self.gate.add_permits(body.known_version as usize);
@@ -68,12 +74,35 @@ pub fn body(number: u64) -> GetRoutingRequest {
     GetRoutingRequest { known_version: number, wait_ms: 0 }
 }
 
+/// TCP; or RDMA with the device that FS3_TEST_RDMA names.
+pub fn transport() -> Transport {
+    static TRANSPORT: LazyLock<Transport> = LazyLock::new(|| match std::env::var("FS3_TEST_RDMA") {
+        Ok(device) => {
+            Transport::new(Mode::Rdma, RdmaSettings { devices: vec![device], ..RdmaSettings::default() }).unwrap()
+        }
+        Err(_) => Transport::tcp(),
+    });
+    TRANSPORT.clone()
+}
+
 pub fn policy() -> HelloPolicy {
-    HelloPolicy { cluster_id: "blue".into(), token: "secret".into(), node_id: 7, role: Role::Storage }
+    HelloPolicy {
+        cluster_id: "blue".into(),
+        token: "secret".into(),
+        node_id: 7,
+        role: Role::Storage,
+        transport: transport(),
+    }
 }
 
 pub fn hello() -> Hello {
-    Hello { cluster_id: "blue".into(), role: Role::Client, peer_id: [9; 16], token: "secret".into() }
+    Hello {
+        cluster_id: "blue".into(),
+        role: Role::Client,
+        peer_id: [9; 16],
+        token: "secret".into(),
+        transport: transport(),
+    }
 }
 
 pub async fn serve(service: &Arc<Scripted>) -> (Server, String) {
@@ -83,7 +112,9 @@ pub async fn serve(service: &Arc<Scripted>) -> (Server, String) {
 }
 
 pub async fn connect(addr: &str) -> Connection {
-    Connection::connect(addr, &hello(), LONG).await.unwrap().0
+    let (connection, _) = Connection::connect(addr, &hello(), LONG).await.unwrap();
+    assert_eq!(connection.uses_rdma(), transport().has_rdma());
+    connection
 }
 
 /// One window that takes a payload as long as the body's first number says.
@@ -114,6 +145,7 @@ impl RawPeer {
             peer_id: hello.peer_id.to_vec().into(),
             token: hello.token.clone(),
             transports: vec!["tcp".into()],
+            rdma_ports: Vec::new(),
         };
         self.send(Kind::Request, 1, Method::Hello, &request.encode_to_vec(), 0).await;
     }

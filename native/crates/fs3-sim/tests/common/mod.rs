@@ -317,5 +317,6 @@ fn config(node: usize) -> EngineConfig {
         read_cache_bytes: 1 << 20,
         durable_writes: false,
         healing: Healing::default(),
+        transport: fs3_net::Transport::tcp(),
     }
 }

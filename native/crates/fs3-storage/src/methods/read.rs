@@ -116,5 +116,6 @@ fn respond(core: &Core, outcomes: Vec<Result<ReadOut>>) -> Response {
         });
     }
     response.routing_version = core.routing().version;
-    Response::with_payload(&response, payload)
+    let segments = response.results.iter().map(|result| result.length).collect();
+    Response::with_payload(&response, payload, segments)
 }

@@ -61,8 +61,13 @@ impl Cluster {
     }
 
     fn start_with(serve_until_ns: u64, healing: Healing) -> Self {
-        let hello =
-            Hello { cluster_id: CLUSTER.into(), role: Role::Client, peer_id: [200; 16], token: "secret".into() };
+        let hello = Hello {
+            cluster_id: CLUSTER.into(),
+            role: Role::Client,
+            peer_id: [200; 16],
+            token: "secret".into(),
+            transport: fs3_net::Transport::tcp(),
+        };
         let mut cluster = Self {
             engines: (0..NODES).map(|_| None).collect(),
             routing: Routing { version: 1, cluster_id: CLUSTER.into(), lease_ms: 6000, ..Routing::default() },
@@ -105,6 +110,7 @@ impl Cluster {
             read_cache_bytes: 1 << 20,
             durable_writes: false,
             healing: self.healing,
+            transport: fs3_net::Transport::tcp(),
         })
         .unwrap();
         engine.renew_lease(self.serve_until_ns);
