@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +84,15 @@ def describe_storage(statuses: Mapping[int, EngineStatus | Fs3Error]) -> list[di
                 ],
                 "targets": [_target(t) for t in status.targets],
                 "counters": dict(sorted(status.counters.items())),
+                "connections": [
+                    {
+                        "peer": c.peer,
+                        "outgoing": c.outgoing,
+                        "transport": "rdma" if c.rdma_device else "tcp",
+                        "rdma_device": c.rdma_device or None,
+                    }
+                    for c in status.connections
+                ],
             }
         )
     return described
@@ -131,7 +141,7 @@ def is_sound(storage: list[dict[str, Any]]) -> bool:
 
 
 def storage_lines(storage: list[dict[str, Any]]) -> list[str]:
-    """Make the lines for a person: troubles, then resyncs, then scrubs and repairs."""
+    """Make the lines for a person: troubles, then connections, resyncs, scrubs and repairs."""
     lines = []
     for node in storage:
         if "error" in node:
@@ -146,11 +156,17 @@ def storage_lines(storage: list[dict[str, Any]]) -> list[str]:
                 lines.append(f"node {node['node']}, target {target['target']}: {target['error']}")
             if target["damaged"]:
                 lines.append(f"node {node['node']}, target {target['target']}: {target['damaged']}")
+    lines += [_connections_line(node) for node in storage if node.get("connections")]
     targets = [t for node in storage for t in node.get("targets", ())]
     lines += [_resync_line(t, r) for t in targets for r in t["resyncs"]]
     if targets:
         lines.append(_scrub_line(storage, targets))
     return lines
+
+
+def _connections_line(node: dict[str, Any]) -> str:
+    ways = Counter(f"rdma on {c['rdma_device']}" if c["rdma_device"] else "tcp" for c in node["connections"])
+    return f"node {node['node']}: connections: {', '.join(f'{n} {way}' for way, n in sorted(ways.items()))}"
 
 
 def _resync_line(target: dict[str, Any], resync: dict[str, Any]) -> str:

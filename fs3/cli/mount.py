@@ -26,7 +26,7 @@ def mount_command(
     """Mount a cluster on the directory MOUNTPOINT.
 
     Returns when the mount answers; the daemon goes on in the background. Options: ro, allow_other, threads,
-    max_memory_bytes, attr_timeout_s, entry_timeout_s, readahead_bytes, op_timeout_s.
+    max_memory_bytes, attr_timeout_s, entry_timeout_s, readahead_bytes, op_timeout_s, transport.
     """
     target = default_target(where["url"], where["cluster"], where["token_file"])
     files = {"log_file": log_file, "pid_file": pid_file}

@@ -21,6 +21,7 @@ from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+TRANSPORTS = ("auto", "tcp", "rdma")
 CHUNK_BYTES_MIN = 64 << 10
 CHUNK_BYTES_MAX = 64 << 20
 
@@ -159,6 +160,8 @@ class StorageConfig(ServiceConfig):
     """From the begin of one scrub of a target to the begin of the next."""
     resync_bytes_per_s: int = 256 << 20
     """Bytes that are sent in a second at most to bring replicas of other nodes up to date; 0: no limit."""
+    transport: str = "auto"
+    """How clients and other storage nodes may reach it, and it them: auto (RDMA where both have it), tcp or rdma."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +171,8 @@ class StorageConfig(ServiceConfig):
             raise _invalid("data_dir is empty; name the directory that keeps the node's identity")
         if len({os.path.abspath(d) for d in self.disks}) != len(self.disks):
             raise _invalid("disks names the same directory twice")
+        if self.transport not in TRANSPORTS:
+            raise _invalid(f"transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
         _at_least(self, read_cache_bytes=0, scrub_bytes_per_s=0, scrub_interval_s=1, resync_bytes_per_s=0)
 
 

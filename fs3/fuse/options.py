@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fs3.client import url as client_url
-from fs3.core.config import LOG_LEVELS
+from fs3.core.config import LOG_LEVELS, TRANSPORTS
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
@@ -51,6 +51,8 @@ class MountOptions:
     """What the kernel reads ahead of a sequential reader (only root can raise it)."""
     op_timeout_s: float = 30.0
     """How long one operation may take, retries included, before it fails."""
+    transport: str = "auto"
+    """How storage is reached: auto (RDMA where both ends have it, else TCP), tcp or rdma."""
     cluster_id: str = ""
     """Refuse any other cluster; empty: take the one that answers."""
     log_file: str = ""
@@ -68,6 +70,8 @@ class MountOptions:
             raise _invalid(f"readahead_bytes must not be negative, not {self.readahead_bytes}")
         if self.log_level not in LOG_LEVELS:
             raise _invalid(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
+        if self.transport not in TRANSPORTS:
+            raise _invalid(f"transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
         for name in ("attr_timeout_s", "entry_timeout_s", "op_timeout_s"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name == "op_timeout_s" and value == 0):

@@ -67,6 +67,7 @@ def _start(parameters: Parameters) -> Any:
         entry_timeout_s=options.entry_timeout_s,
         readahead_bytes=options.readahead_bytes,
         op_timeout_s=options.op_timeout_s,
+        transport=options.transport,
     )
 
 

@@ -54,6 +54,7 @@ def engine_config(
             "scrub_bytes_per_s": config.scrub_bytes_per_s,
             "scrub_interval_s": config.scrub_interval_s,
             "resync_bytes_per_s": config.resync_bytes_per_s,
+            "transport": config.transport,
         }
     )
 

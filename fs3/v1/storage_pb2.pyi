@@ -1058,10 +1058,38 @@ class EngineStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Connection(_message.Message):
+        """Connections of the node's data path, by whom they were made."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PEER_FIELD_NUMBER: _builtins.int
+        OUTGOING_FIELD_NUMBER: _builtins.int
+        RDMA_DEVICE_FIELD_NUMBER: _builtins.int
+        peer: _builtins.str
+        """of clients their role and identity, of servers the address"""
+        outgoing: _builtins.bool
+        rdma_device: _builtins.str
+        """empty: TCP"""
+        def __init__(
+            self,
+            *,
+            peer: _builtins.str = ...,
+            outgoing: _builtins.bool = ...,
+            rdma_device: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["outgoing", b"outgoing", "peer", b"peer", "rdma_device", b"rdma_device"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TARGETS_FIELD_NUMBER: _builtins.int
     DISKS_FIELD_NUMBER: _builtins.int
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
     routing_version: _builtins.int
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus.TargetStatus]: ...
@@ -1069,6 +1097,8 @@ class EngineStatus(_message.Message):
     def disks(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpaceResponse.Disk]: ...
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def connections(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus.Connection]: ...
     def __init__(
         self,
         *,
@@ -1076,10 +1106,11 @@ class EngineStatus(_message.Message):
         disks: _abc.Iterable[Global___SpaceResponse.Disk] | None = ...,
         routing_version: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        connections: _abc.Iterable[Global___EngineStatus.Connection] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "disks", b"disks", "routing_version", b"routing_version", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections", b"connections", "counters", b"counters", "disks", b"disks", "routing_version", b"routing_version", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,9 @@
 //! `cargo run --release -p fs3-net --example netbench [seconds per measurement] [current|multi] [part of a name]`
 
 use fs3_core::{BufferPool, Code, Error, Region, RegionMut, Result};
-use fs3_net::{Connection, Hello, HelloPolicy, Mode, RdmaSettings, Request, Response, Server, Service, Sink, Transport};
+use fs3_net::{
+    Connection, Hello, HelloPolicy, Mode, RdmaSettings, Request, Response, Server, Service, Sink, Transport,
+};
 use fs3_proto::v1::{GetRoutingRequest, Method, Role};
 use prost::Message;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -365,10 +367,7 @@ async fn store_many(connections: &[Connection], tasks: usize, limit: Duration) -
             while started.elapsed() < limit {
                 let body = GetRoutingRequest { known_version: 0, wait_ms: 0 };
                 let sink = Sink::none();
-                connection
-                    .call(Method::StorageWrite, body, vec![data.clone()], sink, TIMEOUT)
-                    .await
-                    .expect("a reply");
+                connection.call(Method::StorageWrite, body, vec![data.clone()], sink, TIMEOUT).await.expect("a reply");
                 count += 1;
             }
             count

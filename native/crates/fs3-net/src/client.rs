@@ -86,7 +86,7 @@ impl Connection {
         }
         let hello_request = hello.to_request(addr);
         let (connection, welcome) = Self::connect_socket(addr, hello, &hello_request, timeout).await?;
-        if !connection.uses_rdma() {
+        if connection.rdma_device().is_none() {
             return Ok((connection, welcome));
         }
         // The ends are connected; whether packets get through shows only now.
@@ -136,9 +136,9 @@ impl Connection {
         Ok((Self::new(endpoint), welcome))
     }
 
-    /// Whether messages travel by RDMA.
-    pub fn uses_rdma(&self) -> bool {
-        self.0.endpoint.link.is_rdma()
+    /// The device, when messages travel by RDMA.
+    pub fn rdma_device(&self) -> Option<&str> {
+        self.0.endpoint.link.rdma_device()
     }
 
     fn new(endpoint: Arc<Caller>) -> Self {

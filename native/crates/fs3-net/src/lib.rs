@@ -21,7 +21,7 @@ pub use client::{Connection, Reply, Sink};
 pub use hello::{Hello, HelloPolicy, PeerInfo};
 pub use peers::Peers;
 pub use rdma::{Mode, RdmaSettings, Transport};
-pub use server::{Request, Response, Server, Service};
+pub use server::{Connections, Request, Response, Server, Service};
 
 /// Requests of one connection that may be unanswered at a time: a client waits, a server stops reading.
 pub const REQUESTS_IN_FLIGHT_MAX: usize = 1024;

@@ -63,9 +63,9 @@ pub(crate) trait Link: Send + Sync + 'static {
     fn close(&self);
     /// Whether the connection has ended.
     fn is_closed(&self) -> bool;
-    /// Whether messages travel by RDMA.
-    fn is_rdma(&self) -> bool {
-        false
+    /// The device, when messages travel by RDMA.
+    fn rdma_device(&self) -> Option<&str> {
+        None
     }
     /// The call of this request was given up, and these were its windows. They are dropped when the peer cannot
     /// write to them any more.

@@ -83,6 +83,18 @@ impl Peers {
         self.0.peers.lock().retain(|addr, _| keep(addr));
     }
 
+    /// All live connections: address, and the device of those by RDMA.
+    pub fn list(&self) -> Vec<(String, Option<String>)> {
+        let peers: Vec<_> = self.0.peers.lock().iter().map(|(addr, peer)| (addr.clone(), peer.clone())).collect();
+        let mut all = Vec::new();
+        for (addr, peer) in peers {
+            let state = peer.state.lock();
+            let live = state.connections.iter().filter(|c| !c.is_closed());
+            all.extend(live.map(|c| (addr.clone(), c.rdma_device().map(str::to_owned))));
+        }
+        all
+    }
+
     /// Live connections to `addr`.
     pub fn connections(&self, addr: &str) -> usize {
         let peer = self.peer(addr);

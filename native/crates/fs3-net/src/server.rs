@@ -101,9 +101,12 @@ struct Shared {
     in_flight: AtomicUsize,
     idle: Notify,
     /// Live connections by a running number.
-    links: Mutex<BTreeMap<u64, Arc<dyn Link>>>,
+    links: Mutex<BTreeMap<u64, Accepted>>,
     unauthenticated: Semaphore,
 }
+
+/// A connection and who is on its other side.
+type Accepted = (Arc<dyn Link>, PeerInfo);
 
 impl Server {
     /// Listen on `addr` (`host:port`, port 0 picks one) and serve on the current runtime.
@@ -135,6 +138,11 @@ impl Server {
         self.local_addr
     }
 
+    /// A view of the server's connections, which may outlive it.
+    pub fn connections(&self) -> Connections {
+        Connections(self.shared.clone())
+    }
+
     /// Stop accepting connections and requests (they are refused with `Unavailable`), wait up to `patience` for running
     /// handlers and their responses, then end all connections.
     pub async fn shutdown(mut self, patience: Duration) {
@@ -153,12 +161,24 @@ impl Server {
     }
 }
 
+/// Who is connected to a server. Cheap to clone, thread-safe.
+#[derive(Clone)]
+pub struct Connections(Arc<Shared>);
+
+impl Connections {
+    /// Peers, in the order in which they came, and the device of those by RDMA.
+    pub fn list(&self) -> Vec<(PeerInfo, Option<String>)> {
+        let links = self.0.links.lock();
+        links.values().map(|(link, peer)| (*peer, link.rdma_device().map(str::to_owned))).collect()
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         self.accepting.end();
         self.shared.stopping.store(true, Ordering::SeqCst);
         let links = std::mem::take(&mut *self.shared.links.lock());
-        for link in links.into_values() {
+        for (link, _) in links.into_values() {
             link.close();
         }
     }
@@ -395,7 +415,7 @@ impl<S: Service> Drop for Asked<S> {
 
 impl<S: Service> Callee<S> {
     fn begin(number: u64, link: Arc<dyn Link>, peer: PeerInfo, service: Arc<S>, shared: &Arc<Shared>) -> Arc<Self> {
-        shared.links.lock().insert(number, link.clone());
+        shared.links.lock().insert(number, (link.clone(), peer));
         if shared.stopping.load(Ordering::SeqCst) {
             link.close();
         }

@@ -234,7 +234,7 @@ async fn a_server_without_rdma_is_reached_by_tcp_unless_only_rdma_is_wanted() {
     let addr = server.local_addr().to_string();
     let auto = Transport::new(Mode::Auto, RdmaSettings::default()).unwrap();
     let (connection, _) = Connection::connect(&addr, &Hello { transport: auto, ..hello() }, LONG).await.unwrap();
-    assert!(!connection.uses_rdma());
+    assert!(connection.rdma_device().is_none());
     connection.call(Method::Ping, body(0), Vec::new(), Sink::none(), LONG).await.unwrap();
     let error = Connection::connect(&addr, &hello(), LONG).await.err().unwrap();
     assert_eq!(error.code, Code::Unavailable);

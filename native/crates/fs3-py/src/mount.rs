@@ -49,7 +49,8 @@ impl Mount {
     #[new]
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
-        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, op_timeout_s=30.0))]
+        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, op_timeout_s=30.0,
+        transport="auto"))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -68,6 +69,7 @@ impl Mount {
         entry_timeout_s: f64,
         readahead_bytes: usize,
         op_timeout_s: f64,
+        transport: &str,
     ) -> PyResult<Self> {
         let seconds = |s: f64| Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO);
         let config = ClientConfig {
@@ -75,6 +77,7 @@ impl Mount {
             token,
             cluster_id,
             op_timeout: seconds(op_timeout_s),
+            transport: crate::transport::transport(py, transport)?,
             description: format!("mount {}", mountpoint.display()),
             ..ClientConfig::default()
         };

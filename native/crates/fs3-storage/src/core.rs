@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fs3_chain::Event;
 use fs3_core::{BufferPool, Code, Error, Result};
 use fs3_io::{StoreOptions, TargetStore};
-use fs3_net::Peers;
+use fs3_net::{Connections, Peers};
 use fs3_rt::{Handle, Instant};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
@@ -80,6 +80,8 @@ pub(crate) struct Core {
     pub node_id: u32,
     pub disks: Box<dyn TargetDisks>,
     pub peers: Peers,
+    /// Set once the node listens.
+    pub connections: OnceLock<Connections>,
     pub pool: BufferPool,
     pub options: StoreOptions,
     pub counters: Counters,
@@ -114,6 +116,7 @@ impl Core {
             node_id,
             disks,
             peers,
+            connections: OnceLock::new(),
             pool,
             options,
             counters: Counters::default(),

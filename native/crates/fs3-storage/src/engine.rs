@@ -151,6 +151,7 @@ impl StorageEngine {
         let service = Arc::new(StorageService(core.clone()));
         let server = Server::bind(&address, policy, service).await?;
         let frame_port = server.local_addr().port();
+        core.connections.get_or_init(|| server.connections());
         Ok(Self { core, frame_port, running: Mutex::new(Some(Running { server, runtime: None })) })
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use fs3_proto::v1::engine_status::{ResyncStatus, TargetStatus};
+use fs3_proto::v1::engine_status::{Connection, ResyncStatus, TargetStatus};
 use fs3_proto::v1::space_response::Disk;
 use fs3_proto::v1::{EngineStatus, LocalState};
 
@@ -23,7 +23,23 @@ impl Core {
             disks: self.disks.space().into_iter().map(|disk| self.disk_status(disk)).collect(),
             routing_version: self.routing().version,
             counters: counters.into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+            connections: self.connection_states(),
         }
+    }
+
+    fn connection_states(&self) -> Vec<Connection> {
+        let state = |peer, outgoing, device: Option<String>| Connection {
+            peer,
+            outgoing,
+            rdma_device: device.unwrap_or_default(),
+        };
+        let incoming = self.connections.get().map_or_else(Vec::new, |c| c.list());
+        let incoming = incoming.into_iter().map(|(peer, device)| {
+            let role = peer.role.as_str_name().trim_start_matches("ROLE_").to_lowercase();
+            state(format!("{role} {:032x}", u128::from_be_bytes(peer.peer_id)), false, device)
+        });
+        let outgoing = self.peers.list().into_iter().map(|(addr, device)| state(addr, true, device));
+        incoming.chain(outgoing).collect()
     }
 
     fn disk_status(&self, disk: Disk) -> Disk {

@@ -586,8 +586,8 @@ impl Link for RdmaLink {
         self.closed.load(Ordering::Acquire)
     }
 
-    fn is_rdma(&self) -> bool {
-        true
+    fn rdma_device(&self) -> Option<&str> {
+        Some(self.nic.device_name())
     }
 
     fn abandon(&self, request_id: u64, windows: Vec<RegionMut>) {

@@ -122,6 +122,11 @@ impl Nic {
         }))
     }
 
+    /// Name of the device.
+    pub fn device_name(&self) -> &str {
+        &self.port.device
+    }
+
     /// Keys for memory, when it is or can be registered.
     pub fn registered(&self, start: *const u8, bytes: usize) -> Option<Registered> {
         self.registrations.find(start, bytes)

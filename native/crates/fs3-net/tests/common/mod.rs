@@ -113,7 +113,7 @@ pub async fn serve(service: &Arc<Scripted>) -> (Server, String) {
 
 pub async fn connect(addr: &str) -> Connection {
     let (connection, _) = Connection::connect(addr, &hello(), LONG).await.unwrap();
-    assert_eq!(connection.uses_rdma(), transport().has_rdma());
+    assert_eq!(connection.rdma_device().is_some(), transport().has_rdma());
     connection
 }
 
