@@ -125,7 +125,7 @@ async fn a_server_that_dies_in_the_middle_of_a_payload_fails_all_calls_as_maybe_
         peer.send(Kind::Response, first.request_id, Method::StorageRead, &body, 1 << 20).await;
         peer.0.write_all(&pattern(1 << 19)).await.unwrap();
     });
-    let connection = connect(&addr).await;
+    let connection = connect_plain(&addr).await;
     let reading = connection.call(Method::StorageRead, body(1 << 20), Vec::new(), one_window(1 << 20), LONG);
     let other = connection.call(Method::Ping, body(0), Vec::new(), Sink::none(), LONG);
     for error in <[_; 2]>::from(tokio::join!(reading, other)).map(|result| result.err().unwrap()) {
@@ -152,7 +152,7 @@ async fn a_cancelled_call_is_never_written_to_again_and_the_connection_goes_on()
         peer.send(Kind::Response, ping.request_id, Method::Ping, &[], 0).await;
         peer.receive().await
     });
-    let connection = connect(&addr).await;
+    let connection = connect_plain(&addr).await;
     let memory = Watched::new(1 << 20);
     let sink = Sink { windows: vec![memory.window()], ..one_window(0) };
     let caller = connection.clone();
@@ -179,7 +179,7 @@ async fn answers_to_questions_never_asked_end_the_connection() {
         peer.send(Kind::Response, 77, Method::Ping, &[], 0).await;
         peer.is_closed_by_peer().await
     });
-    let connection = connect(&addr).await;
+    let connection = connect_plain(&addr).await;
     assert!(server.await.unwrap());
     eventually("the client closes", || connection.is_closed()).await;
 }

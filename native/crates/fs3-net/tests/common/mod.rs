@@ -112,9 +112,14 @@ pub async fn serve(service: &Arc<Scripted>) -> (Server, String) {
 }
 
 pub async fn connect(addr: &str) -> Connection {
-    let (connection, _) = Connection::connect(addr, &hello(), LONG).await.unwrap();
+    let connection = connect_plain(addr).await;
     assert_eq!(connection.rdma_device().is_some(), transport().has_rdma());
     connection
+}
+
+/// For servers that speak TCP by hand.
+pub async fn connect_plain(addr: &str) -> Connection {
+    Connection::connect(addr, &hello(), LONG).await.unwrap().0
 }
 
 /// One window that takes a payload as long as the body's first number says.
