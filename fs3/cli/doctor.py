@@ -17,6 +17,7 @@ import click
 
 from fs3.cli.output import human_bytes, json_option, print_json
 from fs3.core.errors import Fs3Error
+from fs3.core.rdma import inspect
 
 OPEN_FILES_WANTED = 4096
 FREE_BYTES_WANTED = 10 << 30
@@ -100,10 +101,13 @@ def _loopback() -> Finding:
 
 
 def _rdma() -> Finding:
-    devices = sorted(p.name for p in Path("/sys/class/infiniband").glob("*"))
-    if devices:
-        return Finding("RDMA", "ok", f"devices {', '.join(devices)}; this version uses TCP")
-    return Finding("RDMA", "ok", "no devices; TCP is used")
+    report = inspect()
+    names = ", ".join(device.name for device in report.devices)
+    if not names:
+        return Finding("RDMA", "ok", "no devices; TCP is used")
+    if report.usable:
+        return Finding("RDMA", "ok", f"devices {names}")
+    return Finding("RDMA", "warn", f"devices {names} cannot be used; TCP is", "see what to do: fs3 rdma check")
 
 
 def _foundationdb() -> Finding:

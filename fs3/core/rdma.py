@@ -283,14 +283,15 @@ def _device_problems(root: Path, name: str, uverbs: str | None, iwarp: bool, ver
     if uverbs is None:
         yield Problem(f"{name} is not offered to programs", "load the module: modprobe ib_uverbs")
         return
-    needed = [uverbs, "rdma_cm"] if iwarp else [uverbs]
+    if iwarp:
+        yield Problem(f"{name} speaks iWARP, which fs3 does not", "nothing needs to be done: TCP is used")
+    needed = [uverbs]
     reachable = True
     for node in needed:
         path, shown = root / "dev/infiniband" / node, f"/dev/infiniband/{node}"
         if not path.exists():
-            module = "rdma_ucm" if node == "rdma_cm" else "ib_uverbs"
             advice = (
-                f"in a container give it the device (--device {shown}), elsewhere load the module: modprobe {module}"
+                f"in a container give it the device (--device {shown}), elsewhere load the module: modprobe ib_uverbs"
             )
             yield Problem(f"{shown} is missing", advice)
         elif not os.access(path, os.R_OK | os.W_OK):

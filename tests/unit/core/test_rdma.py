@@ -48,7 +48,6 @@ class Machine:
         (self.root / device / "device/driver").symlink_to(self.root / "sys/bus/pci/drivers/mlx5_core")
         self.write(f"sys/class/infiniband_verbs/{uverbs}/ibdev", name)
         self.write(f"dev/infiniband/{uverbs}", "")
-        self.write("dev/infiniband/rdma_cm", "")
         self.write("sys/class/net/eth0/mtu", 9000)
         for file, text in {
             "state": "4: ACTIVE",
@@ -126,14 +125,12 @@ def test_infiniband_is_reached_by_its_lid(machine: Machine) -> None:
     assert port.chosen_gid == Gid(0, "fe80::2:c9ff:fe00:1", "InfiniBand", None)
 
 
-def test_iwarp_has_its_own_kind_of_gid_and_needs_the_connection_manager(machine: Machine) -> None:
+def test_iwarp_is_named_and_not_used(machine: Machine) -> None:
     machine.add("cxgb4_0", [("0007:4312:3456:0000:0000:0000:0000:0000", "IB/RoCE v1")], node_type="4: RNIC")
     report = machine.inspect()
-    assert complaints(report) == []
     assert only_port(report).chosen_gid == Gid(0, "7:4312:3456::", "iWARP", "eth0")
-    (machine.root / "dev/infiniband/rdma_cm").unlink()
-    assert "modprobe rdma_ucm" in complaints(machine.inspect())[0]
-    assert not machine.inspect().usable
+    assert "cxgb4_0 speaks iWARP" in complaints(report)[0]
+    assert not report.usable
 
 
 @pytest.mark.parametrize(
