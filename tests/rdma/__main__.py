@@ -36,7 +36,9 @@ def script() -> str:
     """Give the shell script of the whole run: every part runs, any failure is its status, pytest has the last word."""
     crate = shlex.quote(str(NATIVE / "crates" / CRATE))
     lines = ["failed=0"]
-    lines += [f"(cd {crate} && exec {shlex.quote(program)} --include-ignored) || failed=1" for program in transport_tests()]
+    lines += [
+        f"(cd {crate} && exec {shlex.quote(program)} --include-ignored) || failed=1" for program in transport_tests()
+    ]
     pytest = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "rdma"), "--junitxml=/rig.out/junit.xml"]
     return "\n".join([*lines, f"{shlex.join(pytest)} || failed=1", "exit $failed"])
 
