@@ -6,7 +6,7 @@ The rules are those of 3FS's table, read in the order of the old states, with th
 - When every serving target died and none continued to serve, all of them are LASTSRV: each holds every
   acknowledged write. One of them serves again when it is back, and the others sync from it. The tail commits
   first, so the one furthest down the chain has shown readers the most: it is waited for, for one lease.
-- A serving target is only dropped when another serving one was heard after the death. When all die at once,
+- A serving target is only dropped when another serving one is proved to have lived after the death. When all die at once,
   their deaths become known one after another; without this rule the set would shrink to the last one.
 """
 
@@ -46,13 +46,15 @@ class TargetView:
     """OFFLINE because its node ended in good order: no survivor has to be heard first."""
     excused_ns: int = 0
     """Silence counts from here at the earliest: before, the manager itself was not listening."""
+    lived_ns: int = 0
+    """Its node is proved to have been alive then. What was heard later may have been sent before."""
 
     def alive(self, now_ns: int, lease_ns: int) -> bool:
         """Tell whether the target is usable and its node's lease runs."""
         return self.local in (LOCAL_ONLINE, LOCAL_UPTODATE) and now_ns - max(self.heard_ns, self.excused_ns) < lease_ns
 
-    def survivor_heard_after_ns(self, lease_ns: int) -> int:
-        """Time after which a survivor must have been heard before this dead target is dropped."""
+    def survivor_lived_after_ns(self, lease_ns: int) -> int:
+        """Time after which a survivor must have been alive before this dead target is dropped."""
         if self.local == LOCAL_OFFLINE:
             return -1 if self.orderly else self.changed_ns
         return max(self.heard_ns, self.excused_ns) + lease_ns // 2
@@ -90,8 +92,8 @@ class _Step:
         dead = [t for t in old if not self.alive(t)]
         living = [t for t in old if t not in dead]
         if dead and living:
-            needed_ns = max(self.view(t).survivor_heard_after_ns(self.lease_ns) for t in dead)
-            if max(self.view(t).heard_ns for t in living) <= needed_ns:
+            needed_ns = max(self.view(t).survivor_lived_after_ns(self.lease_ns) for t in dead)
+            if max(self.view(t).lived_ns for t in living) <= needed_ns:
                 return False
         for target in old:
             self.new[target] = SERVING if target in living else OFFLINE if living else LASTSRV

@@ -67,6 +67,8 @@ class Live:
     sequence: int = 0
     # Silence counts from here at the earliest: the manager was not listening before.
     excused_ns: int = 0
+    # It is proved to have been alive then.
+    lived_ns: int = 0
 
     @property
     def silent_since_ns(self) -> int:
@@ -257,8 +259,27 @@ class Manager:
         if soft is None or live is None:
             return chains.UNKNOWN
         return chains.TargetView(
-            soft.local, soft.chain_version, live.heard_ns, soft.changed_ns, soft.orderly, live.excused_ns
+            soft.local,
+            soft.chain_version,
+            live.heard_ns,
+            soft.changed_ns,
+            soft.orderly,
+            live.excused_ns,
+            lived_ns=live.lived_ns,
         )
+
+    @property
+    def epoch(self) -> int:
+        """Number of this primary's lease; its times mean nothing to another."""
+        return self.held.epoch
+
+    def is_going(self, target: int) -> bool:
+        """Tell whether a target is taken for dead while its chain still has it as serving."""
+        chain_id = self._chain_of.get(target)
+        if chain_id is None or self.view(target).alive(self.clock.monotonic_ns(), self.lease_ns):
+            return False
+        chain = self.records.chains[chain_id].chain
+        return any(t.target_id == target and t.state == PublicState.PUBLIC_STATE_SERVING for t in chain.targets)
 
     def targets_of(self, node_id: int) -> list[int]:
         """List the targets on a node."""

@@ -21,6 +21,7 @@ from fs3.v1.mgmtd_pb2 import (
     GetPrimaryResponse,
     HeartbeatRequest,
     HeartbeatResponse,
+    ManagerTime,
     RegisterRequest,
     RegisterResponse,
     TargetReport,
@@ -183,16 +184,18 @@ class NodeSession:
         self.routing = Routing()
         self.heartbeat_ms = 1000
         self._sequence = 0
+        self._answered = ManagerTime()
         self._kick = asyncio.Event()
 
     async def register(self, *, timeout_s: float = 30.0) -> int:
-        """Register; returns the node id, which stays the same for a uuid. Raises Fs3Error."""
-        sent_ns = self.clock.monotonic_ns()
+        """Register; returns the node id, which stays the same for a uuid. Raises Fs3Error.
+
+        It brings no lease: the first heartbeat does, when the manager has heard how the targets are.
+        """
         response = await self.client.register(self.node, self.disks, timeout_s=timeout_s)
         self.node.node_id = response.node_id
         self.heartbeat_ms = response.heartbeat_ms or self.heartbeat_ms
         self._take(response.routing)
-        self.hooks.on_accepted(sent_ns, response.routing.lease_ms)
         return response.node_id
 
     def _take(self, routing: Routing) -> None:
@@ -219,7 +222,8 @@ class NodeSession:
         warned = False
         while True:
             try:
-                await self._heartbeat()
+                if not await self._heartbeat():
+                    await self._heartbeat()
                 if warned:
                     log.info("the cluster manager answers again")
                 warned = False
@@ -236,7 +240,8 @@ class NodeSession:
             except TimeoutError:
                 pass
 
-    async def _heartbeat(self) -> None:
+    async def _heartbeat(self) -> bool:
+        """Send one; False when the node had to register again, so that another one is due at once."""
         targets, disks = self.hooks.report()
         self._sequence += 1
         sent_ns = self.clock.monotonic_ns()
@@ -247,6 +252,7 @@ class NodeSession:
             targets=targets,
             disks=disks,
             routing_version=self.routing.version,
+            answered=self._answered,
         )
         try:
             response = await self.client.heartbeat(request, timeout_s=max(0.5, 2 * self.heartbeat_ms / 1000))
@@ -255,10 +261,14 @@ class NodeSession:
                 raise
             log.info("registering again: %s", exc.message)
             await self.register(timeout_s=5.0)
-            return
+            return False
         if response.HasField("routing"):
             self._take(response.routing)
-        self.hooks.on_accepted(sent_ns, self.routing.lease_ms)
+        if (response.sent.epoch, response.sent.ns) > (self._answered.epoch, self._answered.ns):
+            self._answered = response.sent
+        if not response.no_lease:
+            self.hooks.on_accepted(sent_ns, self.routing.lease_ms)
+        return True
 
     async def unregister(self, *, timeout_s: float = 3.0) -> None:
         """Say goodbye; a manager that cannot be reached is not waited for longer than `timeout_s`."""

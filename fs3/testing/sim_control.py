@@ -298,8 +298,9 @@ class NodeMachine(Machine):
             status = EngineStatus.FromString(self._engine.status())
         except OSError:
             return 0  # The world has ended it in this moment.
-        offline = LocalState.LOCAL_STATE_OFFLINE
-        usable = any(t.target_id == target_id and t.local_state != offline for t in status.targets)
+        # Neither one that is offline nor one that is still opened serves.
+        serves = (LocalState.LOCAL_STATE_ONLINE, LocalState.LOCAL_STATE_UPTODATE)
+        usable = any(t.target_id == target_id and t.local_state in serves for t in status.targets)
         return self._engine.serves_until_ns if usable else 0
 
     def happened(self, kind: str) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fs3.v1 import routing_pb2 as fs3_dot_v1_dot_routing__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x66s3/v1/mgmtd.proto\x12\x06\x66s3.v1\x1a\x14\x66s3/v1/routing.proto\"J\n\x0fRegisterRequest\x12\x1a\n\x04node\x18\x01 \x01(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x05\x64isks\x18\x02 \x03(\x0b\x32\x0c.fs3.v1.Disk\"o\n\x10RegisterResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12 \n\x07routing\x18\x03 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x14\n\x0cheartbeat_ms\x18\x04 \x01(\r\"\xae\x01\n\x0cTargetReport\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\'\n\x0blocal_state\x18\x02 \x01(\x0e\x32\x12.fs3.v1.LocalState\x12\x15\n\rchain_version\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12resync_done_chunks\x18\x05 \x01(\x04\x12\x1b\n\x13resync_total_chunks\x18\x06 \x01(\x04\"\xa7\x01\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12%\n\x07targets\x18\x04 \x03(\x0b\x32\x14.fs3.v1.TargetReport\x12\x1b\n\x05\x64isks\x18\x05 \x03(\x0b\x32\x0c.fs3.v1.Disk\x12\x17\n\x0frouting_version\x18\x06 \x01(\x04\"N\n\x11HeartbeatResponse\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12 \n\x07routing\x18\x02 \x01(\x0b\x32\x0f.fs3.v1.Routing\",\n\x13WatchRoutingRequest\x12\x15\n\rknown_version\x18\x01 \x01(\x04\"\x13\n\x11GetPrimaryRequest\"H\n\x12GetPrimaryResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncluster_id\x18\x03 \x01(\t\"9\n\x11UnregisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"\x14\n\x12UnregisterResponse2\xdd\x02\n\x05Mgmtd\x12=\n\x08Register\x12\x17.fs3.v1.RegisterRequest\x1a\x18.fs3.v1.RegisterResponse\x12@\n\tHeartbeat\x12\x18.fs3.v1.HeartbeatRequest\x1a\x19.fs3.v1.HeartbeatResponse\x12I\n\x0cWatchRouting\x12\x1b.fs3.v1.WatchRoutingRequest\x1a\x1a.fs3.v1.GetRoutingResponse0\x01\x12\x43\n\nGetPrimary\x12\x19.fs3.v1.GetPrimaryRequest\x1a\x1a.fs3.v1.GetPrimaryResponse\x12\x43\n\nUnregister\x12\x19.fs3.v1.UnregisterRequest\x1a\x1a.fs3.v1.UnregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x66s3/v1/mgmtd.proto\x12\x06\x66s3.v1\x1a\x14\x66s3/v1/routing.proto\"J\n\x0fRegisterRequest\x12\x1a\n\x04node\x18\x01 \x01(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x05\x64isks\x18\x02 \x03(\x0b\x32\x0c.fs3.v1.Disk\"o\n\x10RegisterResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12 \n\x07routing\x18\x03 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x14\n\x0cheartbeat_ms\x18\x04 \x01(\r\"\xae\x01\n\x0cTargetReport\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\'\n\x0blocal_state\x18\x02 \x01(\x0e\x32\x12.fs3.v1.LocalState\x12\x15\n\rchain_version\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12resync_done_chunks\x18\x05 \x01(\x04\x12\x1b\n\x13resync_total_chunks\x18\x06 \x01(\x04\"\xce\x01\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12%\n\x07targets\x18\x04 \x03(\x0b\x32\x14.fs3.v1.TargetReport\x12\x1b\n\x05\x64isks\x18\x05 \x03(\x0b\x32\x0c.fs3.v1.Disk\x12\x17\n\x0frouting_version\x18\x06 \x01(\x04\x12%\n\x08\x61nswered\x18\x07 \x01(\x0b\x32\x13.fs3.v1.ManagerTime\"(\n\x0bManagerTime\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\n\n\x02ns\x18\x02 \x01(\x04\"\x83\x01\n\x11HeartbeatResponse\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12 \n\x07routing\x18\x02 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x10\n\x08no_lease\x18\x03 \x01(\x08\x12!\n\x04sent\x18\x04 \x01(\x0b\x32\x13.fs3.v1.ManagerTime\",\n\x13WatchRoutingRequest\x12\x15\n\rknown_version\x18\x01 \x01(\x04\"\x13\n\x11GetPrimaryRequest\"H\n\x12GetPrimaryResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncluster_id\x18\x03 \x01(\t\"9\n\x11UnregisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"\x14\n\x12UnregisterResponse2\xdd\x02\n\x05Mgmtd\x12=\n\x08Register\x12\x17.fs3.v1.RegisterRequest\x1a\x18.fs3.v1.RegisterResponse\x12@\n\tHeartbeat\x12\x18.fs3.v1.HeartbeatRequest\x1a\x19.fs3.v1.HeartbeatResponse\x12I\n\x0cWatchRouting\x12\x1b.fs3.v1.WatchRoutingRequest\x1a\x1a.fs3.v1.GetRoutingResponse0\x01\x12\x43\n\nGetPrimary\x12\x19.fs3.v1.GetPrimaryRequest\x1a\x1a.fs3.v1.GetPrimaryResponse\x12\x43\n\nUnregister\x12\x19.fs3.v1.UnregisterRequest\x1a\x1a.fs3.v1.UnregisterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,19 +39,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TARGETREPORT']._serialized_start=242
   _globals['_TARGETREPORT']._serialized_end=416
   _globals['_HEARTBEATREQUEST']._serialized_start=419
-  _globals['_HEARTBEATREQUEST']._serialized_end=586
-  _globals['_HEARTBEATRESPONSE']._serialized_start=588
-  _globals['_HEARTBEATRESPONSE']._serialized_end=666
-  _globals['_WATCHROUTINGREQUEST']._serialized_start=668
-  _globals['_WATCHROUTINGREQUEST']._serialized_end=712
-  _globals['_GETPRIMARYREQUEST']._serialized_start=714
-  _globals['_GETPRIMARYREQUEST']._serialized_end=733
-  _globals['_GETPRIMARYRESPONSE']._serialized_start=735
-  _globals['_GETPRIMARYRESPONSE']._serialized_end=807
-  _globals['_UNREGISTERREQUEST']._serialized_start=809
-  _globals['_UNREGISTERREQUEST']._serialized_end=866
-  _globals['_UNREGISTERRESPONSE']._serialized_start=868
-  _globals['_UNREGISTERRESPONSE']._serialized_end=888
-  _globals['_MGMTD']._serialized_start=891
-  _globals['_MGMTD']._serialized_end=1240
+  _globals['_HEARTBEATREQUEST']._serialized_end=625
+  _globals['_MANAGERTIME']._serialized_start=627
+  _globals['_MANAGERTIME']._serialized_end=667
+  _globals['_HEARTBEATRESPONSE']._serialized_start=670
+  _globals['_HEARTBEATRESPONSE']._serialized_end=801
+  _globals['_WATCHROUTINGREQUEST']._serialized_start=803
+  _globals['_WATCHROUTINGREQUEST']._serialized_end=847
+  _globals['_GETPRIMARYREQUEST']._serialized_start=849
+  _globals['_GETPRIMARYREQUEST']._serialized_end=868
+  _globals['_GETPRIMARYRESPONSE']._serialized_start=870
+  _globals['_GETPRIMARYRESPONSE']._serialized_end=942
+  _globals['_UNREGISTERREQUEST']._serialized_start=944
+  _globals['_UNREGISTERREQUEST']._serialized_end=1001
+  _globals['_UNREGISTERRESPONSE']._serialized_start=1003
+  _globals['_UNREGISTERRESPONSE']._serialized_end=1023
+  _globals['_MGMTD']._serialized_start=1026
+  _globals['_MGMTD']._serialized_end=1375
 # @@protoc_insertion_point(module_scope)

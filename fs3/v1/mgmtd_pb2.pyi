@@ -124,6 +124,7 @@ class HeartbeatRequest(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     DISKS_FIELD_NUMBER: _builtins.int
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     incarnation: _builtins.bytes
     sequence: _builtins.int
@@ -136,6 +137,12 @@ class HeartbeatRequest(_message.Message):
     def disks(self) -> _containers.RepeatedCompositeFieldContainer[_routing_pb2.Disk]:
         """free space"""
 
+    @_builtins.property
+    def answered(self) -> Global___ManagerTime:
+        """When the last answer that came was sent: the node was alive after that. Times of arrival do not show it: a heartbeat may be
+        on its way for longer than its sender lives.
+        """
+
     def __init__(
         self,
         *,
@@ -145,14 +152,39 @@ class HeartbeatRequest(_message.Message):
         targets: _abc.Iterable[Global___TargetReport] | None = ...,
         disks: _abc.Iterable[_routing_pb2.Disk] | None = ...,
         routing_version: _builtins.int = ...,
+        answered: Global___ManagerTime | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disks", b"disks", "incarnation", b"incarnation", "node_id", b"node_id", "routing_version", b"routing_version", "sequence", b"sequence", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "disks", b"disks", "incarnation", b"incarnation", "node_id", b"node_id", "routing_version", b"routing_version", "sequence", b"sequence", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class ManagerTime(_message.Message):
+    """A moment on the clock of one primary, known by its epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "ns", b"ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManagerTime: _TypeAlias = ManagerTime  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):
@@ -160,20 +192,30 @@ class HeartbeatResponse(_message.Message):
 
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
+    NO_LEASE_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     routing_version: _builtins.int
+    no_lease: _builtins.bool
+    """The node's lease is not renewed: the manager takes one of its targets, which the routing still shows as serving, for
+    dead, and the report did not clear that up.
+    """
     @_builtins.property
     def routing(self) -> _routing_pb2.Routing:
         """present when newer than the node's"""
 
+    @_builtins.property
+    def sent(self) -> Global___ManagerTime: ...
     def __init__(
         self,
         *,
         routing_version: _builtins.int = ...,
         routing: _routing_pb2.Routing | None = ...,
+        no_lease: _builtins.bool = ...,
+        sent: Global___ManagerTime | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing", "sent", b"sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing", "routing_version", b"routing_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_lease", b"no_lease", "routing", b"routing", "routing_version", b"routing_version", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

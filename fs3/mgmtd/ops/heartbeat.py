@@ -6,7 +6,7 @@ from fs3.core.errors import error
 from fs3.mgmtd.manager import Manager
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import HeartbeatRequest, HeartbeatResponse
-from fs3.v1.routing_pb2 import NodeStatus
+from fs3.v1.routing_pb2 import LocalState, NodeStatus
 
 
 async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatResponse:
@@ -14,7 +14,8 @@ async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatRes
 
     While a decision about the node's targets is on its way to the store, the answer waits for it and carries it: a
     node that was found silent, and is just being taken out of service, must not have its lease renewed on what it
-    knows from before.
+    knows from before. Neither while a target of it is taken for dead and not yet out of service, unless the report says
+    that it is alive (then it stays) or that it is unusable (then it does not serve).
 
     Raises NOT_PRIMARY; STALE_HANDLE when the node is unknown or another incarnation of it has registered (register
     again); SUPERSEDED for a heartbeat that was overtaken by a later one.
@@ -27,7 +28,9 @@ async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatRes
     if request.sequence < live.sequence:
         raise error(Code.CODE_SUPERSEDED, "a later heartbeat has already arrived")
     live.sequence = request.sequence
-    live.heard_ns = manager.clock.monotonic_ns()
+    now_ns = live.heard_ns = manager.clock.monotonic_ns()
+    if request.answered.epoch == manager.epoch:
+        live.lived_ns = max(live.lived_ns, request.answered.ns)
     if record.node.status != NodeStatus.NODE_STATUS_CONNECTED:
         manager.kick()
     own = manager.targets_of(request.node_id)
@@ -38,7 +41,10 @@ async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatRes
         known = manager.records.disks.get(disk.uuid)
         if known is not None and known.disk.node_id == request.node_id:
             manager.free_bytes[disk.uuid] = disk.free_bytes
-    response = HeartbeatResponse(routing_version=manager.routing.version)
+    unusable = {r.target_id for r in request.targets if r.local_state == LocalState.LOCAL_STATE_OFFLINE}
+    no_lease = any(target not in unusable and manager.is_going(target) for target in own)
+    response = HeartbeatResponse(routing_version=manager.routing.version, no_lease=no_lease)
+    response.sent.epoch, response.sent.ns = manager.epoch, now_ns
     if manager.routing.version > request.routing_version:
         response.routing.CopyFrom(manager.routing)
     return response

@@ -39,7 +39,7 @@ def view(local: str) -> TargetView:
         return TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - T)
     kind = {"u": LOCAL_UPTODATE, "o": LOCAL_ONLINE, "d": LOCAL_OFFLINE, "g": LOCAL_OFFLINE}[local]
     changed = NOW if local == "g" else NOW - 2 * T
-    return TargetView(kind, VERSION, heard_ns=NOW - 1, changed_ns=changed, orderly=local == "g")
+    return TargetView(kind, VERSION, heard_ns=NOW - 1, changed_ns=changed, orderly=local == "g", lived_ns=NOW - 1)
 
 
 def show(c: Chain) -> str:
@@ -98,17 +98,18 @@ def test_a_sync_that_ended_under_an_older_chain_version_does_not_count() -> None
     assert show(after) == "1S 2Y"
 
 
-def test_a_serving_target_is_not_dropped_before_a_survivor_was_heard_after_the_death() -> None:
-    survivor = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 100)
+def test_a_serving_target_is_not_dropped_before_a_survivor_is_proved_to_have_lived_after_the_death() -> None:
+    # Heard after the death, by a message that was sent before.
+    survivor = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 10, lived_ns=NOW - 100)
     dead = TargetView(LOCAL_OFFLINE, VERSION, heard_ns=NOW - 50, changed_ns=NOW - 50)
     before = chain("SS")
     assert next_chain(before, {1: dead, 2: survivor}, NOW, T) is before
-    heard = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 49)
+    heard = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 10, lived_ns=NOW - 49)
     assert show(next_chain(before, {1: dead, 2: heard}, NOW, T)) == "2S 1O"
 
 
 def test_targets_that_die_together_but_are_noticed_apart_are_all_last_serving() -> None:
-    views = {i: TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW + i * 300) for i in (1, 2, 3)}
+    views = {i: TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW + i * 300, lived_ns=NOW + i * 300) for i in (1, 2, 3)}
     current = chain("SSS")
     for now in range(NOW, NOW + 2 * T, 50):
         current = next_chain(current, views, now, T)
@@ -124,7 +125,7 @@ def test_silence_while_the_manager_did_not_listen_does_not_count() -> None:
 
 def test_being_excused_is_no_sign_of_life() -> None:
     dead = TargetView(LOCAL_OFFLINE, VERSION, heard_ns=NOW - 50, changed_ns=NOW - 50)
-    excused = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 100, excused_ns=NOW)
+    excused = TargetView(LOCAL_UPTODATE, VERSION, heard_ns=NOW - 100, excused_ns=NOW, lived_ns=NOW - 100)
     before = chain("SS")
     assert next_chain(before, {1: dead, 2: excused}, NOW, T) is before
 

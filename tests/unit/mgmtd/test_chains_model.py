@@ -60,7 +60,7 @@ class Model:
         ids = range(1, replicas + 1)
         self.chain = Chain(chain_id=1, version=1, targets=[ChainTarget(target_id=i, state=chains.SERVING) for i in ids])
         self.nodes = {i: Node(i) for i in ids}
-        self.views = {i: TargetView(chains.LOCAL_UPTODATE, 0, self.now) for i in ids}
+        self.views = {i: TargetView(chains.LOCAL_UPTODATE, 0, self.now, lived_ns=self.now) for i in ids}
         self.acknowledged: set[int] = set()
         self.next_write = 1
         self.lossy = self.rng.choice([0.0, 0.1, 0.3])
@@ -79,6 +79,7 @@ class Model:
             old.heard_ns if heard is None else heard,
             self.now if changed else old.changed_ns,
             orderly if changed else old.orderly,
+            lived_ns=old.lived_ns if heard is None else max(old.lived_ns, heard),
         )
 
     def decide(self) -> None:
@@ -87,7 +88,9 @@ class Model:
     def expire(self) -> None:
         for i, view in self.views.items():
             if self.now - view.heard_ns >= T and view.local != chains.LOCAL_OFFLINE:
-                self.views[i] = TargetView(chains.LOCAL_OFFLINE, 0, view.heard_ns, view.heard_ns + T // 2)
+                self.views[i] = TargetView(
+                    chains.LOCAL_OFFLINE, 0, view.heard_ns, view.heard_ns + T // 2, lived_ns=view.heard_ns
+                )
 
     def fail_something(self) -> None:
         for i, node in self.nodes.items():
@@ -124,6 +127,7 @@ class Model:
                 self.now,
                 self.views[i].changed_ns,
                 self.views[i].orderly,
+                lived_ns=self.now,
             )
             if accepts_report(self.chain, node.local(), version):
                 self.set_local(i, node.local(), version, heard=self.now)

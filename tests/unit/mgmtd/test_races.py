@@ -17,7 +17,7 @@ from fs3.mgmtd.service import MgmtdService
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeSession
 from fs3.testing.virtual_loop import LoopClock, Process, VirtualLoop
 from fs3.testing.virtual_network import VirtualNetwork
-from fs3.v1.mgmtd_pb2 import HeartbeatRequest
+from fs3.v1.mgmtd_pb2 import HeartbeatRequest, ManagerTime
 from fs3.v1.routing_pb2 import Disk, Node, PublicState
 from tests.unit.mgmtd.harness import CLUSTER, TOKEN, config
 
@@ -80,12 +80,13 @@ def run(body: Callable[[World], Awaitable[None]]) -> None:
         world.loop.close()
 
 
-def request(session: NodeSession, sequence: int) -> HeartbeatRequest:
+def request(session: NodeSession, sequence: int, answered: ManagerTime | None = None) -> HeartbeatRequest:
     return HeartbeatRequest(
         node_id=session.node.node_id,
         incarnation=session.node.incarnation,
         sequence=sequence,
         routing_version=session.routing.version,
+        answered=answered,
     )
 
 
@@ -98,10 +99,10 @@ def test_no_lease_is_renewed_on_old_routing_while_the_node_is_being_taken_out_of
         await asyncio.sleep(1)
         loop = asyncio.get_running_loop()
         await client.heartbeat(request(quiet, 1), timeout_s=1)
-        sequence = 0
+        sequence, answered = 0, None
         while not world.manager._in_flight:
             sequence += 1
-            await client.heartbeat(request(loud, sequence), timeout_s=1)
+            answered = (await client.heartbeat(request(loud, sequence, answered), timeout_s=1)).sent
             # From here on the decision to fail the silent node takes a second to become durable.
             world.store.faults.open_s = 0.5 if sequence > LEASE_S - 2 else 0.0
             await asyncio.sleep(0.3 if sequence > LEASE_S - 2 else 1)

@@ -156,6 +156,7 @@ def test_the_lease_counts_from_the_sending_of_a_heartbeat(tmp_path: Path) -> Non
         before_ns = time.monotonic_ns()
         task, stop = await world.start()
         (engine,) = world.engines
+        await until(lambda: engine.serve_until_ns > 0)
         first_ns = engine.serve_until_ns
         assert before_ns < first_ns - LEASE_MS * 500_000 < time.monotonic_ns()
         await until(lambda: engine.serve_until_ns > first_ns)
