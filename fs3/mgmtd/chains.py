@@ -6,8 +6,8 @@ The rules are those of 3FS's table, read in the order of the old states, with th
 - When every serving target died and none continued to serve, all of them are LASTSRV: each holds every
   acknowledged write. One of them serves again when it is back, and the others sync from it. The tail commits
   first, so the one furthest down the chain has shown readers the most: it is waited for, for one lease.
-- A serving target is only dropped when another serving one is proved to have lived after the death. When all die at once,
-  their deaths become known one after another; without this rule the set would shrink to the last one.
+- A serving target is only dropped when another serving one is proved to have lived after the death. When all die at
+  once, their deaths become known one after another; without this rule the set would shrink to the last one.
 """
 
 from __future__ import annotations
