@@ -219,8 +219,16 @@ class _ToldEngine:
         self._engine = engine
         self._told = told
         self.serves_until_ns = 0
+        # As the last status had it.
+        self.usable: frozenset[int] = frozenset()
         self.start = engine.start
-        self.status = engine.status
+
+    def status(self) -> bytes:
+        raw = self._engine.status()
+        serves = (LocalState.LOCAL_STATE_ONLINE, LocalState.LOCAL_STATE_UPTODATE)
+        # Neither one that is offline nor one that is still opened serves.
+        self.usable = frozenset(t.target_id for t in EngineStatus.FromString(raw).targets if t.local_state in serves)
+        return raw
 
     def apply_routing(self, routing: bytes) -> None:
         self._told(routing)
@@ -253,8 +261,9 @@ class NodeMachine(Machine):
         self._clock = LoopClock(around.loop)
         self._engine: _ToldEngine | None = None
         self.node_id = 0
-        # When its process was killed, and when it could serve no more; -1: it has one, or had ended by itself.
+        # When its process was killed, when it could serve no more, and what; -1: it has one, or had ended by itself.
         self.died_ns = self.served_ns = -1
+        self.served: frozenset[int] = frozenset()
 
     def _identity(self, data_dir: str, disks: tuple[str, ...], cluster_id: str) -> NodeIdentity:
         uuid = self.name.encode().ljust(UUID_BYTES, b"\0")
@@ -295,19 +304,17 @@ class NodeMachine(Machine):
         if self.process is None or self._engine is None:
             return 0
         try:
-            status = EngineStatus.FromString(self._engine.status())
+            self._engine.status()
         except OSError:
             return 0  # The world has ended it in this moment.
-        # Neither one that is offline nor one that is still opened serves.
-        serves = (LocalState.LOCAL_STATE_ONLINE, LocalState.LOCAL_STATE_UPTODATE)
-        usable = any(t.target_id == target_id and t.local_state in serves for t in status.targets)
-        return self._engine.serves_until_ns if usable else 0
+        return self._engine.serves_until_ns if target_id in self._engine.usable else 0
 
     def happened(self, kind: str) -> None:
         """Follow what the world did to the node."""
         if kind == "crashed":
             self.died_ns = self.around.loop.now_ns
             self.served_ns = min(self.died_ns, self._engine.serves_until_ns if self._engine is not None else 0)
+            self.served = self._engine.usable if self._engine is not None else frozenset()
             self.crash()
         elif kind == "started":
             self.start()
@@ -388,9 +395,15 @@ class ControlPlane:
         return max(node.serves_until_ns(target_id) for node in self.nodes)
 
     def ended_ns(self, target_id: int) -> tuple[int, int]:
-        """Tell when the process of a target's node was killed, and when it could serve no more; -1: it has one."""
+        """Tell when the process of a target's node was killed, and when the target could serve no more.
+
+        -1: it has a process, or the last one did not let the target serve.
+        """
         node_id = target_id // TARGETS_PER_NODE_MAX
-        return next(((n.died_ns, n.served_ns) for n in self.nodes if n.node_id == node_id), (-1, -1))
+        node = next((n for n in self.nodes if n.node_id == node_id), None)
+        if node is None:
+            return -1, -1
+        return node.died_ns, node.served_ns if target_id in node.served else -1
 
     def settled(self, version: int) -> bool:
         """Tell whether every node and the data clients know that version of the routing."""

@@ -74,6 +74,27 @@ def test_file_data_moves_by_rdma_between_clients_and_storage_and_along_the_chain
     assert used["node", "tcp"] == 0
 
 
+def test_registered_memory_is_written_and_read_in_place(cluster: LocalCluster) -> None:
+    memory = bytearray(random.Random(6).randbytes(8 * MIB))
+    expected = bytes(memory)
+    with (
+        fs3.connect(cluster.url, token=cluster.token, transport="rdma") as fs,
+        fs3.RegisteredMemory(memory) as registered,
+        fs.open("/file", "w+b", buffering=0) as file,
+    ):
+        assert file.pwrite(memory, 0) == len(memory)
+        with pytest.raises(BufferError):
+            memory.clear()
+        memory[:] = bytes(len(memory))
+        with memoryview(memory) as view:
+            assert file.pread_into(view[5 : 5 * MIB], 5) == 5 * MIB - 5
+        assert memory[5 : 5 * MIB] == expected[5 : 5 * MIB]
+        assert not any(memory[:5])
+        assert not any(memory[5 * MIB :])
+        registered.release()
+        memory.clear()
+
+
 def test_tcp_is_used_where_the_client_wants_it(cluster: LocalCluster) -> None:
     with fs3.connect(cluster.url, token=cluster.token, transport="tcp") as fs:
         write(fs, "/file", b"x" * MIB)

@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use fs3_core::{Region, RegionMut};
+use fs3_core::{ForeignMapping, Region, RegionMut};
+use parking_lot::Mutex;
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::prelude::*;
@@ -27,6 +28,41 @@ pub fn readable(object: &Bound<'_, PyAny>) -> PyResult<Region> {
     // SAFETY: the export keeps the memory in place while `owner` lives; that it is not written to meanwhile is the
     // caller's promise (a change on the way is caught by the checksums).
     Ok(unsafe { Region::from_raw(ptr, len, owner) })
+}
+
+/// Memory that RDMA may use in place: reads into it and writes from it are not copied. It is registered with a device when
+/// it is first used there, and stays so until this is released or collected; until then the object cannot be
+/// resized. Without RDMA it does nothing. Thread-safe.
+#[pyclass(frozen, module = "fs3._native")]
+pub struct RegisteredMemory(Mutex<Option<(ForeignMapping, Arc<Pinned>)>>);
+
+#[pymethods]
+impl RegisteredMemory {
+    /// `buffer` is any contiguous, writable bytes-like object: a NumPy array, a tensor's memory, a shared mapping.
+    #[new]
+    fn new(buffer: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (ptr, len, readonly, owner) = pin(buffer)?;
+        if readonly || len == 0 {
+            return Err(PyValueError::new_err("the buffer is read-only or empty; register writable memory"));
+        }
+        // SAFETY: the export keeps the memory in place while `owner` lives, which is dropped after the mapping.
+        let mapping = unsafe { ForeignMapping::new(ptr, len) };
+        Ok(Self(Mutex::new(Some((mapping, owner)))))
+    }
+
+    /// End the registration; operations under way finish first. Harmless twice.
+    fn release(&self) {
+        let _ = self.0.lock().take();
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, _exception: &Bound<'_, pyo3::types::PyTuple>) {
+        self.release();
+    }
 }
 
 /// The memory of any contiguous, writable bytes-like object, to be filled.

@@ -40,6 +40,7 @@ fn crc_blocks<'py>(py: Python<'py>, data: &Bound<'py, PyAny>) -> PyResult<Bound<
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<operation::Operation>()?;
+    module.add_class::<buffer::RegisteredMemory>()?;
     module.add_class::<client::Client>()?;
     module.add_class::<file::File>()?;
     module.add_class::<records::Attr>()?;

@@ -38,6 +38,7 @@ pub const WR_SEND: c_int = 2;
 pub const WR_RDMA_READ: c_int = 4;
 
 pub const SEND_SIGNALED: c_uint = 1 << 1;
+pub const SEND_SOLICITED: c_uint = 1 << 2;
 pub const SEND_INLINE: c_uint = 1 << 3;
 
 pub const PORT_ACTIVE: c_int = 4;

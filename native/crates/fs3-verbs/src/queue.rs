@@ -99,26 +99,28 @@ impl CompletionQueue {
         Ok(n as usize)
     }
 
-    /// Make the descriptor readable at the next completion. Completions from before need another poll after this.
+    /// Make the descriptor readable at the next completion, or (`received_only`) when the next message was received.
+    /// Completions from before need another poll after this.
     ///
     /// # Errors
     /// When the device refuses.
-    pub fn arm(&self) -> Result<()> {
+    pub fn arm(&self, received_only: bool) -> Result<()> {
         // SAFETY: the queue is open.
-        let errno = unsafe { ((*(*self.cq).context).ops.req_notify_cq)(self.cq, 0) };
+        let errno = unsafe { ((*(*self.cq).context).ops.req_notify_cq)(self.cq, i32::from(received_only)) };
         if errno == 0 { Ok(()) } else { Err(failed_with("completions cannot be waited for", errno)) }
     }
 
-    /// Take the events off the descriptor, so that it can become readable again.
-    pub fn drain_events(&self) {
+    /// Take one event off the descriptor. There is at most one for each time the queue was armed. False: none.
+    pub fn take_event(&self) -> bool {
         let (mut cq, mut context) = (null_mut(), null_mut());
         let library = self.device.library;
-        // SAFETY: the channel is open and non-blocking; every event taken is acknowledged at once.
-        unsafe {
-            while (library.ibv_get_cq_event)(self.channel, &raw mut cq, &raw mut context) == 0 {
-                (library.ibv_ack_cq_events)(cq, 1);
-            }
+        // SAFETY: the channel is open and non-blocking.
+        let taken = unsafe { (library.ibv_get_cq_event)(self.channel, &raw mut cq, &raw mut context) } == 0;
+        if taken {
+            // SAFETY: the event was just taken.
+            unsafe { (library.ibv_ack_cq_events)(cq, 1) };
         }
+        taken
     }
 }
 
@@ -447,6 +449,8 @@ fn to_c(request: &WorkRequest<'_>) -> ibv_send_wr {
     wr.num_sge = request.sges.len() as i32;
     wr.send_flags = if request.signalled { ffi::SEND_SIGNALED } else { 0 };
     wr.send_flags |= if request.inline { ffi::SEND_INLINE } else { 0 };
+    // A message is an event at its receiver, also when that waits for messages only.
+    wr.send_flags |= if matches!(request.work, Work::Send) { ffi::SEND_SOLICITED } else { 0 };
     let (opcode, remote) = match request.work {
         Work::Send => (ffi::WR_SEND, None),
         Work::Write(remote) => (ffi::WR_RDMA_WRITE, Some(remote)),

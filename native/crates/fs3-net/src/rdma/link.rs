@@ -32,6 +32,8 @@ pub(crate) struct RdmaLink {
     closed: AtomicBool,
     /// The receiving task has something to look at.
     pub(super) wake: Notify,
+    /// The receiving task waits for messages only: it has to be told of sends.
+    pub(super) untimed: AtomicBool,
     /// Receives that the peer was promised.
     grant: Grant,
 }
@@ -99,6 +101,17 @@ struct Hold {
     outgoing: Option<Outgoing>,
 }
 
+/// What besides messages may happen on a connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// Nothing.
+    Messages,
+    /// Sends that hold memory will be done soon; nobody waits for that.
+    Release,
+    /// Work goes on when something completes.
+    Completions,
+}
+
 /// What the peer may touch for one request.
 #[derive(Default)]
 pub(super) struct Exposed {
@@ -136,6 +149,7 @@ impl RdmaLink {
             state: Mutex::new(state),
             closed: AtomicBool::new(false),
             wake: Notify::new(),
+            untimed: AtomicBool::new(false),
             grant: ready.grant,
         })
     }
@@ -463,6 +477,20 @@ impl RdmaLink {
         Ok(count)
     }
 
+    /// What the receiving task waits for, besides messages.
+    pub(super) fn awaited(&self) -> Awaited {
+        let state = self.state.lock();
+        let reads = !state.reads.is_empty()
+            || state.posted.iter().any(|p| matches!(p.done, Some((BatchKind::Read { .. }, _)) | None));
+        if reads || (state.free == 0 && !state.messages.is_empty()) {
+            Awaited::Completions
+        } else if state.posted.is_empty() {
+            Awaited::Messages
+        } else {
+            Awaited::Release
+        }
+    }
+
     /// The peer has posted receives again.
     pub(super) fn credit(&self, credits: u16) -> Result<()> {
         if credits == 0 {
@@ -553,7 +581,11 @@ impl Link for RdmaLink {
         let sent = self.frame(message).and_then(|batch| {
             let mut state = self.state.lock();
             state.messages.push_back(batch);
-            self.pump(&mut state)
+            self.pump(&mut state)?;
+            if self.untimed.swap(false, Ordering::SeqCst) || (state.free == 0 && !state.messages.is_empty()) {
+                self.wake.notify_one();
+            }
+            Ok(())
         });
         if let Err(error) = sent {
             tracing::warn!("an RDMA connection is ended: {error}");

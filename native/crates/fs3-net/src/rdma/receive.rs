@@ -1,6 +1,6 @@
 //! The receiving task of an RDMA connection.
 
-use super::link::RdmaLink;
+use super::link::{Awaited, RdmaLink};
 use super::memory::Registered;
 use super::nic::{Ready, Received};
 use super::wire::{
@@ -16,11 +16,15 @@ use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 use std::task::Poll;
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// How soon memory of sends that are done is looked for when nothing else happens.
+const RELEASE_INTERVAL: Duration = Duration::from_millis(10);
 /// Looks at the completion queue before waiting for its event; on machines with few cores the other side would
 /// have to wait for this one to stop looking.
 static SPINS: LazyLock<u32> =
@@ -117,7 +121,7 @@ impl<E: Endpoint> Receiver<'_, E> {
         let events = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
         let events = events.map_err(|e| broken(e.into()))?;
         let (mut scratch, mut received, mut read) = (Vec::new(), Vec::new(), Vec::new());
-        let mut idle = 0;
+        let (mut idle, mut unseen_events) = (0, false);
         loop {
             if self.link.is_closed() {
                 return Err(Error::new(Code::Unavailable, "the connection was ended"));
@@ -125,9 +129,12 @@ impl<E: Endpoint> Receiver<'_, E> {
             let mut armed = false;
             let mut count = self.link.collect(&mut scratch, &mut received, &mut read)?;
             if count == 0 && idle >= *SPINS {
+                // An event that came while nobody waited must not be taken for the one that is waited for.
+                while unseen_events && self.link.completions.take_event() {}
+                let received_only = self.link.awaited() != Awaited::Completions;
                 // What completes between the last look and arming makes no event.
-                self.link.completions.arm().map_err(super::unavailable)?;
-                armed = true;
+                self.link.completions.arm(received_only).map_err(super::unavailable)?;
+                (armed, unseen_events) = (true, true);
                 count = self.link.collect(&mut scratch, &mut received, &mut read)?;
             }
             for (index, bytes) in received.drain(..) {
@@ -141,7 +148,7 @@ impl<E: Endpoint> Receiver<'_, E> {
                 idle = 0;
                 tokio::task::yield_now().await;
             } else if armed {
-                self.wait(&events).await?;
+                unseen_events = !self.wait(&events).await?;
                 idle = 0;
             } else {
                 idle += 1;
@@ -150,8 +157,8 @@ impl<E: Endpoint> Receiver<'_, E> {
         }
     }
 
-    /// Wait for anything to happen.
-    async fn wait(&self, events: &AsyncFd<Descriptor>) -> Result<()> {
+    /// Wait for anything to happen. True: the event was taken.
+    async fn wait(&self, events: &AsyncFd<Descriptor>) -> Result<bool> {
         let deadline = self.link.revoke_deadline();
         let revoke = async {
             match deadline {
@@ -159,14 +166,25 @@ impl<E: Endpoint> Receiver<'_, E> {
                 None => std::future::pending().await,
             }
         };
+        // Said before looking, so that a send from now on is either seen or tells.
+        self.link.untimed.store(true, Ordering::SeqCst);
+        let nothing_sent = self.link.awaited() == Awaited::Messages;
+        self.link.untimed.store(nothing_sent, Ordering::SeqCst);
+        let release = async {
+            match nothing_sent {
+                true => std::future::pending().await,
+                // Failures are found here too: they need not be events.
+                false => tokio::time::sleep(RELEASE_INTERVAL).await,
+            }
+        };
         tokio::select! {
             ready = events.readable() => {
                 ready.map_err(|e| Error::new(Code::Unavailable, e.to_string()))?.clear_ready();
-                self.link.completions.drain_events();
-                Ok(())
+                Ok(self.link.completions.take_event())
             }
-            () = self.link.wake.notified() => Ok(()),
-            () = self.endpoint.admit(), if !self.inbox.is_empty() => Ok(()),
+            () = self.link.wake.notified() => Ok(false),
+            () = release => Ok(false),
+            () = self.endpoint.admit(), if !self.inbox.is_empty() => Ok(false),
             error = self.link.socket.ended() => Err(error),
             () = revoke => Err(Error::new(Code::Unavailable, "the peer does not let go of memory")),
         }
