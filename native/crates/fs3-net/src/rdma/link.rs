@@ -313,7 +313,7 @@ impl RdmaLink {
                 let mut sges = Vec::new();
                 let most = (*segment - done).min(self.nic.operation_bytes_max as u32);
                 let taken = take(&mut pieces, most, sges_max, &mut sges);
-                let at = Remote { address: window.at.address + u64::from(done), key: window.at.key };
+                let at = Remote { address: window.at.address.wrapping_add(u64::from(done)), key: window.at.key };
                 requests.push_back(Request { work: Work::Write(at), sges });
                 done += taken;
             }
@@ -360,7 +360,7 @@ impl RdmaLink {
                 let length = (piece.bytes - done).min(self.nic.operation_bytes_max as u32);
                 let local = memory.local();
                 let sges = vec![Sge { addr: local.addr + u64::from(at), length, lkey: local.lkey }];
-                let from = Remote { address: piece.at.address + u64::from(done), key: piece.at.key };
+                let from = Remote { address: piece.at.address.wrapping_add(u64::from(done)), key: piece.at.key };
                 requests.push_back(Request { work: Work::Read(from), sges });
                 (done, at) = (done + length, at + length);
             }
@@ -430,7 +430,11 @@ impl RdmaLink {
             })
             .collect();
         // SAFETY: all memory is held by the batch, the exposure or the reader until the completion or the end.
-        unsafe { pair.post(&requests) }.map_err(super::unavailable)?;
+        if let Err(error) = unsafe { pair.post(&requests) } {
+            // Some may have been posted: they must end before the batch and its memory do.
+            state.pair = None;
+            return Err(super::unavailable(error));
+        }
         state.free -= count as u32;
         let done = last.then(|| (batch.kind, std::mem::take(&mut batch.hold)));
         state.posted.push_back(Posted { id, requests: count as u32, done });
