@@ -76,7 +76,7 @@ def test_a_port_that_is_down_is_not_usable() -> None:
     report = check_until(lambda report: not device(report, "rxe0")["usable"])
     assert not device(report, "rxe0")["usable"]
     assert "ip link set rd0 up" in advice(device(report, "rxe0")["ports"][0]["problems"])
-    assert report["usable"], "the other device still is"
+    assert not report["usable"], "iWARP, the other device, is not used"
 
 
 def test_a_user_without_access_to_a_device_is_told_how_to_get_it() -> None:
