@@ -37,6 +37,8 @@ from fs3.v1.routing_pb2 import PublicState
 LOOK_S: Final = 1.0
 # Garbage is collected at these times and no others: what a collection ends is part of the run.
 COLLECT_S: Final = 60.0
+# What the world counts besides faults and operations.
+NO_FAULTS = {"operations that succeeded", "virtual seconds"}
 # Healing may take so many leases of nodes and of managers, and so many seconds besides.
 HEAL_LEASES: Final = 12
 HEAL_S: Final = 300.0
@@ -313,7 +315,7 @@ class Simulation:
         faults = Counter(self.faults)
         faults.update({k: v for k, v in self.network.counts.items() if k != "control messages"})
         faults["store faults"] += self.kv_faults.injected
-        faults.update(statistics)
+        faults.update({k: v for k, v in statistics.items() if k not in NO_FAULTS})
         report.faults = dict(sorted(faults.items()))
         trace = (self.network.trace * 0x100000001B3 ^ self.world.trace_hash() ^ self.checks.decisions) & (2**64 - 1)
         report.trace_hash = f"{trace:016x}"
