@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
-from google.protobuf.message import Message
 
 from fs3.cli.output import human_bytes, json_option, print_json
 from fs3.cli.target import directory_argument
 from fs3.core.errors import Fs3Error, error
-from fs3.rpc.client import Peers
 from fs3.testing.cluster import LocalCluster
-from fs3.v1.frame_pb2 import Code, Method, Role
+from fs3.testing.storage_status import ask_storage, engine_statuses
+from fs3.v1.frame_pb2 import Code, Method
 from fs3.v1.routing_pb2 import LocalState, Routing
-from fs3.v1.storage_pb2 import EngineStatus, ScrubRequest, ScrubResponse, StatusRequest
+from fs3.v1.storage_pb2 import EngineStatus, ScrubRequest, ScrubResponse
 
-M = TypeVar("M", bound=Message)
-
-CALL_S: Final = 2.0
 POLL_S: Final = 0.2
-
-
-def _storage_addresses(routing: Routing) -> dict[int, str]:
-    return {n.node_id: f"{n.host}:{n.frame_port}" for n in routing.nodes if n.role == "storage" and n.frame_port}
-
-
-def ask_storage(
-    cluster: LocalCluster, routing: Routing, method: int, request: Message, response_class: type[M]
-) -> dict[int, M | Fs3Error]:
-    """Ask every storage node at the same time; its answer, or why there is none, by node id."""
-
-    async def ask() -> dict[int, M | Fs3Error]:
-        peers = Peers(role=Role.ROLE_CLIENT, cluster_id=cluster.cluster_id, token=cluster.token)
-
-        async def one(address: str) -> M | Fs3Error:
-            try:
-                response, _ = await peers.call(address, method, request, response_class, CALL_S)
-            except Fs3Error as e:
-                return e
-            return response
-
-        addresses = _storage_addresses(routing)
-        try:
-            answers = await asyncio.gather(*(one(address) for address in addresses.values()))
-        finally:
-            await peers.close()
-        return dict(zip(addresses, answers, strict=True))
-
-    return asyncio.run(ask())
-
-
-def engine_statuses(cluster: LocalCluster, routing: Routing) -> dict[int, EngineStatus | Fs3Error]:
-    """What every storage node says of itself, by node id."""
-    return ask_storage(cluster, routing, Method.METHOD_STORAGE_STATUS, StatusRequest(), EngineStatus)
 
 
 def describe_storage(statuses: Mapping[int, EngineStatus | Fs3Error]) -> list[dict[str, Any]]:

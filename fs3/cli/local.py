@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from fs3.cli.health import describe_storage, engine_statuses, is_sound, storage_lines
+from fs3.cli.health import describe_storage, is_sound, storage_lines
 from fs3.cli.output import human_bytes, json_option, print_json, print_table
 from fs3.cli.target import DEFAULT_DIRECTORY, directory_argument
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.testing.cluster import ClusterSpec, LocalCluster
+from fs3.testing.storage_status import engine_statuses
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import NodeStatus, PublicState, Routing
 

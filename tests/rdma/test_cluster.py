@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import pytest
 
 import fs3
-from fs3.cli.health import describe_storage, engine_statuses
+from fs3.cli.health import describe_storage
 from fs3.client import FileSystem
 from fs3.core.errors import Fs3Error
 from fs3.testing.cluster import LocalCluster
 from fs3.testing.process import wait_until
 from fs3.testing.replicas import compare_replicas
+from fs3.testing.storage_status import engine_statuses
 from tests.cluster.conftest import cluster, make_cluster
 from tests.cluster.test_kill_cycles import wait_for_progress
 from tests.cluster.writers import Writer
@@ -79,9 +80,9 @@ def test_registered_memory_is_written_and_read_in_place(cluster: LocalCluster) -
     expected = bytes(memory)
     with (
         fs3.connect(cluster.url, token=cluster.token, transport="rdma") as fs,
-        fs3.RegisteredMemory(memory) as registered,
         fs.open("/file", "w+b", buffering=0) as file,
     ):
+        registered = fs3.RegisteredMemory(memory)
         assert file.pwrite(memory, 0) == len(memory)
         with pytest.raises(BufferError):
             memory.clear()

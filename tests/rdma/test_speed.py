@@ -26,9 +26,9 @@ def passes(cluster: LocalCluster, transport: str, work: str) -> tuple[float, flo
     rates, cpu_s = [], 0.0
     with (
         fs3.connect(cluster.url, token=cluster.token, transport=transport) as fs,
-        fs3.RegisteredMemory(memory),
         fs.open("/file", "w+b", buffering=0) as file,
     ):
+        registered = fs3.RegisteredMemory(memory)
         file.pwrite(memory, 0)
         for _ in range(PASSES):
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
@@ -38,6 +38,7 @@ def passes(cluster: LocalCluster, transport: str, work: str) -> tuple[float, flo
                 assert file.pwrite(memory, 0) == FILE_BYTES
             cpu_s += time.process_time() - began_cpu_s
             rates.append(FILE_BYTES / (time.perf_counter() - began_s))
+        registered.release()
     return statistics.median(rates), cpu_s / PASSES / (FILE_BYTES / (1 << 30))
 
 

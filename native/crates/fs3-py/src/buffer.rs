@@ -54,15 +54,6 @@ impl RegisteredMemory {
     fn release(&self) {
         let _ = self.0.lock().take();
     }
-
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
-    }
-
-    #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, _exception: &Bound<'_, pyo3::types::PyTuple>) {
-        self.release();
-    }
 }
 
 /// The memory of any contiguous, writable bytes-like object, to be filled.
