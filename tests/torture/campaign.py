@@ -108,7 +108,7 @@ class Report:
             ("refused to clients", self.refused),
             ("failed writes that took effect late", self.late),
             ("comparisons of everything, chunks", f"{self.comparisons}, {self.chunks_compared}"),
-            ("lost or wrong", len(self.lost)),
+            ("lost or wrong", "; ".join(self.lost) or 0),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -22,6 +22,7 @@ use crate::io::{DIRTY_AGE_MAX, Io};
 use crate::mount::MountOptions;
 use crate::readahead::Stream;
 use crate::tables::Recent;
+use crate::told::{Teller, Told};
 
 /// How often one operation may find its file closed early. A handle is closed early at most once, so it is a bug beyond.
 const EARLY_CLOSES_MAX: usize = 8;
@@ -44,8 +45,8 @@ pub(crate) struct Handle {
     /// Writes go to the end of the file whatever position the kernel names.
     pub to_end: bool,
     pub stream: Mutex<Stream>,
-    /// How many failures of background writes were told through this handle.
-    pub errors_seen: AtomicU64,
+    /// Failures of background writes that were told through this handle.
+    pub told: Told,
     /// Closed early once already and used again: its descriptor is shared, so parking does not pay.
     reopened: std::sync::atomic::AtomicBool,
 }
@@ -277,7 +278,7 @@ impl Core {
             inode.add_writer(file.clone());
         }
         let handle = Handle {
-            errors_seen: AtomicU64::new(inode.errors()),
+            told: inode.told(),
             inode,
             file: Mutex::new(Some(file)),
             write: flags.write,
@@ -401,7 +402,7 @@ impl Core {
             }
             Some(_) => inode.publish(None, false).await,
         };
-        match inode.new_error(&handle.errors_seen) {
+        match inode.new_error(&handle.told, Teller::Close) {
             Some(error) => Err(error),
             None => published.map(drop),
         }

@@ -11,6 +11,7 @@ use crate::buffers::LARGE;
 use crate::core::{Core, Handle, errno};
 use crate::inode::{Accepted, Place};
 use crate::readahead::{BLOCK, Plan};
+use crate::told::Teller;
 
 /// A write that found no memory is given up after this long.
 const WRITE_WAIT_MAX: Duration = Duration::from_secs(120);
@@ -135,7 +136,7 @@ impl Core {
 
     /// Write and answer. Buffered data is accepted at once; only when memory is short does the caller wait.
     pub fn write(self: &Arc<Self>, handle: Arc<Handle>, offset: u64, data: &[u8], reply: ReplyWrite) {
-        if let Some(error) = handle.inode.new_error(&handle.errors_seen) {
+        if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
             return reply.error(errno(&error));
         }
         let place = if handle.to_end { Place::End } else { Place::At(offset) };
@@ -177,7 +178,7 @@ impl Core {
         }
         if handle.direct {
             handle.inode.flush(&self.io).await;
-            if let Some(error) = handle.inode.new_error(&handle.errors_seen) {
+            if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
                 return Err(error);
             }
             if handle.sync {
@@ -191,7 +192,7 @@ impl Core {
     pub async fn fsync(&self, handle: &Arc<Handle>) -> Result<()> {
         let inode = &handle.inode;
         inode.flush(&self.io).await;
-        if let Some(error) = inode.new_error(&handle.errors_seen) {
+        if let Some(error) = inode.new_error(&handle.told, Teller::Sync) {
             return Err(error);
         }
         self.with_file(handle, |file| async move {

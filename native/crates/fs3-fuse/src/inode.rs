@@ -3,7 +3,6 @@
 //! Order of locks: `publishing`, then `state`, then `blocks`; the two plain locks are never held across an await.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use fs3_client::{Attr, Code, Error, Result};
@@ -14,6 +13,7 @@ use crate::blocks::Blocks;
 use crate::event::Event;
 use crate::gather::{Gather, Piece};
 use crate::io::{FileIo, Io};
+use crate::told::{Teller, Told};
 
 /// An inode with open handles.
 pub(crate) struct Inode<F> {
@@ -272,15 +272,15 @@ impl<F: FileIo> Inode<F> {
         result.map(Some)
     }
 
-    /// The failure of a background write that the holder of `seen` has not been told, if any. Told once.
-    pub fn new_error(&self, seen: &AtomicU64) -> Option<Error> {
+    /// The failure of a background write that `teller` has not told through the handle of `told`, if any.
+    pub fn new_error(&self, told: &Told, teller: Teller) -> Option<Error> {
         let state = self.state.lock();
-        (seen.swap(state.errors, Ordering::Relaxed) < state.errors).then(|| state.error.clone()).flatten()
+        if told.tell(teller, state.errors) { state.error.clone() } else { None }
     }
 
-    /// How many failures there were, for the `seen` of a new handle.
-    pub fn errors(&self) -> u64 {
-        self.state.lock().errors
+    /// What a new handle has been told: earlier failures have nothing to do with it.
+    pub fn told(&self) -> Told {
+        Told::new(self.state.lock().errors)
     }
 
     /// Attributes of the service, with what this mount has accepted but not published put on top.

@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fs3_client::{Attr, Code, Error, Region, RegionMut, Result};
@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use crate::attrs::Version;
 use crate::inode::{Accepted, Inode, Place};
 use crate::io::{FileIo, Io};
+use crate::told::Teller;
 
 /// A file in memory whose writes wait for permits, fail on demand and are counted.
 struct Fake {
@@ -168,14 +169,29 @@ async fn appends_go_behind_what_is_still_pending() {
 #[tokio::test]
 async fn a_failed_write_is_told_once_to_every_handle_that_was_open() {
     let (io, inode, file) = setup(10);
-    let (first, second) = (AtomicU64::new(inode.errors()), AtomicU64::new(inode.errors()));
+    let (first, second) = (inode.told(), inode.told());
     file.failing.store(true, Ordering::Relaxed);
     put(&inode, &io, Place::At(0), b"lost");
     inode.flush(&io).await;
-    assert_eq!(inode.new_error(&first).map(|e| e.code), Some(Code::NoSpace));
-    assert!(inode.new_error(&first).is_none());
-    assert_eq!(inode.new_error(&second).map(|e| e.code), Some(Code::NoSpace));
-    assert!(inode.new_error(&AtomicU64::new(inode.errors())).is_none(), "a later handle has nothing to do with it");
+    assert_eq!(inode.new_error(&first, Teller::Sync).map(|e| e.code), Some(Code::NoSpace));
+    for teller in [Teller::Write, Teller::Close, Teller::Sync] {
+        assert!(inode.new_error(&first, teller).is_none(), "{teller:?}");
+    }
+    assert_eq!(inode.new_error(&second, Teller::Sync).map(|e| e.code), Some(Code::NoSpace));
+    assert!(inode.new_error(&inode.told(), Teller::Sync).is_none(), "a later handle has nothing to do with it");
+}
+
+#[tokio::test]
+async fn a_failure_that_a_write_or_a_close_told_is_told_by_the_sync_after_it() {
+    let (io, inode, file) = setup(10);
+    let told = inode.told();
+    file.failing.store(true, Ordering::Relaxed);
+    put(&inode, &io, Place::At(0), b"lost");
+    inode.flush(&io).await;
+    for teller in [Teller::Write, Teller::Close, Teller::Sync] {
+        assert_eq!(inode.new_error(&told, teller).map(|e| e.code), Some(Code::NoSpace), "{teller:?}");
+        assert!(inode.new_error(&told, teller).is_none(), "{teller:?} once");
+    }
 }
 
 #[tokio::test]

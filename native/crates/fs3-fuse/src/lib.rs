@@ -25,5 +25,6 @@ mod mount;
 mod names;
 mod readahead;
 mod tables;
+mod told;
 
 pub use mount::{MountHandle, MountOptions, mount};

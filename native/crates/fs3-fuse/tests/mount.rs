@@ -3,7 +3,7 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -424,6 +424,30 @@ fn a_failed_background_write_is_told_by_close_or_sync_once() {
     file.sync_all().unwrap();
     drop(file);
     assert_eq!(fs::read(bed.path("f")).unwrap(), b"kept");
+}
+
+#[test]
+fn a_failure_that_a_short_write_or_a_closed_copy_swallowed_is_told_by_sync() {
+    let Some(bed) = Bed::new() else { return };
+    for copied in [false, true] {
+        let file = open_rw(&bed.path("f"));
+        *bed.cluster.state.write_error.lock() = Some(Code::NoSpace);
+        file.write_all_at(b"lost", 0).unwrap();
+        if copied {
+            let copy = file.try_clone().unwrap().into_raw_fd();
+            // SAFETY: the descriptor is nobody else's.
+            assert_eq!(unsafe { libc::close(copy) }, -1);
+            assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::ENOSPC));
+        } else {
+            // Written by two requests; the failure may meet the second, and the caller then sees a short write.
+            let two_pages = [7; 8000];
+            let fails = || file.write_at(&two_pages, 2000).map_or(true, |n| n < two_pages.len());
+            bed.eventually("a write tells of the failure", |_| fails());
+        }
+        *bed.cluster.state.write_error.lock() = None;
+        assert_eq!(file.sync_all().unwrap_err().raw_os_error(), Some(libc::ENOSPC), "copied: {copied}");
+        file.sync_all().unwrap();
+    }
 }
 
 #[test]
