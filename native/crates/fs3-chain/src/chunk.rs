@@ -28,6 +28,8 @@ pub(crate) struct Op {
     pub fetched: bool,
     /// Begun under an earlier chain version or life: a replica that has left since may have shown it.
     pub carried_over: bool,
+    /// Forwarded only when it has been prepared here.
+    pub held_back: bool,
 }
 
 /// The local half of an update.

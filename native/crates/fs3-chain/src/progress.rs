@@ -52,6 +52,10 @@ impl Replica {
             Err(code) if is_definite(code) => op.local = Local::Failed(code),
             Err(code) => return self.fail(chunk, code, out),
         }
+        let refused = matches!(op.local, Local::Failed(code) if is_definite(code));
+        if op.held_back && !refused {
+            self.open_legs(chunk, false, out);
+        }
         self.advance(now_ns, chunk, view, out);
     }
 
@@ -286,7 +290,7 @@ impl Replica {
     }
 
     /// Whether this is the only serving replica.
-    fn is_alone(&self) -> bool {
+    pub(crate) fn is_alone(&self) -> bool {
         self.is_serving_head() && self.routing.successors.iter().all(|s| s.syncing)
     }
 

@@ -297,12 +297,17 @@ impl Replica {
             rewrites: 0,
             fetched: false,
             carried_over: false,
+            // Once a syncing successor may have it, the only serving replica could not refuse it any more.
+            held_back: local && self.is_alone(),
         };
+        let held_back = op.held_back;
         if local {
             out.push(Effect::Prepare { op: op.id, chunk: request.chunk, version, content: op.content() });
         }
         self.chunks.entry(request.chunk).or_default().active = Some(op);
-        self.open_legs(request.chunk, false, out);
+        if !held_back {
+            self.open_legs(request.chunk, false, out);
+        }
         self.advance(now_ns, request.chunk, view, out);
     }
 
@@ -332,6 +337,7 @@ impl Replica {
             rewrites: 0,
             fetched: false,
             carried_over: false,
+            held_back: false,
         };
         out.push(Effect::Repair { op: op.id, chunk: request.chunk });
         self.chunks.entry(request.chunk).or_default().active = Some(op);
@@ -410,6 +416,7 @@ impl Replica {
     /// Begin forwarding to the successors of now. `uncertain`: they may have seen this update before.
     pub(crate) fn open_legs(&mut self, chunk_id: ChunkId, uncertain: bool, out: &mut Vec<Effect>) {
         let Some(op) = self.chunks.get_mut(&chunk_id).and_then(|c| c.active.as_mut()) else { return };
+        op.held_back = false;
         // Attempts are numbered through an update's whole life, so that an answer to an older chain's is ignored.
         let attempt = op.legs.iter().map(|l| l.attempt).max().unwrap_or(0) + 1;
         let wanted = self.routing.successors.iter().filter(|s| op.resync_to.is_none_or(|to| to == s.target));

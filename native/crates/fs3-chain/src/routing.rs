@@ -101,6 +101,7 @@ impl Replica {
                 rewrites: 0,
                 fetched: false,
                 carried_over: true,
+                held_back: false,
             };
             self.next_op += 1;
             out.push(Effect::Commit { op: op.id, chunk: id, version });

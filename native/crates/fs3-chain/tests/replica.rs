@@ -254,6 +254,18 @@ fn a_definite_refusal_aborts_and_is_told_to_the_client() {
 }
 
 #[test]
+fn the_only_serving_replica_can_refuse_because_syncing_ones_get_only_what_it_has_prepared() {
+    let mut rig = Rig::with_chunk(place(1, true, &[(2, true)]), 4);
+    assert!(matches!(rig.write(1)[..], [Effect::Prepare { .. }]));
+    let effects = rig.step(Event::Prepared { op: 1, chunk: CHUNK, result: Err(Code::NoSpace) });
+    assert_eq!(replies(&effects), [Err(Code::NoSpace)]);
+    assert!(matches!(rig.write(2)[..], [Effect::Prepare { .. }]), "it goes on serving");
+    assert!(matches!(rig.prepared(2, 5)[..], [Effect::Forward { to: TargetId(2), attempt: 1, version: 5, .. }]));
+    rig.acked(2, 1, Ok(outcome(5)));
+    assert_eq!(replies(&rig.committed(2, 5, 1)), [Ok(outcome(5))]);
+}
+
+#[test]
 fn a_replica_that_cannot_prepare_what_its_successor_has_goes_offline() {
     let mut rig = Rig::with_chunk(place(1, true, &[(2, false)]), 4);
     rig.write(1);
@@ -266,12 +278,13 @@ fn a_replica_that_cannot_prepare_what_its_successor_has_goes_offline() {
 #[test]
 fn a_syncing_successor_gets_whole_chunks_until_it_is_known_to_be_equal() {
     let mut rig = Rig::with_chunk(place(1, true, &[(2, true)]), 4);
-    assert!(is_forward(&rig.write(1)[1], 5, Content::Whole));
+    rig.write(1);
     assert_eq!(rig.replica.read_admission(rig.now, CHUNK, 1), ReadAdmission::Serve, "it is not read");
-    rig.prepared(1, 5);
+    assert!(is_forward(&rig.prepared(1, 5)[0], 5, Content::Whole));
     rig.acked(1, 1, Ok(outcome(5)));
     rig.committed(1, 5, 1);
-    assert!(is_forward(&rig.write(2)[1], 6, Content::Update));
+    rig.write(2);
+    assert!(is_forward(&rig.prepared(2, 6)[0], 6, Content::Update));
 }
 
 #[test]
@@ -372,9 +385,9 @@ fn a_head_with_a_rotten_base_takes_the_chunk_from_its_successor_and_the_only_rep
     rig.write(1);
     let refused =
         Event::Forwarded { op: 1, chunk: CHUNK, to: TargetId(3), attempt: 1, result: Err(Code::ChecksumMismatch) };
+    rig.step(Event::Prepared { op: 1, chunk: CHUNK, result: Err(Code::ChecksumMismatch) });
     rig.step(refused);
-    rig.acked(1, 1, Ok(outcome(5)));
-    let effects = rig.step(Event::Prepared { op: 1, chunk: CHUNK, result: Err(Code::ChecksumMismatch) });
+    let effects = rig.acked(1, 1, Ok(outcome(5)));
     assert_eq!(effects, [Effect::Prepare { op: 1, chunk: CHUNK, version: 5, content: fetched }]);
     assert_eq!(rig.prepared(1, 5), [Effect::Commit { op: 1, chunk: CHUNK, version: 5 }]);
     assert!(!rig.replica.is_synced(TargetId(3), CHUNK));

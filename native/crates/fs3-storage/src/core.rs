@@ -21,8 +21,9 @@ use crate::routing::RoutingState;
 use crate::target::Target;
 use crate::upkeep::{DiskState, Upkeep};
 
-/// How often a target may come back in one process after it gave up.
-const LIVES_MAX: u32 = 16;
+/// How long a target that gave up stays away the first time; twice as long each time that follows soon.
+const LIFE_PAUSE_MIN: Duration = Duration::from_millis(10);
+const LIFE_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// How long the disk work of a target that gave up may take to end.
 const CHANGES_PATIENCE: Duration = Duration::from_secs(60);
 /// How often that is looked at.
@@ -237,15 +238,13 @@ impl Core {
         if former.store.failed().is_some() || former.upkeep.disk.error().is_some() {
             return;
         }
-        if former.lives >= LIVES_MAX {
-            tracing::error!(target_id = former.id, "the target gave up too often and stays offline; check its disk");
-            return;
-        }
+        // What it gave up for may not have passed: a full disk, say.
+        fs3_rt::sleep(LIFE_PAUSE_MIN.saturating_mul(1 << former.setbacks().min(16)).min(LIFE_PAUSE_MAX)).await;
         let _turn = self.applying.lock();
         let current = matches!(self.targets.read().get(&former.id), Some(Slot::Open(t)) if Arc::ptr_eq(t, &former));
         if current {
             let next = former.next_life();
-            tracing::warn!(target_id = next.id, life = next.lives, "the target comes back");
+            tracing::warn!(target_id = next.id, "the target comes back");
             self.enter(next);
         }
     }

@@ -21,6 +21,9 @@ use crate::resync::Progress;
 use crate::upkeep::Upkeep;
 use crate::view::StoreView;
 
+/// A life that was at least this long owes nothing to what ended the one before.
+const LIFE_EXPECTED: Duration = Duration::from_secs(600);
+
 /// A target whose store is open. Thread-safe.
 pub(crate) struct Target {
     pub id: u64,
@@ -28,8 +31,9 @@ pub(crate) struct Target {
     pub store: Arc<TargetStore>,
     pub core: Arc<Core>,
     pub upkeep: Arc<Upkeep>,
-    /// Number of this life of the target within the process, from 1.
-    pub lives: u32,
+    /// How many lives of the target ended early, one after the other, before this one.
+    setbacks: u32,
+    began: Instant,
     machine: Mutex<Machine>,
     pub life: Mutex<Life>,
     /// Held by every task that changes the store.
@@ -68,7 +72,7 @@ impl Target {
         upkeep: Arc<Upkeep>,
         ready: bool,
     ) -> Arc<Self> {
-        Self::begin(id, chain_id, store, core, upkeep, 1, Life { ready, ..Life::default() })
+        Self::begin(id, chain_id, store, core, upkeep, 0, Life { ready, ..Life::default() })
     }
 
     fn begin(
@@ -77,7 +81,7 @@ impl Target {
         store: Arc<TargetStore>,
         core: Arc<Core>,
         upkeep: Arc<Upkeep>,
-        lives: u32,
+        setbacks: u32,
         life: Life,
     ) -> Arc<Self> {
         let machine = Machine {
@@ -88,7 +92,7 @@ impl Target {
             next_request: 1,
         };
         let (machine, life, changing) = (Mutex::new(machine), Mutex::new(life), Arc::default());
-        Arc::new(Self { id, chain_id, store, core, upkeep, lives, machine, life, changing })
+        Arc::new(Self { id, chain_id, store, core, upkeep, setbacks, began: Instant::now(), machine, life, changing })
     }
 
     /// The target after it gave up: it takes part again once the manager has seen that, like after a restart of the
@@ -96,7 +100,12 @@ impl Target {
     pub fn next_life(&self) -> Arc<Self> {
         let life = Life { former_error: self.life.lock().error.clone(), ..Life::default() };
         let (store, core, upkeep) = (self.store.clone(), self.core.clone(), self.upkeep.clone());
-        Self::begin(self.id, self.chain_id, store, core, upkeep, self.lives + 1, life)
+        Self::begin(self.id, self.chain_id, store, core, upkeep, self.setbacks() + 1, life)
+    }
+
+    /// How many lives have ended early, one after the other, when this one ends now.
+    pub fn setbacks(&self) -> u32 {
+        if self.began.elapsed() < LIFE_EXPECTED { self.setbacks } else { 0 }
     }
 
     /// Whether disk work of this life is still going on.
