@@ -12,7 +12,7 @@ use prost::Message;
 use tokio::sync::SemaphorePermit;
 
 use crate::inner::Inner;
-use crate::latency::Size;
+use crate::latency::Load;
 use crate::read::{Source, Unit, choose_other};
 
 /// Reads of more bytes are not hedged: their time is that of moving the bytes.
@@ -44,13 +44,12 @@ async fn exchange(
     for unit in units {
         windows.push(unit.window(inner).await);
     }
-    let each = bytes / units.len();
     let started = Instant::now();
     let mut first = Box::pin(ask(inner.clone(), Question::new(sources, units.iter(), windows), deadline));
     tokio::select! {
         biased;
         answer = &mut first => return Ok(accept(inner, sources, units, answer?).await),
-        () = fs3_rt::sleep(inner.latencies.hedge_after(Size::of(each))) => {}
+        () = fs3_rt::sleep(inner.latencies.hedge_after(Load::of(bytes, units.len()))) => {}
     }
     let Some((questions, _budget)) = other_questions(inner, sources, units, bytes) else {
         return Ok(accept(inner, sources, units, first.await?).await);
@@ -70,7 +69,7 @@ async fn exchange(
     };
     // The memory of the first try comes back before anything is put there.
     drop(first);
-    inner.latencies.unanswered(sources[0].disk, each, started.elapsed(), Instant::now());
+    inner.latencies.unanswered(sources[0].disk, Load::of(bytes, units.len()), started.elapsed(), Instant::now());
     inner.counters.read_hedges_won.fetch_add(1, Ordering::Relaxed);
     for Part { at, window, got } in parts {
         units[at].place(window, got, false).await;
@@ -106,7 +105,7 @@ impl Question {
 async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result<Answer> {
     let Question { source, ops, windows } = question;
     let (count, started) = (ops.len(), Instant::now());
-    let bytes = windows.iter().map(|window| window.len()).sum::<usize>() / count;
+    let load = Load::of(windows.iter().map(|window| window.len()).sum(), count);
     let until = deadline.min(started + inner.config.read_attempt_timeout);
     let view = inner.view();
     let address = view.address(source.node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
@@ -115,7 +114,7 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
         inner.wire.transfer(address, Method::StorageRead, ReadRequest { ops, repair: false }, Vec::new(), sink, until);
     let reply = call.await.inspect_err(|error| {
         if error.code == Code::Timeout {
-            inner.latencies.unanswered(source.disk, bytes, started.elapsed(), Instant::now());
+            inner.latencies.unanswered(source.disk, load, started.elapsed(), Instant::now());
         }
     })?;
     let ReadResponse { results, routing_version } = decode(reply.body)?;
@@ -124,7 +123,7 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
     }
     if results.iter().all(|result| result.code == 0) {
         let now = Instant::now();
-        inner.latencies.answered(source.disk, bytes, now - started, now);
+        inner.latencies.answered(source.disk, load, now - started, now);
     }
     Ok(Answer { results, windows: reply.windows, lengths: reply.lengths, routing_version })
 }

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 /// Operations of up to this many bytes are small.
 const SMALL_BYTES_MAX: usize = 64 << 10;
-/// Latencies of operations over this many bytes are scaled down to it.
+/// Latencies of requests for more bytes in large operations are scaled down to it.
 const LARGE_BYTES: usize = 1 << 20;
 /// A disk is slow when its latency is over this many times the median of all disks, and over the margin.
 const SLOW_FACTOR: f64 = 3.0;
@@ -54,6 +54,23 @@ impl Size {
     /// Of an operation of `bytes` bytes.
     pub fn of(bytes: usize) -> Self {
         if bytes <= SMALL_BYTES_MAX { Self::Small } else { Self::Large }
+    }
+}
+
+/// What one request asks of a disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    size: Size,
+    /// Its time in times of a request of the usual size.
+    scale: f64,
+}
+
+impl Load {
+    /// Of a request for `bytes` bytes in `operations` operations.
+    pub fn of(bytes: usize, operations: usize) -> Self {
+        let size = Size::of(bytes / operations.max(1));
+        let scale = if size == Size::Large { (bytes as f64 / LARGE_BYTES as f64).max(1.0) } else { 1.0 };
+        Self { size, scale }
     }
 }
 
@@ -123,21 +140,20 @@ impl Estimate {
 }
 
 impl Latencies {
-    /// A read of `bytes` bytes per operation was answered by `disk` after `latency`.
-    pub fn answered(&self, disk: u64, bytes: usize, latency: Duration, now: Instant) {
+    /// A request was answered by `disk` after `latency`.
+    pub fn answered(&self, disk: u64, load: Load, latency: Duration, now: Instant) {
         let mut state = self.state.lock();
         state.owed = (state.owed - HEDGE_SHARE).max(0.0);
-        self.learn(&mut state, disk, bytes, latency, now);
+        self.learn(&mut state, disk, load, latency, now);
     }
 
     /// `disk` had not answered after `latency`, when nobody waited any longer: it would have taken more.
-    pub fn unanswered(&self, disk: u64, bytes: usize, latency: Duration, now: Instant) {
-        self.learn(&mut self.state.lock(), disk, bytes, latency * 2, now);
+    pub fn unanswered(&self, disk: u64, load: Load, latency: Duration, now: Instant) {
+        self.learn(&mut self.state.lock(), disk, load, latency * 2, now);
     }
 
-    fn learn(&self, state: &mut State, disk: u64, bytes: usize, latency: Duration, now: Instant) {
-        let scale = (LARGE_BYTES as f64 / bytes.max(1) as f64).min(1.0);
-        state.sizes[Size::of(bytes) as usize].learn(disk, latency.as_micros() as f64 * scale, now);
+    fn learn(&self, state: &mut State, disk: u64, load: Load, latency: Duration, now: Instant) {
+        state.sizes[load.size as usize].learn(disk, latency.as_micros() as f64 / load.scale, now);
         self.any_slow.store(state.sizes.iter().any(|disks| disks.slow > 0), Ordering::Release);
     }
 
@@ -166,12 +182,12 @@ impl Latencies {
     }
 
     /// How long to wait for an answer before a second replica is asked: longer than nearly all answers take.
-    pub fn hedge_after(&self, size: Size) -> Duration {
-        let usual = self.state.lock().sizes[size as usize].usual;
+    pub fn hedge_after(&self, load: Load) -> Duration {
+        let usual = self.state.lock().sizes[load.size as usize].usual;
         if usual.samples < HEDGE_SAMPLES_MIN {
-            return HEDGE_AFTER_UNKNOWN;
+            return HEDGE_AFTER_UNKNOWN.mul_f64(load.scale);
         }
-        let after = usual.mean + 4.0 * usual.deviation;
+        let after = (usual.mean + 4.0 * usual.deviation) * load.scale;
         Duration::from_micros(after.clamp(*HEDGE_AFTER_US.start(), *HEDGE_AFTER_US.end()) as u64)
     }
 
@@ -228,9 +244,9 @@ mod tests {
     fn known(third: Duration, now: Instant) -> Latencies {
         let latencies = Latencies::default();
         for _ in 0..10 {
-            latencies.answered(1, 4096, MS / 10, now);
-            latencies.answered(2, 4096, MS / 5, now);
-            latencies.answered(3, 4096, third, now);
+            latencies.answered(1, Load::of(4096, 1), MS / 10, now);
+            latencies.answered(2, Load::of(4096, 1), MS / 5, now);
+            latencies.answered(3, Load::of(4096, 1), third, now);
         }
         latencies
     }
@@ -255,7 +271,7 @@ mod tests {
     fn one_stall_makes_no_disk_slow() {
         let now = Instant::now();
         let latencies = known(MS / 10, now);
-        latencies.answered(3, 4096, 500 * MS, now);
+        latencies.answered(3, Load::of(4096, 1), 500 * MS, now);
         assert!(!latencies.is_slow(3, Size::Small));
     }
 
@@ -263,7 +279,7 @@ mod tests {
     fn disks_that_are_all_slow_are_used() {
         let (now, latencies) = (Instant::now(), Latencies::default());
         for disk in [1, 2, 3, 1, 2, 3, 1, 2, 3] {
-            latencies.answered(disk, 4096, 20 * MS, now);
+            latencies.answered(disk, Load::of(4096, 1), 20 * MS, now);
         }
         assert!((1..=3).all(|disk| !latencies.avoid(disk, Size::Small, now)));
     }
@@ -273,7 +289,7 @@ mod tests {
         let now = Instant::now();
         let latencies = known(MS / 10, now);
         for _ in 0..20 {
-            latencies.unanswered(3, 4096, 3 * MS, now);
+            latencies.unanswered(3, Load::of(4096, 1), 3 * MS, now);
         }
         assert!(latencies.is_slow(3, Size::Small));
     }
@@ -287,7 +303,7 @@ mod tests {
             now += PROBE_AFTER / 50;
             if !latencies.avoid(3, Size::Small, now) {
                 probes += 1;
-                latencies.answered(3, 4096, MS / 5, now);
+                latencies.answered(3, Load::of(4096, 1), MS / 5, now);
             }
             assert!(probes < 10, "the disk was never found well");
         }
@@ -309,13 +325,14 @@ mod tests {
     #[test]
     fn a_read_is_hedged_after_nearly_all_answers_would_have_come() {
         let (now, latencies) = (Instant::now(), Latencies::default());
-        assert_eq!(latencies.hedge_after(Size::Small), HEDGE_AFTER_UNKNOWN);
+        assert_eq!(latencies.hedge_after(Load::of(4096, 1)), HEDGE_AFTER_UNKNOWN);
         for latency in [4, 6].repeat(50) {
-            latencies.answered(1, 4096, latency * MS, now);
+            latencies.answered(1, Load::of(4096, 1), latency * MS, now);
         }
-        let after = latencies.hedge_after(Size::Small);
+        let after = latencies.hedge_after(Load::of(4096, 1));
         assert!((7 * MS..12 * MS).contains(&after), "{after:?}");
-        assert_eq!(latencies.hedge_after(Size::Large), HEDGE_AFTER_UNKNOWN);
+        assert_eq!(latencies.hedge_after(Load::of(1 << 20, 256)), after, "small operations are done side by side");
+        assert_eq!(latencies.hedge_after(Load::of(LARGE_BYTES, 1)), HEDGE_AFTER_UNKNOWN);
     }
 
     #[test]
@@ -323,7 +340,7 @@ mod tests {
         let (now, latencies) = (Instant::now(), Latencies::default());
         let mut hedges = 0;
         for _ in 0..1000 {
-            latencies.answered(1, 4096, MS, now);
+            latencies.answered(1, Load::of(4096, 1), MS, now);
             hedges += u32::from(latencies.may_hedge());
         }
         assert!((50..=60).contains(&hedges), "{hedges}");
@@ -333,8 +350,8 @@ mod tests {
     fn large_latencies_count_per_mebibyte() {
         let (now, latencies) = (Instant::now(), Latencies::default());
         for _ in 0..10 {
-            latencies.answered(1, 1 << 20, 3 * MS, now);
-            latencies.answered(2, 16 << 20, 48 * MS, now);
+            latencies.answered(1, Load::of(1 << 20, 1), 3 * MS, now);
+            latencies.answered(2, Load::of(16 << 20, 4), 48 * MS, now);
         }
         assert!(!latencies.is_slow(2, Size::Large));
     }

@@ -18,9 +18,12 @@ use crate::plan::{Blocks, Piece, pieces};
 use crate::routing::{ChainView, Replica, RoutingView, spread};
 use crate::{OpenFile, ReadOp};
 
-/// Limits of one request: chunks, and bytes unless it is a single chunk.
+/// Chunks of one request.
 const BATCH_OPS_MAX: usize = 256;
-const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Bytes of one request, unless it is a single chunk: as many as leave some requests per disk, so that the disk and the
+/// network work at the same time. Large requests spare their fixed costs; larger ones would not be hedged.
+const BATCH_BYTES: std::ops::RangeInclusive<usize> = (1 << 20)..=(4 << 20);
+const BATCHES_PER_DISK: usize = 4;
 
 /// One piece of one operation until it is read.
 pub(crate) struct Unit {
@@ -136,33 +139,56 @@ struct Batch {
 /// A unit that failed, at a source or for want of one.
 type Failed = (Option<Source>, Unit, Error);
 
-/// Units that are read from the same disk go together: a slow one delays no others. Those that nobody serves now come back on their own.
+/// Units that are read from the same disk go together: a slow one delays no others. Those that nobody serves now come
+/// back on their own.
 fn batch(inner: &Inner, units: Vec<Unit>) -> (Vec<Batch>, Vec<Failed>) {
     let view = inner.view();
-    let (mut done, mut homeless) = (Vec::new(), Vec::new());
+    let mut homeless = Vec::new();
     // Few disks: a list is faster than a map.
-    let mut open: Vec<Batch> = Vec::new();
+    let mut disks: Vec<Batch> = Vec::new();
     for unit in units {
         let Some(source) = choose(inner, &view, &unit) else {
             homeless.push((None, unit, Error::new(Code::NotServing, "no replica of the chunk serves now")));
             continue;
         };
-        let at = open.iter().position(|batch| batch.sources[0].disk == source.disk);
+        let at = disks.iter().position(|batch| batch.sources[0].disk == source.disk);
         let at = at.unwrap_or_else(|| {
-            open.push(Batch::default());
-            open.len() - 1
+            disks.push(Batch::default());
+            disks.len() - 1
         });
-        let bytes = unit.blocks.len as usize;
-        let batch = &mut open[at];
-        if !batch.units.is_empty() && (batch.units.len() >= BATCH_OPS_MAX || batch.bytes + bytes > BATCH_BYTES_MAX) {
-            done.push(std::mem::take(batch));
-        }
-        batch.bytes += bytes;
-        batch.sources.push(source);
-        batch.units.push(unit);
+        disks[at].push(source, unit);
     }
-    done.append(&mut open);
-    (done, homeless)
+    (disks.into_iter().flat_map(Batch::split).collect(), homeless)
+}
+
+impl Batch {
+    fn push(&mut self, source: Source, unit: Unit) {
+        self.bytes += unit.blocks.len as usize;
+        self.sources.push(source);
+        self.units.push(unit);
+    }
+
+    /// What goes to one disk, as requests of a good size.
+    fn split(self) -> Vec<Self> {
+        let bytes_max = (self.bytes / BATCHES_PER_DISK).clamp(*BATCH_BYTES.start(), *BATCH_BYTES.end());
+        if self.bytes <= bytes_max && self.units.len() <= BATCH_OPS_MAX {
+            return vec![self];
+        }
+        let mut batches: Vec<Self> = Vec::new();
+        for (source, unit) in self.sources.into_iter().zip(self.units) {
+            let bytes = unit.blocks.len as usize;
+            match batches.last_mut() {
+                Some(last) if last.units.len() < BATCH_OPS_MAX && last.bytes + bytes <= bytes_max => {
+                    last.push(source, unit);
+                }
+                _ => {
+                    batches.push(Self::default());
+                    batches.last_mut().expect("just pushed").push(source, unit);
+                }
+            }
+        }
+        batches
+    }
 }
 
 /// The replica to read from: the preferred one by the chunk's hash, else the next that has not failed and is not slow.

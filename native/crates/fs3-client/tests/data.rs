@@ -123,7 +123,9 @@ async fn many_reads_come_back_in_order_with_few_requests() {
         assert!(buf[..] == data[*at..*at + 300], "at {at}");
     }
     let reads = cluster.state.log.lock().reads.clone();
-    assert!(reads.len() <= 6, "200 small reads took {} requests", reads.len());
+    // On a busy machine some are asked of a second replica, which may be that of several disks.
+    let hedged = 3 * client.stats().read_hedges as usize;
+    assert!(reads.len() <= 6 + hedged, "200 small reads took {} requests", reads.len());
     // All nodes take part, and not only with the heads of their chains; a chunk always has the same replica.
     let targets = cluster.state.log.lock().read_targets.clone();
     assert!(targets.len() > common::CHAINS as usize && targets.len() <= 8, "{targets:?}");

@@ -137,6 +137,8 @@ impl Peer {
     /// A connection to use now; `None` when another one should be opened first.
     fn pick(&self, connections_max: usize) -> Option<Connection> {
         let best = self.least_loaded()?;
+        // One queue pair moves all that a link can; several TCP connections use several cores for copying.
+        let connections_max = if best.rdma_device().is_some() { 1 } else { connections_max };
         let state = self.state.lock();
         let full = state.connections.len() >= connections_max || state.failure.is_some();
         (full || best.in_flight() == 0).then_some(best)

@@ -23,7 +23,7 @@ use crate::upkeep::{DiskState, Upkeep};
 
 /// How long a target that gave up stays away the first time; twice as long each time that follows soon.
 const LIFE_PAUSE_MIN: Duration = Duration::from_millis(10);
-const LIFE_PAUSE_MAX: Duration = Duration::from_secs(30);
+const LIFE_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How long the disk work of a target that gave up may take to end.
 const CHANGES_PATIENCE: Duration = Duration::from_secs(60);
 /// How often that is looked at.

@@ -20,6 +20,9 @@ use tokio::sync::Notify;
 
 /// How long a peer may take to say that it does not write to revoked memory any more.
 const REVOKE_TIMEOUT: Duration = Duration::from_millis(250);
+/// Bytes of RDMA READs under way, as long as there is one: more than any link has on its way, and few enough that what
+/// came first goes to the disk while the rest comes.
+const READING_BYTES_MAX: u64 = 4 << 20;
 /// Marks work requests of the send queue among completions; receives have their index.
 const SEND_QUEUE: u64 = 1 << 63;
 
@@ -50,6 +53,8 @@ struct State {
     next_id: u64,
     messages: VecDeque<Batch>,
     reads: VecDeque<Batch>,
+    /// Bytes of RDMA READs under way.
+    reading_bytes: u64,
     /// In the order in which they complete.
     posted: VecDeque<Posted>,
     /// Requests of this side that are not answered, and what the peer may touch for them.
@@ -76,7 +81,7 @@ struct Batch {
 enum BatchKind {
     Frame { request_id: u64 },
     Control,
-    Read { key: u64 },
+    Read { key: u64, bytes: u64 },
 }
 
 struct Request {
@@ -135,6 +140,7 @@ impl RdmaLink {
             next_id: 0,
             messages: VecDeque::new(),
             reads: VecDeque::new(),
+            reading_bytes: 0,
             posted: VecDeque::new(),
             exposed: HashMap::new(),
             revoking: VecDeque::new(),
@@ -366,22 +372,25 @@ impl RdmaLink {
             }
         }
         let hold = Hold { registered: vec![memory.clone()], ..Hold::default() };
+        let kind = BatchKind::Read { key, bytes: u64::from(at) };
         let mut state = self.state.lock();
-        state.reads.push_back(Batch { requests, hold, kind: BatchKind::Read { key }, started: false });
+        state.reads.push_back(Batch { requests, hold, kind, started: false });
         self.pump(&mut state)
     }
 
     /// Post what can be posted.
     fn pump(&self, state: &mut MutexGuard<'_, State>) -> Result<()> {
         while state.pair.is_some() && state.free > 0 {
-            let credits = state.credits;
+            let (credits, reading_bytes) = (state.credits, state.reading_bytes);
             // The last credit is for giving credits, so that two sides that wait for some cannot both wait for good.
             let may_start = |batch: &Batch| match batch.kind {
-                BatchKind::Read { .. } => true,
+                BatchKind::Read { bytes, .. } => {
+                    batch.started || reading_bytes == 0 || reading_bytes + bytes <= READING_BYTES_MAX
+                }
                 BatchKind::Control => batch.started || credits >= 1,
                 BatchKind::Frame { .. } => batch.started || credits >= 2,
             };
-            let from_reads = state.reads.front().is_some();
+            let from_reads = state.reads.front().is_some_and(may_start);
             let queue = if from_reads { &mut state.reads } else { &mut state.messages };
             if !queue.front().is_some_and(may_start) {
                 return Ok(());
@@ -402,6 +411,9 @@ impl RdmaLink {
         let count = batch.requests.len().min(state.free as usize);
         let last = count == batch.requests.len();
         let is_message = !matches!(batch.kind, BatchKind::Read { .. });
+        if let (BatchKind::Read { bytes, .. }, false) = (batch.kind, batch.started) {
+            state.reading_bytes += bytes;
+        }
         if is_message && !batch.started {
             state.credits -= 1;
             if let Some(slot) = batch.hold.outgoing.as_ref().and_then(|o| o.landing.as_ref()) {
@@ -469,7 +481,8 @@ impl RdmaLink {
                 let posted = state.posted.pop_front().expect("there is a front");
                 state.free += posted.requests;
                 if let Some((kind, hold)) = posted.done {
-                    if let BatchKind::Read { key } = kind {
+                    if let BatchKind::Read { key, bytes } = kind {
+                        state.reading_bytes -= bytes;
                         read.push(key);
                     }
                     freed.push(hold);
