@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fs3.client import AsyncFileSystem, FileSystem, RegisteredMemory, connect, connect_async
+    from fs3.client import AsyncFileSystem, FileSystem, RdmaOptions, RegisteredMemory, connect, connect_async
 
-__all__ = ["AsyncFileSystem", "FileSystem", "RegisteredMemory", "__version__", "connect", "connect_async"]
+__all__ = [
+    "AsyncFileSystem",
+    "FileSystem",
+    "RdmaOptions",
+    "RegisteredMemory",
+    "__version__",
+    "connect",
+    "connect_async",
+]
 
 __version__ = "0.1.0"
 

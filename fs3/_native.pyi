@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar, final
 
 from typing_extensions import Buffer
 
+from fs3.core.config import RdmaOptions
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -156,6 +158,7 @@ class Client:
         write_channels: int = 64,
         connections_per_peer: int = 2,
         transport: str = "auto",
+        rdma: RdmaOptions | None = None,
         description: str = ...,
     ) -> Operation[Client]: ...
     @property
@@ -261,6 +264,7 @@ class Mount:
         readahead_bytes: int = ...,
         op_timeout_s: float = 30.0,
         transport: str = "auto",
+        rdma: RdmaOptions | None = None,
     ) -> Mount: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
     def unmount(self) -> None: ...

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fs3.cli.target import cluster_options, default_target
+from fs3.core.config import parse_rdma
 from fs3.fuse import mount, parse_options, umount
 
 
@@ -19,18 +20,27 @@ from fs3.fuse import mount, parse_options, umount
 @click.option("--foreground", is_flag=True, help="Serve in this process until it is unmounted or gets SIGTERM.")
 @click.option("--log-file", type=click.Path(dir_okay=False), help="Where the daemon writes its log.")
 @click.option("--pid-file", type=click.Path(dir_okay=False), help="Where the daemon writes who it is.")
+@click.option("--rdma", multiple=True, metavar="KEY=VALUE", help="How RDMA is used; may be repeated.")
 @cluster_options
 def mount_command(
-    mountpoint: str, options: str, foreground: bool, log_file: str | None, pid_file: str | None, **where: Any
+    mountpoint: str,
+    options: str,
+    foreground: bool,
+    log_file: str | None,
+    pid_file: str | None,
+    rdma: tuple[str, ...],
+    **where: Any,
 ) -> int:
     """Mount a cluster on the directory MOUNTPOINT.
 
     Returns when the mount answers; the daemon goes on in the background. Options: ro, allow_other, threads,
-    max_memory_bytes, attr_timeout_s, entry_timeout_s, readahead_bytes, op_timeout_s, transport.
+    max_memory_bytes, attr_timeout_s, entry_timeout_s, readahead_bytes, op_timeout_s, transport. Keys of --rdma:
+    devices, gid_index, service_level, traffic_class, pkey_index, mtu, ack_timeout, retry_count, registered_bytes_max.
     """
     target = default_target(where["url"], where["cluster"], where["token_file"])
     files = {"log_file": log_file, "pid_file": pid_file}
-    given = {name: str(Path(path).absolute()) for name, path in files.items() if path}
+    given: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in files.items() if path}
+    given["rdma"] = parse_rdma(rdma)
     parsed = parse_options(options, **given)
     return mount(target.url, mountpoint, token=target.token, options=parsed, foreground=foreground)
 

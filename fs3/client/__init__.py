@@ -4,6 +4,7 @@ from fs3.client.aio import AsyncFile, AsyncFileSystem, connect_async
 from fs3.client.file import RawFile
 from fs3.client.filesystem import FileSystem, connect
 from fs3.client.records import DirEntry
+from fs3.core.config import RdmaOptions
 from fs3.native import RegisteredMemory
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DirEntry",
     "FileSystem",
     "RawFile",
+    "RdmaOptions",
     "RegisteredMemory",
     "connect",
     "connect_async",

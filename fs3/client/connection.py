@@ -11,6 +11,7 @@ from typing import Any
 from fs3 import native
 from fs3.client.paths import StrPath, current_umask, to_service
 from fs3.client.url import ClusterUrl, find_token, parse_url
+from fs3.core.config import RdmaOptions
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
 
@@ -20,7 +21,7 @@ class ConnectOptions:
     """Everything needed to connect, again if need be. Immutable.
 
     ``uid``, ``gid``, ``groups``: who the calls are made as. ``timeout_s``: how long one operation may take in all,
-    retries included. ``limits``: further keyword arguments of ``native.Client.connect``.
+    retries included. ``rdma``: how RDMA is used. ``limits``: further keyword arguments of ``native.Client.connect``.
     """
 
     url: ClusterUrl
@@ -32,6 +33,7 @@ class ConnectOptions:
     umask: int
     timeout_s: float
     description: str
+    rdma: RdmaOptions
     limits: dict[str, Any]
 
     @property
@@ -50,6 +52,7 @@ class ConnectOptions:
             groups=self.groups,
             op_timeout_s=self.timeout_s,
             description=self.description,
+            rdma=self.rdma,
             **self.limits,
         )
 
@@ -65,10 +68,13 @@ def connect_options(
     umask: int | None = None,
     timeout_s: float = 30.0,
     description: str | None = None,
+    rdma: RdmaOptions | None = None,
     **limits: Any,
 ) -> ConnectOptions:
     """Parse the URL, find the token, and fill in this process' user, groups and umask."""
     parsed = parse_url(url)
+    if rdma is not None and not isinstance(rdma, RdmaOptions):
+        raise error(Code.CODE_INVALID_ARGUMENT, f"rdma must be an fs3.RdmaOptions, not {rdma!r}")
     return ConnectOptions(
         url=parsed,
         token=find_token(parsed, token),
@@ -79,6 +85,7 @@ def connect_options(
         umask=current_umask() if umask is None else umask,
         timeout_s=timeout_s,
         description=_description() if description is None else description,
+        rdma=rdma or RdmaOptions(),
         limits=limits,
     )
 

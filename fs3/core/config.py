@@ -1,7 +1,7 @@
 """Configuration of the services: frozen dataclasses from a TOML file, then overrides.
 
 Unknown keys fail naming the key, the file and the nearest valid key; types are checked. A key that ends in
-`_bytes` or `_bytes_per_s` takes a number or a size such as "64MiB".
+`_bytes`, `_bytes_max` or `_bytes_per_s` takes a number or a size such as "64MiB".
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from fs3.v1.frame_pb2 import Code
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TRANSPORTS = ("auto", "tcp", "rdma")
+RDMA_MTU_BYTES = (256, 512, 1024, 2048, 4096)
+# Less has no room for the buffers of a few connections.
+REGISTERED_BYTES_MIN = 64 << 20
 CHUNK_BYTES_MIN = 64 << 10
 CHUNK_BYTES_MAX = 64 << 20
 
@@ -34,6 +37,61 @@ def _at_least(config: object, **minima: int) -> None:
     for key, minimum in minima.items():
         if getattr(config, key) < minimum:
             raise _invalid(f"{key} must be at least {minimum}, not {getattr(config, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RdmaOptions:
+    """How RDMA is used by a client, a mount or a storage service. The defaults are right for most networks.
+
+    `devices` may be given as any sequence of names. Raises INVALID_ARGUMENT for values out of their range.
+    """
+
+    devices: tuple[str, ...] = ()
+    """Names of the devices to use; empty: all."""
+    gid_index: int | None = None
+    """Index of the own address (GID) of a port, 0..255; None: the one that reaches furthest."""
+    service_level: int = 0
+    """InfiniBand service level, 0..15."""
+    traffic_class: int = 0
+    """Traffic class, 0..255; RoCE v2 has DSCP in its upper six bits and ECN in the lower two."""
+    pkey_index: int = 0
+    """Index of the partition key in the port's table, 0..65535."""
+    mtu: int = 4096
+    """Largest path MTU in bytes: 256, 512, 1024, 2048 or 4096; the port's when that is smaller."""
+    ack_timeout: int = 14
+    """A packet that is not acknowledged within 4.096 us * 2**ack_timeout is sent again; 0..31, 0: never."""
+    retry_count: int = 7
+    """How often it is sent again before the connection ends, 0..7."""
+    registered_bytes_max: int = 16 << 30
+    """Most memory that is registered with one device, in bytes, at least 64 MiB."""
+
+    def __post_init__(self) -> None:
+        devices: object = self.devices
+        if not isinstance(devices, Sequence) or isinstance(devices, str) or not all(_is_name(d) for d in devices):
+            raise _invalid(f"devices must be a list of names of RDMA devices, not {devices!r}")
+        object.__setattr__(self, "devices", tuple(devices))
+        if self.gid_index is not None:
+            _within(self, gid_index=255)
+        _within(self, service_level=15, traffic_class=255, pkey_index=65535, ack_timeout=31, retry_count=7)
+        if self.mtu not in RDMA_MTU_BYTES:
+            raise _invalid(f"mtu must be one of {', '.join(map(str, RDMA_MTU_BYTES))} bytes, not {self.mtu!r}")
+        if not _is_int(self.registered_bytes_max) or self.registered_bytes_max < REGISTERED_BYTES_MIN:
+            raise _invalid(f"registered_bytes_max must be at least 64MiB, not {self.registered_bytes_max!r}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _within(options: RdmaOptions, **maxima: int) -> None:
+    for key, maximum in maxima.items():
+        value = getattr(options, key)
+        if not _is_int(value) or not 0 <= value <= maximum:
+            raise _invalid(f"{key} must be a whole number in 0..{maximum}, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +220,8 @@ class StorageConfig(ServiceConfig):
     """Bytes that are sent in a second at most to bring replicas of other nodes up to date; 0: no limit."""
     transport: str = "auto"
     """How clients and other storage nodes may reach it, and it them: auto (RDMA where both have it), tcp or rdma."""
+    rdma: RdmaOptions = RdmaOptions()
+    """The table [rdma]: how RDMA is used."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,20 +264,42 @@ def load(
     for key, given in (overrides or {}).items():
         if given is not None:
             values[key] = (given, "the command line")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    made: dict[str, Any] = {}
-    for key, (value, origin) in values.items():
-        if key not in fields:
-            raise _invalid(f"unknown key {key!r} in {origin}{_nearest(key, fields)}")
-        made[key] = _convert(key, value, hints[key], origin)
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in made:
-            raise _invalid(f"{name} is missing{f' in {path}' if path else ''}; set it")
+    made = _converted(cls, values)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in made:
+            raise _invalid(f"{field.name} is missing{f' in {path}' if path else ''}; set it")
     try:
         return cls(**made)
     except Fs3Error as exc:
         raise _invalid(f"{path}: {exc.message}" if path else exc.message) from None
+
+
+def parse_rdma(settings: Sequence[str]) -> RdmaOptions:
+    """Make the options that `settings`, each "key=value" as for :func:`load`, change from the defaults.
+
+    Raises INVALID_ARGUMENT with one line that says what is allowed.
+    """
+    return _rdma_options(dict(map(_parse_setting, settings)), "--rdma")
+
+
+def _rdma_options(values: Mapping[str, object], origin: str) -> RdmaOptions:
+    made = _converted(RdmaOptions, {key: (value, origin) for key, value in values.items()})
+    try:
+        return RdmaOptions(**made)
+    except Fs3Error as exc:
+        raise _invalid(f"{origin}: {exc.message}") from None
+
+
+def _converted(cls: type[Any], values: Mapping[str, tuple[object, str]]) -> dict[str, Any]:
+    """Convert (value, origin) by key to the types of `cls`. Raises INVALID_ARGUMENT for unknown keys."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    made: dict[str, Any] = {}
+    for key, (value, origin) in values.items():
+        if key not in fields:
+            raise _invalid(f"unknown key {key!r} in {origin}{_nearest(key, fields)}")
+        made[key] = _convert(key, value, fields[key], origin)
+    return made
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, object]:
@@ -249,7 +331,15 @@ def _nearest(key: str, known: Mapping[str, object]) -> str:
 
 
 def _convert(key: str, value: object, kind: Any, origin: str) -> object:
-    if kind is int and isinstance(value, str) and key.endswith(("_bytes", "_bytes_per_s")):
+    if kind is RdmaOptions:
+        if isinstance(value, RdmaOptions):
+            return value
+        if not isinstance(value, Mapping):
+            raise _invalid(f"{key} in {origin} must be a table, not {value!r}")
+        return _rdma_options(value, f"[{key}] of {origin}")
+    if kind == int | None:
+        kind = int
+    if kind is int and isinstance(value, str) and key.endswith(("_bytes", "_bytes_per_s", "_bytes_max")):
         try:
             return parse_bytes(value)
         except Fs3Error as exc:

@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fs3.client import url as client_url
-from fs3.core.config import LOG_LEVELS, TRANSPORTS
+from fs3.core.config import LOG_LEVELS, TRANSPORTS, RdmaOptions
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
@@ -53,6 +53,8 @@ class MountOptions:
     """How long one operation may take, retries included, before it fails."""
     transport: str = "auto"
     """How storage is reached: auto (RDMA where both ends have it, else TCP), tcp or rdma."""
+    rdma: RdmaOptions = field(default_factory=RdmaOptions)
+    """How RDMA is used."""
     cluster_id: str = ""
     """Refuse any other cluster; empty: take the one that answers."""
     log_file: str = ""
@@ -80,7 +82,7 @@ class MountOptions:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MountOptions:
         """Options by name. Raises INVALID_ARGUMENT for an unknown name, with the nearest valid one."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
                 close = difflib.get_close_matches(key, [*names, *_ALIASES], n=1)
@@ -98,6 +100,8 @@ def _value(name: str, text: str | None, kind: str) -> Any:
         raise _invalid(f"mount option {name} is a switch: write {name} or {name}=0, not {name}={text}")
     if text is None or text == "":
         raise _invalid(f"mount option {name} needs a value: {name}=...")
+    if kind == "RdmaOptions":
+        raise _invalid(f"{name} is no option of -o: write --rdma key=value, for example --rdma devices=mlx5_0")
     if name.endswith("_bytes"):
         return parse_bytes(text)
     try:
@@ -111,7 +115,7 @@ def parse_options(text: str, **given: Any) -> MountOptions:
 
     Raises INVALID_ARGUMENT naming the option.
     """
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(MountOptions)}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(MountOptions)}
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = item.partition("=")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fs3.core.config import RdmaOptions
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import start_ticks
 from fs3.fuse.options import MountOptions
@@ -39,7 +40,8 @@ class Parameters:
     def from_json(cls, text: str) -> Parameters:
         """The reverse of :meth:`to_json`."""
         data = json.loads(text)
-        return cls(**{**data, "options": MountOptions(**data["options"])})
+        options = {**data["options"], "rdma": RdmaOptions(**data["options"]["rdma"])}
+        return cls(**{**data, "options": MountOptions(**options)})
 
 
 def _start(parameters: Parameters) -> Any:
@@ -68,6 +70,7 @@ def _start(parameters: Parameters) -> Any:
         readahead_bytes=options.readahead_bytes,
         op_timeout_s=options.op_timeout_s,
         transport=options.transport,
+        rdma=options.rdma,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from fs3.core.config import StorageConfig
@@ -55,6 +56,7 @@ def engine_config(
             "scrub_interval_s": config.scrub_interval_s,
             "resync_bytes_per_s": config.resync_bytes_per_s,
             "transport": config.transport,
+            "rdma": asdict(config.rdma),
         }
     )
 

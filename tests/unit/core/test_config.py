@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fs3.core.config import MetaConfig, MgmtdConfig, StorageConfig, load
+from fs3.core.config import MetaConfig, MgmtdConfig, RdmaOptions, StorageConfig, load, parse_rdma
 from fs3.core.errors import Fs3Error
 
 
@@ -90,3 +90,60 @@ def test_the_token_comes_from_the_value_the_file_or_the_environment(
     file.write_text("\n")
     with pytest.raises(Fs3Error, match="is empty"):
         load(MgmtdConfig, None, {**base, "token_file": str(file)}).secret()
+
+
+STORAGE = 'cluster_id = "c"\nmgmtd = ["a:1"]\ndata_dir = "/d"\ndisks = ["/d/1"]\n'
+
+
+def test_the_table_rdma_of_a_storage_service_changes_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "storage.toml"
+    path.write_text(STORAGE + '[rdma]\ndevices = ["mlx5_0"]\ngid_index = 3\nregistered_bytes_max = "1GiB"\n')
+    assert load(StorageConfig, path).rdma == RdmaOptions(devices=("mlx5_0",), gid_index=3, registered_bytes_max=1 << 30)
+    path.write_text(STORAGE)
+    assert load(StorageConfig, path).rdma == RdmaOptions()
+    assert load(StorageConfig, path, settings=["rdma={mtu = 1024}"]).rdma == RdmaOptions(mtu=1024)
+
+
+def test_rdma_settings_of_a_command_line_change_what_they_name() -> None:
+    assert parse_rdma([]) == RdmaOptions()
+    assert parse_rdma(["devices=mlx5_0,mlx5_1", "traffic_class=106"]) == RdmaOptions(
+        devices=("mlx5_0", "mlx5_1"), traffic_class=106
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("mtu=9000", "mtu must be one of 256, 512, 1024, 2048, 4096 bytes, not 9000"),
+        ("gid_index=256", "gid_index must be a whole number in 0..255"),
+        ("gid_index=first", "gid_index in --rdma must be a whole number"),
+        ("service_level=16", "0..15"),
+        ("traffic_class=-1", "0..255"),
+        ("pkey_index=65536", "0..65535"),
+        ("ack_timeout=32", "0..31"),
+        ("retry_count=8", "0..7"),
+        ("registered_bytes_max=1MiB", "at least 64MiB"),
+        ("devices=3", "a list of strings"),
+        ("mut=1024", "did you mean 'mtu'?"),
+        ("mtu", "write key=value"),
+    ],
+)
+def test_wrong_rdma_settings_are_refused_with_what_is_allowed(tmp_path: Path, setting: str, part: str) -> None:
+    with pytest.raises(Fs3Error) as found:
+        parse_rdma([setting])
+    assert part in found.value.message
+    assert "\n" not in found.value.message
+    path = tmp_path / "storage.toml"
+    key, _, value = setting.partition("=")
+    if value.lstrip("-").isdigit():
+        path.write_text(f"{STORAGE}[rdma]\n{key} = {value}\n")
+        message = refused(StorageConfig, path)
+        assert part in message
+        assert str(path) in message
+
+
+def test_rdma_options_of_a_program_are_checked_too() -> None:
+    assert RdmaOptions(devices=["a", "b"]).devices == ("a", "b")  # type: ignore[arg-type]
+    for wrong in ({"devices": "mlx5_0"}, {"devices": [""]}, {"mtu": "4096"}, {"retry_count": True}):
+        with pytest.raises(Fs3Error, match=next(iter(wrong))):
+            RdmaOptions(**wrong)  # type: ignore[arg-type]

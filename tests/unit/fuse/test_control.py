@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fs3.core.config import RdmaOptions
 from fs3.core.errors import Fs3Error
 from fs3.fuse import MountOptions, control, mount, serve, umount
 from fs3.fuse.table import default_file, mounted_at
@@ -60,7 +61,7 @@ def test_parameters_survive_the_way_to_the_daemon_and_do_not_show_the_token() ->
         pid_file="/p",
         log_file="/l",
         token="geheim",
-        options=MountOptions(read_only=True, threads=3),
+        options=MountOptions(read_only=True, threads=3, rdma=RdmaOptions(devices=("a",), gid_index=1)),
     )
     assert serve.Parameters.from_json(parameters.to_json()) == parameters
     assert "geheim" not in repr(parameters)

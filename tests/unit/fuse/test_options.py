@@ -30,6 +30,7 @@ def test_mount_options_are_read_as_mount_writes_them() -> None:
         ("attr_timeout_s=nan", "attr_timeout_s must be a number of seconds"),
         ("op_timeout_s=0", "op_timeout_s must be a number of seconds"),
         ("transport=udp", "transport must be one of auto, tcp, rdma"),
+        ("rdma=mtu", "write --rdma key=value"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_to_write(text: str, hint: str) -> None:

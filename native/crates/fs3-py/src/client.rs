@@ -18,7 +18,7 @@ use crate::file::File;
 use crate::operation::Operation;
 use crate::records::{Attr, DirEntry, Replica, Statfs};
 use crate::runtime::Owned;
-use crate::transport;
+use crate::transport::{self, RdmaOptions};
 
 /// A connection to a cluster, made by `Client.connect`. Thread-safe. Paths are bytes, relative to the directory
 /// inode given with them (1: the root); an empty path is that inode itself.
@@ -59,7 +59,7 @@ impl Client {
     #[pyo3(signature = (metas, token, *, cluster_id=None, uid=0, gid=0, groups=Vec::new(), op_timeout_s=30.0,
         read_attempt_timeout_s=5.0, meta_attempt_timeout_s=10.0, read_bytes_in_flight=16 << 20,
         write_bytes_in_flight=16 << 20, write_channels=64, connections_per_peer=2, transport="auto".into(),
-        description=String::new()))]
+        rdma=None, description=String::new()))]
     #[allow(clippy::too_many_arguments)]
     fn connect(
         py: Python<'_>,
@@ -77,6 +77,7 @@ impl Client {
         write_channels: usize,
         connections_per_peer: usize,
         transport: String,
+        rdma: Option<RdmaOptions>,
         description: String,
     ) -> PyResult<Operation> {
         let config = ClientConfig {
@@ -90,7 +91,7 @@ impl Client {
             write_bytes_in_flight,
             write_channels,
             connections_per_peer,
-            transport: transport::transport(py, &transport)?,
+            transport: transport::transport(py, &transport, rdma)?,
             description,
         };
         let caller = Arc::new(Caller { uid, gid, groups });

@@ -10,6 +10,7 @@ use tokio::runtime::Runtime;
 
 use crate::errors::to_python;
 use crate::runtime::runtime;
+use crate::transport::{self, RdmaOptions};
 
 /// How long the end of a mount waits for the connections to close.
 const CLOSE_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -50,7 +51,7 @@ impl Mount {
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
         attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, op_timeout_s=30.0,
-        transport="auto"))]
+        transport="auto", rdma=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -70,6 +71,7 @@ impl Mount {
         readahead_bytes: usize,
         op_timeout_s: f64,
         transport: &str,
+        rdma: Option<RdmaOptions>,
     ) -> PyResult<Self> {
         let seconds = |s: f64| Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO);
         let config = ClientConfig {
@@ -77,7 +79,7 @@ impl Mount {
             token,
             cluster_id,
             op_timeout: seconds(op_timeout_s),
-            transport: crate::transport::transport(py, transport)?,
+            transport: transport::transport(py, transport, rdma)?,
             description: format!("mount {}", mountpoint.display()),
             ..ClientConfig::default()
         };

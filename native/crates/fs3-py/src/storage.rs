@@ -11,6 +11,7 @@ use pyo3::types::PyBytes;
 use serde::Deserialize;
 
 use crate::errors::to_python;
+use crate::transport::{RdmaOptions, transport};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -29,6 +30,8 @@ struct Config {
     resync_bytes_per_s: u64,
     #[serde(default)]
     transport: String,
+    #[serde(default)]
+    rdma: Option<RdmaOptions>,
 }
 
 #[derive(Deserialize)]
@@ -48,8 +51,8 @@ fn uuid(hex: &str) -> PyResult<[u8; 16]> {
 
 impl Config {
     fn into_engine(self) -> PyResult<EngineConfig> {
+        let transport = Python::attach(|py| transport(py, &self.transport, self.rdma))?;
         let disks = self.disks.into_iter().map(|d| Ok(DiskConfig { uuid: uuid(&d.uuid_hex)?, path: d.path.into() }));
-        let transport = Python::attach(|py| crate::transport::transport(py, &self.transport))?;
         Ok(EngineConfig {
             node_id: self.node_id,
             node_uuid: uuid(&self.node_uuid_hex)?,

@@ -56,7 +56,7 @@ impl std::str::FromStr for Mode {
 }
 
 /// How RDMA is used. The defaults are right for most networks.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RdmaSettings {
     /// Devices to use, by name; empty: all.
     pub devices: Vec<String>,
@@ -141,8 +141,7 @@ impl Transport {
             _ => match fs3_verbs::devices() {
                 Ok(devices) => {
                     let ports = usable(&devices, &settings);
-                    let why = if devices.is_empty() { "this machine has no RDMA device" } else { "no RDMA port is up" };
-                    let why_not = ports.is_empty().then(|| why.to_owned());
+                    let why_not = ports.is_empty().then(|| nothing_usable(&devices, &settings));
                     (ports, why_not)
                 }
                 Err(error) => (Vec::new(), Some(error.to_string())),
@@ -151,6 +150,12 @@ impl Transport {
         if let (Mode::Rdma, Some(why)) = (mode, &why_not) {
             let message = format!("transport = \"rdma\" is not possible: {why}; see `fs3 rdma check`");
             return Err(Error::new(Code::Unavailable, message));
+        }
+        // Without any wish in the settings a machine without RDMA is nothing to talk about.
+        if let (Mode::Auto, Some(why)) = (mode, &why_not)
+            && (!settings.devices.is_empty() || settings.gid_index.is_some())
+        {
+            tracing::warn!("no RDMA, using TCP: {why}; see `fs3 rdma check`");
         }
         Ok(Self(Arc::new(Shared {
             mode,
@@ -246,11 +251,35 @@ impl LocalPort {
     }
 }
 
+/// Why no port of these devices can be used.
+fn nothing_usable(devices: &[DeviceInfo], settings: &RdmaSettings) -> String {
+    if devices.is_empty() {
+        return "this machine has no RDMA device".to_owned();
+    }
+    let wanted: Vec<&DeviceInfo> = devices.iter().filter(|d| is_wanted(d, settings)).collect();
+    if wanted.is_empty() {
+        let names: Vec<&str> = devices.iter().map(|d| d.name.as_str()).collect();
+        let (asked, there) = (settings.devices.join(", "), names.join(", "));
+        return format!("there is no RDMA device named {asked} on this machine; there are {there}");
+    }
+    let mut up = wanted.iter().flat_map(|d| &d.ports).filter(|p| p.active).peekable();
+    match settings.gid_index {
+        Some(index) if up.peek().is_some() => {
+            format!("no RDMA port that is up has a usable address at gid_index {index}")
+        }
+        _ if up.peek().is_some() => "no RDMA port that is up has a usable address".to_owned(),
+        _ => "no RDMA port is up".to_owned(),
+    }
+}
+
+fn is_wanted(device: &DeviceInfo, settings: &RdmaSettings) -> bool {
+    settings.devices.is_empty() || settings.devices.contains(&device.name)
+}
+
 /// Ports that are up, each with the GID to use, nearest to the running CPU first.
 fn usable(devices: &[DeviceInfo], settings: &RdmaSettings) -> Vec<LocalPort> {
     let here = current_numa_node();
-    let wanted = |d: &&DeviceInfo| settings.devices.is_empty() || settings.devices.contains(&d.name);
-    let mut chosen: Vec<&DeviceInfo> = devices.iter().filter(wanted).collect();
+    let mut chosen: Vec<&DeviceInfo> = devices.iter().filter(|d| is_wanted(d, settings)).collect();
     chosen.sort_by_key(|d| d.numa_node.is_some() && d.numa_node != here);
     let port = |d: &DeviceInfo, p: &PortInfo| {
         let (gid, kind) = best_gid(p, settings.gid_index)?;
@@ -284,4 +313,43 @@ fn current_numa_node() -> Option<u32> {
 /// A verbs error as one of ours.
 pub(crate) fn unavailable(error: fs3_verbs::Error) -> Error {
     Error::new(Code::Unavailable, error.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gid(index: u8, last: u8) -> Gid {
+        let mut value = [0; 16];
+        (value[10], value[11], value[15]) = (0xff, 0xff, last);
+        Gid { index, value, kind: GidKind::RoceV2 }
+    }
+
+    fn device(name: &str, gids: Vec<Gid>) -> DeviceInfo {
+        let port = PortInfo { number: 1, active: true, lid: 0, infiniband: false, gids };
+        DeviceInfo { name: name.into(), numa_node: None, ports: vec![port] }
+    }
+
+    #[test]
+    fn settings_choose_device_and_address_and_what_is_not_there_is_named() {
+        let devices = [device("a", vec![gid(0, 1), gid(3, 2)]), device("b", vec![gid(0, 3)])];
+        let ports = |settings: &RdmaSettings| -> Vec<(String, u8)> {
+            usable(&devices, settings).into_iter().map(|port| (port.device, port.gid.index)).collect()
+        };
+        let settings = |devices: &[&str], gid_index| RdmaSettings {
+            devices: devices.iter().map(|name| (*name).to_owned()).collect(),
+            gid_index,
+            ..RdmaSettings::default()
+        };
+        assert_eq!(ports(&settings(&[], None)), [("a".into(), 0), ("b".into(), 0)]);
+        assert_eq!(ports(&settings(&["b"], None)), [("b".into(), 0)]);
+        assert_eq!(ports(&settings(&[], Some(3))), [("a".into(), 3)]);
+        for (wrong, why) in [
+            (settings(&["nosuch"], None), "there is no RDMA device named nosuch on this machine; there are a, b"),
+            (settings(&["b"], Some(3)), "no RDMA port that is up has a usable address at gid_index 3"),
+        ] {
+            assert!(ports(&wrong).is_empty());
+            assert_eq!(nothing_usable(&devices, &wrong), why);
+        }
+    }
 }
