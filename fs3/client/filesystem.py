@@ -87,7 +87,11 @@ class FileSystem:
         return self.client.cluster_id
 
     def stats(self) -> dict[str, int]:
-        """What this client met: checksum failures, reads moved to another replica, writes sent again."""
+        """What this client met: checksum failures, reads moved to another replica, writes sent again.
+
+        With RDMA also what moved by each device, as ``rdma.DEVICE.COUNTER`` (docs/rdma.md), for all clients of this
+        process with the same transport together.
+        """
         return self.client.stats()
 
     def list_replicas(self) -> list[native.Replica]:

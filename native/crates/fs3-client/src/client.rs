@@ -114,6 +114,12 @@ impl Client {
         }
     }
 
+    /// What moved by each RDMA device that may be used, by its name: counters by name, which docs/rdma.md explains.
+    /// Clients of one process with the same transport are counted together.
+    pub fn rdma_counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
+        self.inner().wire.rdma_counters()
+    }
+
     /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
     pub async fn close(&self) {
         self.inner().close();

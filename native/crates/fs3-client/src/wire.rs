@@ -55,6 +55,11 @@ impl Wire {
         self.peers.call(addr, method, body, payload, sink, left).await
     }
 
+    /// What moved by each RDMA device.
+    pub fn rdma_counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
+        self.peers.rdma_counters()
+    }
+
     /// Drop connections to other addresses than these.
     pub fn retain(&self, keep: impl Fn(&str) -> bool) {
         self.peers.retain(keep);

@@ -95,7 +95,7 @@ impl Connection {
             Ok(_) => Ok((connection, welcome)),
             Err(error) => {
                 drop(connection);
-                hello.transport.avoid(addr, &error);
+                hello.transport.avoid(addr, welcome.rdma_port, &error);
                 let plain = HelloRequest { rdma_ports: Vec::new(), ..hello_request };
                 Self::connect_socket(addr, hello, &plain, timeout).await
             }
@@ -129,7 +129,7 @@ impl Connection {
                 let message = format!("no RDMA with {addr}, and transport = \"rdma\": {}", error.message);
                 return Err(Error::new(Code::Unavailable, message));
             }
-            Err(error) if welcome.rdma_end.is_some() => hello.transport.avoid(addr, &error),
+            Err(error) if welcome.rdma_end.is_some() => hello.transport.avoid(addr, welcome.rdma_port, &error),
             Err(_) => {}
         }
         let endpoint = TcpLink::start(socket, |link| caller(link));

@@ -95,6 +95,11 @@ impl Peers {
         all
     }
 
+    /// [`crate::Transport::rdma_counters`] of what the connections are made with.
+    pub fn rdma_counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
+        self.0.hello.transport.rdma_counters()
+    }
+
     /// Live connections to `addr`.
     pub fn connections(&self, addr: &str) -> usize {
         let peer = self.peer(addr);

@@ -278,6 +278,7 @@ async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, ready: Ready) -> Re
     let told = connected.as_ref().map(|()| Response::default()).map_err(Clone::clone);
     socket.write_all(&answer(&header, told).flat()).await?;
     if let Err(error) = &connected {
+        ready.nic.counters.fell_back();
         tracing::info!("a client gets TCP instead of RDMA: {}", error.message);
     }
     Ok(connected.is_ok().then_some((ready, peer.receives)))

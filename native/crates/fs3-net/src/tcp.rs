@@ -117,6 +117,12 @@ impl Socket {
         }
     }
 
+    /// Whether [`Socket::ended`] would return now, as far as is known.
+    pub async fn has_ended(&self) -> bool {
+        let mut ended = std::pin::pin!(self.ended());
+        std::future::poll_fn(|cx| Poll::Ready(ended.as_mut().poll(cx).is_ready())).await
+    }
+
     /// Say goodbye so that the peer reads what was sent last: without this, closing with unread input resets
     /// the connection and the last message is lost. Bounded by [`LINGER`].
     pub async fn linger(&self) {

@@ -129,9 +129,10 @@ impl Client {
         Ok(Operation::new(async move { client.refresh_routing().await }, |_, version| Ok(version)))
     }
 
-    /// Counters since `connect`.
+    /// Counters since `connect`; those of RDMA, `rdma.DEVICE.NAME`, since the process first used it.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.client.get()?.stats();
+        let client = self.client.get()?;
+        let stats = client.stats();
         let dict = PyDict::new(py);
         dict.set_item("checksum_failures", stats.checksum_failures)?;
         dict.set_item("read_failovers", stats.read_failovers)?;
@@ -139,6 +140,11 @@ impl Client {
         dict.set_item("read_hedges_won", stats.read_hedges_won)?;
         dict.set_item("write_retries", stats.write_retries)?;
         dict.set_item("payload_resends", stats.payload_resends)?;
+        for (device, counters) in client.rdma_counters() {
+            for (name, count) in counters {
+                dict.set_item(format!("rdma.{device}.{name}"), count)?;
+            }
+        }
         Ok(dict)
     }
 

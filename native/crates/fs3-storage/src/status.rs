@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use fs3_proto::v1::engine_status::{Connection, ResyncStatus, TargetStatus};
+use fs3_proto::v1::engine_status::{Connection, RdmaDevice, ResyncStatus, TargetStatus};
 use fs3_proto::v1::space_response::Disk;
 use fs3_proto::v1::{EngineStatus, LocalState};
 
@@ -24,6 +24,7 @@ impl Core {
             routing_version: self.routing().version,
             counters: counters.into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
             connections: self.connection_states(),
+            rdma_devices: self.peers.rdma_counters().into_iter().map(rdma_device).collect(),
         }
     }
 
@@ -47,6 +48,10 @@ impl Core {
         let error = known.error().map_or(disk.error, |error| error.to_string());
         Disk { error, warning: known.warning().unwrap_or_default(), ..disk }
     }
+}
+
+fn rdma_device((name, counters): (String, Vec<(&'static str, u64)>)) -> RdmaDevice {
+    RdmaDevice { name, counters: counters.into_iter().map(|(counter, n)| (counter.to_owned(), n)).collect() }
 }
 
 fn slot_status(target_id: u64, slot: Slot) -> TargetStatus {

@@ -131,6 +131,7 @@ pub(super) struct Exposed {
 
 impl RdmaLink {
     pub(super) fn new(socket: Socket, ready: Ready, peer_receives: u32) -> Arc<Self> {
+        ready.nic.counters.connected();
         let settings = ready.pair.settings();
         let state = State {
             pair: Some(ready.pair),
@@ -180,6 +181,7 @@ impl RdmaLink {
                     prefix.sources += 1;
                     exposure.hold.registered.push(registered);
                 }
+                self.nic.counters.exposed(u64::from(header.payload_bytes));
             }
             prefix.windows = self.expose_windows(&outgoing, &mut exposure, &mut tail)?;
             exposed = (prefix.sources + prefix.windows > 0).then_some(exposure);
@@ -190,6 +192,9 @@ impl RdmaLink {
                     Some(windows) => self.push(&outgoing, header.payload_bytes, &windows, &mut hold)?,
                     None => None,
                 };
+                if pushed.is_some() {
+                    self.nic.counters.wrote(u64::from(header.payload_bytes));
+                }
                 prefix.flags |= if pushed.is_some() { PAYLOAD_PUSHED } else { PAYLOAD_WITHHELD };
                 requests = pushed.unwrap_or_default();
             }
@@ -257,6 +262,7 @@ impl RdmaLink {
         }
         let (mut region, registered) = self.nic.stage(piece.len())?;
         region.copy_from_slice(piece);
+        self.nic.counters.copied(piece.len());
         hold.staged.push(region.freeze());
         Ok(registered)
     }
@@ -280,6 +286,7 @@ impl RdmaLink {
                 registered
             } else {
                 let (region, registered) = self.nic.stage(*bytes)?;
+                self.nic.counters.copied(*bytes);
                 exposure.staged.push((at, region));
                 registered
             };
@@ -448,6 +455,9 @@ impl RdmaLink {
             return Err(super::unavailable(error));
         }
         state.free -= count as u32;
+        if is_message && last {
+            self.nic.counters.sent();
+        }
         let done = last.then(|| (batch.kind, std::mem::take(&mut batch.hold)));
         state.posted.push_back(Posted { id, requests: count as u32, done });
         Ok(())
@@ -483,6 +493,7 @@ impl RdmaLink {
                 if let Some((kind, hold)) = posted.done {
                     if let BatchKind::Read { key, bytes } = kind {
                         state.reading_bytes -= bytes;
+                        self.nic.counters.read(bytes);
                         read.push(key);
                     }
                     freed.push(hold);
@@ -577,6 +588,13 @@ impl RdmaLink {
         drop(freed);
     }
 
+    /// End the connection because something cannot be sent.
+    fn fail(&self, error: &Error) {
+        tracing::warn!("an RDMA connection is ended: {error}");
+        self.nic.counters.lost();
+        self.close();
+    }
+
     /// When the connection has to be ended because the peer does not let go of memory.
     pub(super) fn revoke_deadline(&self) -> Option<Instant> {
         let mut state = self.state.lock();
@@ -605,8 +623,7 @@ impl Link for RdmaLink {
             Ok(())
         });
         if let Err(error) = sent {
-            tracing::warn!("an RDMA connection is ended: {error}");
-            self.close();
+            self.fail(&error);
         }
     }
 
@@ -656,8 +673,7 @@ impl Link for RdmaLink {
         state.revoking.push_back((Instant::now(), request_id));
         drop(state);
         if let Err(error) = self.send_control(Kind::Revoke, request_id) {
-            tracing::warn!("an RDMA connection is ended: {error}");
-            self.close();
+            self.fail(&error);
         }
         self.wake.notify_one();
     }

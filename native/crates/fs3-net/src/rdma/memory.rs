@@ -1,5 +1,6 @@
 //! Registrations of memory with one device.
 
+use super::counters::Counters;
 use fs3_core::{MappingWatcher, mapping_of};
 use fs3_verbs::{Device, MemoryRegion, Sge};
 use parking_lot::Mutex;
@@ -22,6 +23,7 @@ struct State {
     known: BTreeMap<usize, Known>,
     bytes: usize,
     clock: u64,
+    counters: Arc<Counters>,
 }
 
 struct Known {
@@ -53,11 +55,11 @@ impl Registered {
 }
 
 impl Registrations {
-    pub fn new(device: &Arc<Device>, bytes_max: usize) -> Arc<Self> {
+    pub fn new(device: &Arc<Device>, bytes_max: usize, counters: &Arc<Counters>) -> Arc<Self> {
         let this = Arc::new(Self {
             device: device.clone(),
             bytes_max,
-            state: Mutex::default(),
+            state: Mutex::new(State { counters: counters.clone(), ..State::default() }),
             warned: AtomicBool::new(false),
         });
         let watcher: Arc<dyn MappingWatcher> = this.clone();
@@ -97,6 +99,7 @@ impl Registrations {
             }
         };
         state.bytes += length;
+        state.counters.registered(length);
         let found = Registered::new(start, bytes, &region);
         state.known.insert(from, Known { bytes: length, region, used: clock });
         Some(found)
@@ -117,6 +120,7 @@ impl State {
     fn forget(&mut self, from: usize) {
         if let Some(known) = self.known.remove(&from) {
             self.bytes -= known.bytes;
+            self.counters.deregistered(known.bytes);
         }
     }
 }

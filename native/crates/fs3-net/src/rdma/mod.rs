@@ -12,6 +12,7 @@
 //! until the queue pair is gone. So memory of a call that is given up stays here; the peer is asked to let go of it
 //! (`Revoke`), and when it does not answer soon the connection is ended, which ends all access.
 
+mod counters;
 mod link;
 mod memory;
 mod nic;
@@ -21,6 +22,7 @@ mod wire;
 pub(crate) use link::RdmaLink;
 pub(crate) use nic::{Ready, decode_end};
 
+use counters::Counters;
 use nic::{Nic, choose};
 
 use fs3_core::{Code, Error, Result};
@@ -110,6 +112,8 @@ struct Shared {
     ports: Vec<LocalPort>,
     /// Opened when first used.
     nics: parking_lot::Mutex<BTreeMap<(String, u8), Arc<Nic>>>,
+    /// What every device that is used has moved.
+    counters: BTreeMap<String, Arc<Counters>>,
     /// Servers whose RDMA did not work, and since when.
     avoided: parking_lot::Mutex<BTreeMap<String, Instant>>,
 }
@@ -157,8 +161,10 @@ impl Transport {
         {
             tracing::warn!("no RDMA, using TCP: {why}; see `fs3 rdma check`");
         }
+        let counters = ports.iter().map(|port| (port.device.clone(), Arc::default())).collect();
         Ok(Self(Arc::new(Shared {
             mode,
+            counters,
             settings,
             why_not,
             ports,
@@ -182,6 +188,12 @@ impl Transport {
         self.0.why_not.as_deref()
     }
 
+    /// What moved by each device that may be used, by name, since the transport was made: counters by name, which
+    /// docs/rdma.md explains. Clones of a transport are counted together.
+    pub fn rdma_counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
+        self.0.counters.iter().map(|(device, counters)| (device.clone(), counters.all())).collect()
+    }
+
     pub(crate) fn mode(&self) -> Mode {
         self.0.mode
     }
@@ -203,8 +215,11 @@ impl Transport {
         self.0.ports.iter().map(LocalPort::to_wire).collect()
     }
 
-    /// RDMA with this server did not work: use TCP for a while. Says so once.
-    pub(crate) fn avoid(&self, addr: &str, why: &Error) {
+    /// RDMA with this server did not work on this port: use TCP for a while. Says so once.
+    pub(crate) fn avoid(&self, addr: &str, port: u32, why: &Error) {
+        if let (Some(port), Mode::Auto) = (self.0.ports.get(port as usize), self.0.mode) {
+            self.0.counters[&port.device].fell_back();
+        }
         let before = self.0.avoided.lock().insert(addr.to_owned(), Instant::now());
         if before.is_none() {
             tracing::warn!("no RDMA with {addr}, using TCP: {}", why.message);
@@ -226,6 +241,7 @@ impl Transport {
         match self.nic(port).and_then(|nic| nic.prepare(&self.0.settings)) {
             Ok(ready) => Some((ready, theirs)),
             Err(error) => {
+                self.0.counters[&port.device].fell_back();
                 tracing::warn!("no RDMA on {}: {}", port.device, error.message);
                 None
             }
@@ -238,7 +254,7 @@ impl Transport {
         if let Some(nic) = nics.get(&(port.device.clone(), port.number)) {
             return Ok(nic.clone());
         }
-        let nic = Nic::open(port, &self.0.settings)?;
+        let nic = Nic::open(port, &self.0.settings, &self.0.counters[&port.device])?;
         nics.insert((port.device.clone(), port.number), nic.clone());
         Ok(nic)
     }

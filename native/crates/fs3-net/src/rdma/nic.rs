@@ -1,5 +1,6 @@
 //! One port of one device, opened: receives, registered memory, queue pairs.
 
+use super::counters::Counters;
 use super::memory::{Registered, Registrations};
 use super::wire::MESSAGE_BYTES;
 use super::{LocalPort, RdmaSettings, Transport, unavailable};
@@ -41,11 +42,13 @@ pub(crate) struct Nic {
     receives: Arc<Receives>,
     registrations: Arc<Registrations>,
     staging: BufferPool,
+    pub counters: Arc<Counters>,
 }
 
 /// Receives that are posted, each for one message, and how many of them peers may count on.
 struct Receives {
     device: Arc<Device>,
+    counters: Arc<Counters>,
     queue: Arc<SharedReceiveQueue>,
     state: Mutex<Granted>,
 }
@@ -98,7 +101,7 @@ pub(crate) struct Ready {
 }
 
 impl Nic {
-    pub fn open(port: &LocalPort, settings: &RdmaSettings) -> Result<Arc<Self>> {
+    pub fn open(port: &LocalPort, settings: &RdmaSettings, counters: &Arc<Counters>) -> Result<Arc<Self>> {
         let device = Device::open(&port.device).map_err(unavailable)?;
         let state = device.port(port.number).map_err(unavailable)?;
         let limits = device.limits();
@@ -108,8 +111,8 @@ impl Nic {
         }
         let queue = Arc::new(SharedReceiveQueue::new(&device, max).map_err(unavailable)?);
         let state_of_receives = Mutex::new(Granted { max, ..Granted::default() });
-        let receives = Receives { device: device.clone(), queue, state: state_of_receives };
-        let registrations = Registrations::new(&device, settings.registered_bytes_max);
+        let receives = Receives { device: device.clone(), counters: counters.clone(), queue, state: state_of_receives };
+        let registrations = Registrations::new(&device, settings.registered_bytes_max, counters);
         tracing::info!("RDMA on {} port {}", port.device, port.number);
         Ok(Arc::new(Self {
             mtu: state.mtu.min(settings.mtu_max),
@@ -119,6 +122,7 @@ impl Nic {
             receives: Arc::new(receives),
             registrations,
             staging: BufferPool::new(STAGING_BYTES_MAX),
+            counters: counters.clone(),
         }))
     }
 
@@ -186,6 +190,7 @@ impl Receives {
         while state.made < state.granted + count {
             if state.made as usize == state.slabs.len() * SLAB {
                 state.slabs.push(Slab::new(&self.device)?);
+                self.counters.registered(SLAB * MESSAGE_BYTES);
             }
             let (start, lkey) = state.slot(u64::from(state.made));
             self.post(u64::from(state.made), start, lkey)?;

@@ -108,6 +108,10 @@ impl<E: Endpoint> Receiver<'_, E> {
             Err(error) => error,
             Ok(never) => match never {},
         };
+        // A side that wants the end closes the connection, or its socket.
+        if !self.link.is_closed() && !self.link.socket.has_ended().await {
+            self.link.nic.counters.lost();
+        }
         // Before the memory of reads under way is dropped.
         self.link.close();
         error
@@ -193,6 +197,7 @@ impl<E: Endpoint> Receiver<'_, E> {
     /// Look at a message that came.
     fn accept(&mut self, message: Received) -> Result<()> {
         let prefix = Prefix::decode(&message)?;
+        self.link.nic.counters.received();
         self.link.credit(prefix.credits)?;
         match prefix.kind {
             Kind::Frame => {
@@ -294,6 +299,7 @@ impl<E: Endpoint> Receiver<'_, E> {
                 landing.put(*window, memory);
             }
             landing.advance(bytes);
+            self.link.nic.counters.pushed(bytes as u64);
         } else if bytes > 0 {
             if !prefix.has(PAYLOAD_WITHHELD) {
                 return Err(Error::new(Code::Protocol, "the payload of a message by RDMA is missing"));
@@ -318,6 +324,7 @@ impl<E: Endpoint> Receiver<'_, E> {
             Some(registered) => (registered, None),
             None => {
                 let (region, registered) = self.link.nic.stage(bytes)?;
+                self.link.nic.counters.copied(bytes);
                 (registered, Some(region))
             }
         };
