@@ -286,6 +286,17 @@ def bench_bare_chain(
     directory: str | PathLike[str], connections: int, nodes: int, total_bytes: int
 ) -> tuple[int, int, float, float, float]: ...
 
+# the device here, and (name, bytes/s, operations/s, median in us, p99 in us) of each measurement
+def bench_rdma(
+    addr: str, seconds: float, size_bytes: int, rdma: RdmaOptions | None = None
+) -> Operation[tuple[str, list[tuple[str, float, float, float, float]]]]: ...
+
+@final
+class RdmaBenchServer:
+    def __new__(cls, host: str, port: int, rdma: RdmaOptions | None = None) -> RdmaBenchServer: ...
+    @property
+    def port(self) -> int: ...
+
 @final
 class StorageEngine:
     """The engine of one storage process; see :class:`fs3.storage.engine.StorageEngine`."""

@@ -1,15 +1,26 @@
-"""`fs3 rdma`: what this machine has for RDMA."""
+"""`fs3 rdma`: what this machine has for RDMA, and how fast it is."""
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from fs3.cli.output import human_bytes, json_option, print_json
+from fs3.core.config import parse_rdma
+from fs3.core.errors import error
 from fs3.core.rdma import Device, Port, Problem, Report, inspect
+from fs3.core.units import parse_bytes
+from fs3.v1.frame_pb2 import Code
+
+BENCH_PORT: Final = 9900
+# What is measured, and the name for people; reads bring data to the measuring side.
+MEASURED: Final = {"read": "read", "write": "write", "ping": "small message there and back"}
+SIZE_BYTES_MAX: Final = 8 << 20
 
 
 @click.group("rdma")
@@ -80,3 +91,81 @@ def _port(port: Port) -> Iterator[str]:
 def _problems(problems: Iterable[Problem], indent: str) -> Iterator[str]:
     for problem in problems:
         yield f"{indent}{'fail' if problem.fatal else 'warn'}  {problem.what}  → {problem.advice}"
+
+
+@rdma_command.command("bench")
+@click.argument("peer", required=False, metavar="[HOST[:PORT]]")
+@click.option("--listen", is_flag=True, help="Be the other side until interrupted, for whoever reaches the port.")
+@click.option("--host", default="0.0.0.0", show_default=True, help="With --listen: the address.")
+@click.option("--port", default=BENCH_PORT, show_default=True, help="With --listen: the port; 0: any.")
+@click.option("--seconds", default=2.0, show_default=True, help="Length of each of the six measurements.")
+@click.option("--size", default="1MiB", show_default=True, help="Bytes of a large operation, 8MiB at most.")
+@click.option("--rdma", multiple=True, metavar="KEY=VALUE", help="As of `fs3 mount`; may be repeated.")
+@json_option
+def bench_command(
+    peer: str | None,
+    listen: bool,
+    host: str,
+    port: int,
+    seconds: float,
+    size: str,
+    rdma: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Measure RDMA between this node and HOST, where `fs3 rdma bench --listen` runs.
+
+    First raw verbs, then fs3's own calls, over connections that are made alike: reads and writes of --size, four at a
+    time, and small messages one at a time.
+    """
+    from fs3 import native
+
+    options = parse_rdma(rdma)
+    if listen == (peer is not None):
+        raise error(Code.CODE_INVALID_ARGUMENT, "give either HOST, the node that listens, or --listen")
+    if peer is None:
+        server = native.RdmaBenchServer(host, port, options)
+        told = {"host": host, "port": server.port}
+        click.echo(json.dumps(told) if as_json else f"listening; on the other node: fs3 rdma bench HOST:{server.port}")
+        threading.Event().wait()
+        return 0
+    size_bytes = parse_bytes(size)
+    if not 0 < size_bytes <= SIZE_BYTES_MAX:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"--size must be in 1..8MiB, not {size}")
+    if not 0 < seconds <= 3600:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"--seconds must be more than 0 and at most 3600, not {seconds}")
+    addr = peer if ":" in peer.rpartition("]")[2] else f"{peer}:{BENCH_PORT}"
+    device, rows = native.bench_rdma(addr, seconds, size_bytes, options).wait()
+    report = bench_report(device, size_bytes, seconds, rows)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo("\n".join(bench_lines(report)))
+    return 0
+
+
+def bench_report(
+    device: str, size_bytes: int, seconds: float, rows: Iterable[tuple[str, float, float, float, float]]
+) -> dict[str, Any]:
+    """Make the machine-readable form: raw verbs and fs3 side by side, with fs3's rate in parts of the raw one."""
+    keys = ("bytes_per_s", "operations_per_s", "median_us", "p99_us")
+    by_name = {name: dict(zip(keys, numbers, strict=True)) for name, *numbers in rows}
+    measurements = []
+    for what in MEASURED:
+        raw, own = by_name[f"raw_{what}"], by_name[f"fs3_{what}"]
+        ratio = own["operations_per_s"] / raw["operations_per_s"] if raw["operations_per_s"] else None
+        measurements.append({"what": what, "raw": raw, "fs3": own, "ratio": ratio})
+    return {"device": device, "size_bytes": size_bytes, "seconds": seconds, "measurements": measurements}
+
+
+def bench_lines(report: dict[str, Any]) -> Iterator[str]:
+    """Make the table for people."""
+    yield f"over {report['device']}, {human_bytes(report['size_bytes'])} at a time"
+    yield f"{'':30}{'raw verbs':>12}{'median':>10}{'p99':>10}{'fs3':>14}{'median':>10}{'p99':>10}{'fs3/raw':>9}"
+    for m in report["measurements"]:
+        cells = [f"{MEASURED[m['what']]:30}"]
+        for side, width in ((m["raw"], 12), (m["fs3"], 14)):
+            moved = side["bytes_per_s"]
+            rate = f"{human_bytes(moved)}/s" if moved else f"{side['operations_per_s']:.0f}/s"
+            cells.append(f"{rate:>{width}}{side['median_us']:>7.0f} us{side['p99_us']:>7.0f} us")
+        cells.append(f"{m['ratio']:>9.2f}" if m["ratio"] is not None else f"{'-':>9}")
+        yield "".join(cells)

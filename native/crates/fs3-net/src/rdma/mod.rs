@@ -12,6 +12,7 @@
 //! until the queue pair is gone. So memory of a call that is given up stays here; the peer is asked to let go of it
 //! (`Revoke`), and when it does not answer soon the connection is ended, which ends all access.
 
+pub mod bench;
 mod counters;
 mod link;
 mod memory;
