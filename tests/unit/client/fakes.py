@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from fs3.client.connection import Connection, ConnectOptions
 from fs3.client.url import ClusterUrl
+from fs3.core.config import RdmaOptions
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import FileType
@@ -217,6 +218,7 @@ def connection(client: FakeClient, *, base: str = "", umask: int = 0o022) -> Con
         umask=umask,
         timeout_s=1.0,
         description="",
+        rdma=RdmaOptions(),
         limits={},
     )
     return Connection(options, client)  # type: ignore[arg-type]
