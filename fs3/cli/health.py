@@ -54,7 +54,7 @@ def describe_storage(statuses: Mapping[int, EngineStatus | Fs3Error]) -> list[di
                     }
                     for c in status.connections
                 ],
-                "rdma": {d.name: dict(d.counters) for d in status.rdma_devices},
+                "rdma": {d.name: dict(sorted(d.counters.items())) for d in status.rdma_devices},
             }
         )
     return described
