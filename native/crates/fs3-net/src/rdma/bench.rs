@@ -316,7 +316,7 @@ async fn call_again(
         while started.elapsed() < limit {
             let at = Instant::now();
             let pieces = if payload.is_empty() { Vec::new() } else { vec![payload.clone()] };
-            connection.call(method, body.clone(), pieces, Sink::none(), TIMEOUT).await?;
+            connection.call(method, body, pieces, Sink::none(), TIMEOUT).await?;
             times.push(at.elapsed());
         }
         return Ok(times);
@@ -329,7 +329,7 @@ async fn call_again(
     while started.elapsed() < limit {
         let at = Instant::now();
         let sink = Sink { windows: window.take().into_iter().collect(), lengths };
-        let reply = connection.call(method, body.clone(), Vec::new(), sink, TIMEOUT).await?;
+        let reply = connection.call(method, body, Vec::new(), sink, TIMEOUT).await?;
         window = reply.windows.into_iter().next();
         times.push(at.elapsed());
     }
