@@ -403,19 +403,21 @@ class RdmaPort(_message.Message):
         KIND_INFINIBAND: RdmaPort._Kind.ValueType  # 1
         KIND_ROCE_V1: RdmaPort._Kind.ValueType  # 2
         KIND_ROCE_V2: RdmaPort._Kind.ValueType  # 3
+        KIND_IWARP: RdmaPort._Kind.ValueType  # 4
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: RdmaPort.Kind.ValueType  # 0
     KIND_INFINIBAND: RdmaPort.Kind.ValueType  # 1
     KIND_ROCE_V1: RdmaPort.Kind.ValueType  # 2
     KIND_ROCE_V2: RdmaPort.Kind.ValueType  # 3
+    KIND_IWARP: RdmaPort.Kind.ValueType  # 4
 
     KIND_FIELD_NUMBER: _builtins.int
     GID_FIELD_NUMBER: _builtins.int
     LID_FIELD_NUMBER: _builtins.int
     kind: Global___RdmaPort.Kind.ValueType
     gid: _builtins.bytes
-    """16 bytes, network order"""
+    """16 bytes, network order; iWARP: an IP address, IPv4 in IPv6 form"""
     lid: _builtins.int
     """0 on Ethernet"""
     def __init__(
@@ -448,6 +450,8 @@ class RdmaEnd(_message.Message):
     READS_ANSWERED_FIELD_NUMBER: _builtins.int
     RECEIVES_FIELD_NUMBER: _builtins.int
     MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    CM_PORT_FIELD_NUMBER: _builtins.int
+    CM_KEY_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """of the queue pair; 0: no thanks"""
     psn: _builtins.int
@@ -465,6 +469,10 @@ class RdmaEnd(_message.Message):
     """messages this end can take before it says more"""
     message_bytes: _builtins.int
     """length of each"""
+    cm_port: _builtins.int
+    """iWARP, of the server: where its connection manager listens, at gid"""
+    cm_key: _builtins.bytes
+    """what the client's connection manager says there"""
     def __init__(
         self,
         *,
@@ -477,10 +485,12 @@ class RdmaEnd(_message.Message):
         reads_answered: _builtins.int = ...,
         receives: _builtins.int = ...,
         message_bytes: _builtins.int = ...,
+        cm_port: _builtins.int = ...,
+        cm_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gid", b"gid", "lid", b"lid", "message_bytes", b"message_bytes", "mtu", b"mtu", "number", b"number", "psn", b"psn", "reads_answered", b"reads_answered", "reads_asked", b"reads_asked", "receives", b"receives"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cm_key", b"cm_key", "cm_port", b"cm_port", "gid", b"gid", "lid", b"lid", "message_bytes", b"message_bytes", "mtu", b"mtu", "number", b"number", "psn", b"psn", "reads_answered", b"reads_answered", "reads_asked", b"reads_asked", "receives", b"receives"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

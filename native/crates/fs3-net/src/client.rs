@@ -223,7 +223,7 @@ async fn connect_rdma(
     end: &RdmaEnd,
     timeout: Duration,
 ) -> Result<(Ready, u32)> {
-    let ready = hello.transport.prepare(port as usize, end);
+    let ready = hello.transport.prepare(port as usize, end).await;
     // A server that has offered an end waits for an answer in any case.
     let own = ready.as_ref().map_or_else(|_| RdmaEnd::default(), Ready::end);
     let answer = ask(socket, Method::RdmaConnect, &own, timeout).await;

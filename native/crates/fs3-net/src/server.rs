@@ -265,7 +265,7 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Optio
 }
 
 /// Read the client's end of an RDMA connection and connect to it; `None` when there will be none.
-async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, ready: Ready) -> Result<Option<(Ready, u32)>> {
+async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, mut ready: Ready) -> Result<Option<(Ready, u32)>> {
     let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
     let Some(header) = header.filter(|h| h.method == Method::RdmaConnect as u16) else {
         return Err(Error::new(Code::Protocol, "an RDMA connection was expected to be made"));
@@ -273,7 +273,7 @@ async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, ready: Ready) -> Re
     let peer = decode_end(&body?)?;
     let connected = match peer.number {
         0 => Err(Error::new(Code::Unavailable, "the client cannot connect by RDMA")),
-        _ => ready.connect(&peer, policy.transport.settings()),
+        _ => ready.connect(&peer, policy.transport.settings()).await,
     };
     let told = connected.as_ref().map(|()| Response::default()).map_err(Clone::clone);
     socket.write_all(&answer(&header, told).flat()).await?;

@@ -54,7 +54,7 @@ impl Device {
     /// # Errors
     /// Without libibverbs, without the device or its provider library, or without the right to open it.
     pub fn open(name: &str) -> Result<Arc<Self>> {
-        let library = ffi::library().map_err(Error)?;
+        let library = ffi::Library::get().map_err(Error)?;
         let context = open_context(library, name)?;
         // SAFETY: the context was just opened.
         let pd = unsafe { (library.ibv_alloc_pd)(context) };

@@ -1,9 +1,10 @@
-//! The part of `infiniband/verbs.h` that is used here: its stable binary interface, as of rdma-core 15 and later.
+//! The parts of `infiniband/verbs.h` and `rdma/rdma_cma.h` that are used here: their stable binary interface, as of
+//! rdma-core 15 and later.
 //!
 //! `tests/layout.rs` compares these structures with the header of the machine it runs on.
 #![allow(missing_docs, non_camel_case_types)]
 
-use libc::{c_char, c_int, c_uint, c_void, pthread_cond_t, pthread_mutex_t, size_t};
+use libc::{c_char, c_int, c_uint, c_void, pthread_cond_t, pthread_mutex_t, size_t, sockaddr};
 use std::ffi::CStr;
 use std::sync::OnceLock;
 
@@ -333,21 +334,63 @@ pub struct ibv_srq_init_attr {
     pub attr: ibv_srq_attr,
 }
 
-/// Declares the functions that are looked up in the library, with the version each has had since it exists.
+pub const PS_TCP: c_int = 0x0106;
+
+pub const CM_ADDR_RESOLVED: c_int = 0;
+pub const CM_ROUTE_RESOLVED: c_int = 2;
+pub const CM_CONNECT_REQUEST: c_int = 4;
+pub const CM_ESTABLISHED: c_int = 9;
+
+#[repr(C)]
+pub struct rdma_event_channel {
+    pub fd: c_int,
+}
+
+/// The first member is all that is used.
+#[repr(C)]
+pub struct rdma_cm_id {
+    pub verbs: *mut ibv_context,
+}
+
+#[repr(C)]
+pub struct rdma_conn_param {
+    pub private_data: *const c_void,
+    pub private_data_len: u8,
+    pub responder_resources: u8,
+    pub initiator_depth: u8,
+    pub flow_control: u8,
+    pub retry_count: u8,
+    pub rnr_retry_count: u8,
+    pub srq: u8,
+    pub qp_num: u32,
+}
+
+#[repr(C)]
+pub struct rdma_cm_event {
+    pub id: *mut rdma_cm_id,
+    pub listen_id: *mut rdma_cm_id,
+    pub event: c_int,
+    pub status: c_int,
+    /// `param.conn` of the union.
+    pub conn: rdma_conn_param,
+}
+
+/// Declares a library and the functions that are looked up in it, with the version each has had since it exists.
 macro_rules! library {
-    ($($name:ident @ $version:literal: fn($($arg:ty),*) -> $result:ty;)*) => {
-        /// The functions of libibverbs.
-        pub struct Library {
+    ($(#[$doc:meta])* $library:ident = $file:literal, $package:literal;
+     $($name:ident @ $version:literal: fn($($arg:ty),*) -> $result:ty;)*) => {
+        $(#[$doc])*
+        pub struct $library {
             $(pub $name: unsafe extern "C" fn($($arg),*) -> $result,)*
         }
 
-        impl Library {
+        impl $library {
             fn load() -> Result<Self, String> {
-                let name = c"libibverbs.so.1";
-                // SAFETY: loading libibverbs runs only its own harmless constructors.
-                let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+                let file = concat!($file, "\0");
+                // SAFETY: loading such a library runs only its own harmless constructors.
+                let handle = unsafe { libc::dlopen(file.as_ptr().cast(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
                 if handle.is_null() {
-                    return Err(format!("libibverbs is not installed ({})", last_error()));
+                    return Err(format!("{} is not installed ({})", $package, last_error()));
                 }
                 Ok(Self {
                     $($name: {
@@ -355,18 +398,26 @@ macro_rules! library {
                         // SAFETY: both strings end with a zero, the handle is open for good.
                         let found = unsafe { libc::dlvsym(handle, symbol.as_ptr().cast(), version.as_ptr().cast()) };
                         if found.is_null() {
-                            return Err(format!("libibverbs is too old: no {}", stringify!($name)));
+                            return Err(format!("{} is too old: no {}", $package, stringify!($name)));
                         }
                         // SAFETY: the library documents the function of this name and version with this type.
                         unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($arg),*) -> $result>(found) }
                     },)*
                 })
             }
+
+            /// The library, loaded at the first call; the reason when it cannot be.
+            pub fn get() -> Result<&'static Self, String> {
+                static LIBRARY: OnceLock<Result<$library, String>> = OnceLock::new();
+                LIBRARY.get_or_init(Self::load).as_ref().map_err(Clone::clone)
+            }
         }
     };
 }
 
 library! {
+    /// The functions of libibverbs.
+    Library = "libibverbs.so.1", "libibverbs";
     ibv_get_device_list @ "IBVERBS_1.1": fn(*mut c_int) -> *mut *mut ibv_device;
     ibv_free_device_list @ "IBVERBS_1.1": fn(*mut *mut ibv_device) -> ();
     ibv_open_device @ "IBVERBS_1.1": fn(*mut ibv_device) -> *mut ibv_context;
@@ -391,6 +442,25 @@ library! {
     ibv_destroy_qp @ "IBVERBS_1.1": fn(*mut ibv_qp) -> c_int;
 }
 
+library! {
+    /// The functions of librdmacm.
+    CmLibrary = "librdmacm.so.1", "librdmacm";
+    rdma_create_event_channel @ "RDMACM_1.0": fn() -> *mut rdma_event_channel;
+    rdma_destroy_event_channel @ "RDMACM_1.0": fn(*mut rdma_event_channel) -> ();
+    rdma_create_id @ "RDMACM_1.0": fn(*mut rdma_event_channel, *mut *mut rdma_cm_id, *mut c_void, c_int) -> c_int;
+    rdma_destroy_id @ "RDMACM_1.0": fn(*mut rdma_cm_id) -> c_int;
+    rdma_bind_addr @ "RDMACM_1.0": fn(*mut rdma_cm_id, *mut sockaddr) -> c_int;
+    rdma_listen @ "RDMACM_1.0": fn(*mut rdma_cm_id, c_int) -> c_int;
+    rdma_get_src_port @ "RDMACM_1.0": fn(*mut rdma_cm_id) -> u16;
+    rdma_resolve_addr @ "RDMACM_1.0": fn(*mut rdma_cm_id, *mut sockaddr, *mut sockaddr, c_int) -> c_int;
+    rdma_resolve_route @ "RDMACM_1.0": fn(*mut rdma_cm_id, c_int) -> c_int;
+    rdma_connect @ "RDMACM_1.0": fn(*mut rdma_cm_id, *mut rdma_conn_param) -> c_int;
+    rdma_accept @ "RDMACM_1.0": fn(*mut rdma_cm_id, *mut rdma_conn_param) -> c_int;
+    rdma_reject @ "RDMACM_1.0": fn(*mut rdma_cm_id, *const c_void, u8) -> c_int;
+    rdma_get_cm_event @ "RDMACM_1.0": fn(*mut rdma_event_channel, *mut *mut rdma_cm_event) -> c_int;
+    rdma_ack_cm_event @ "RDMACM_1.0": fn(*mut rdma_cm_event) -> c_int;
+}
+
 fn last_error() -> String {
     // SAFETY: dlerror returns null or a string that lives until the next call on this thread.
     let message = unsafe { libc::dlerror() };
@@ -399,10 +469,4 @@ fn last_error() -> String {
     }
     // SAFETY: as above.
     unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned()
-}
-
-/// The library, loaded at the first call; the reason when it cannot be.
-pub fn library() -> Result<&'static Library, String> {
-    static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
-    LIBRARY.get_or_init(Library::load).as_ref().map_err(Clone::clone)
 }

@@ -1,4 +1,4 @@
-//! The structures of `ffi` against the header of this machine, where it has one.
+//! The structures of `ffi` against the headers of this machine, where it has them.
 
 use crate::ffi::*;
 use std::collections::BTreeMap;
@@ -49,17 +49,26 @@ layout! {
         min_rnr_timer, port_num, timeout, retry_cnt, rnr_retry
     }
     ibv_srq_init_attr = "whole" { attr }
+    rdma_event_channel = "whole" { fd }
+    rdma_cm_id { verbs }
+    rdma_conn_param = "whole" {
+        private_data, private_data_len, responder_resources, initiator_depth, retry_count, srq, qp_num
+    }
+    rdma_cm_event { id, listen_id, event, status, conn as "param.conn" }
 }
 
 #[test]
 fn structures_are_laid_out_as_in_the_header() {
-    if !std::path::Path::new("/usr/include/infiniband/verbs.h").exists() {
-        eprintln!("not compared: this machine has no infiniband/verbs.h (package libibverbs-dev)");
-        return;
+    for (header, package) in [("infiniband/verbs.h", "libibverbs-dev"), ("rdma/rdma_cma.h", "librdmacm-dev")] {
+        if !std::path::Path::new("/usr/include").join(header).exists() {
+            eprintln!("not compared: this machine has no {header} (package {package})");
+            return;
+        }
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut source =
-        String::from("#include <infiniband/verbs.h>\n#include <stdio.h>\n#include <stddef.h>\nint main() {\n");
+    let mut source = String::from(
+        "#include <infiniband/verbs.h>\n#include <rdma/rdma_cma.h>\n#include <stdio.h>\n#include <stddef.h>\nint main() {\n",
+    );
     for (expression, _) in here() {
         source += &format!("printf(\"%s=%zu\\n\", \"{expression}\", {expression});\n");
     }

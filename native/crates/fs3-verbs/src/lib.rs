@@ -8,6 +8,7 @@
 //! Only what soft-RoCE, soft-iWARP and hardware have in common is used: the `post_send` and `poll_cq` interface,
 //! SEND, RDMA READ and RDMA WRITE, shared receive queues, completion channels.
 
+pub mod cm;
 mod device;
 mod ffi;
 mod queue;
@@ -52,7 +53,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// # Errors
 /// When libibverbs cannot be loaded. No device is no error.
 pub fn devices() -> Result<Vec<DeviceInfo>> {
-    ffi::library().map_err(Error)?;
+    ffi::Library::get().map_err(Error)?;
     Ok(devices_in(Path::new(SYSFS)))
 }
 

@@ -1,9 +1,10 @@
+use crate::cm::CmId;
 use crate::device::Device;
 use crate::ffi::{self, ibv_comp_channel, ibv_cq, ibv_qp, ibv_qp_attr, ibv_recv_wr, ibv_send_wr, ibv_srq, ibv_wc};
 use crate::{Error, Result, Sge, failed, failed_with};
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Completions of queue pairs, with a descriptor that becomes readable when there are some.
 pub struct CompletionQueue {
@@ -284,6 +285,8 @@ pub struct QueuePair {
     receives: Arc<SharedReceiveQueue>,
     qp: *mut ibv_qp,
     settings: QueuePairSettings,
+    /// What the connection manager knows of it; goes after the pair itself.
+    connection: OnceLock<CmId>,
 }
 
 // SAFETY: posting is thread-safe; the pointer is used until Drop.
@@ -332,7 +335,13 @@ impl QueuePair {
             return Err(failed("a queue pair cannot be made"));
         }
         let settings = QueuePairSettings { inline_bytes: init.cap.max_inline_data, ..settings };
-        let pair = Self { completions: completions.clone(), receives: receives.clone(), qp, settings };
+        let pair = Self {
+            completions: completions.clone(),
+            receives: receives.clone(),
+            qp,
+            settings,
+            connection: OnceLock::new(),
+        };
         let mut attr = ibv_qp_attr {
             qp_state: ffi::QPS_INIT,
             pkey_index: settings.pkey_index,
@@ -408,6 +417,11 @@ impl QueuePair {
             | ffi::QP_SQ_PSN
             | ffi::QP_MAX_QP_RD_ATOMIC;
         self.modify(&mut send, mask)
+    }
+
+    /// Keep the connection that the connection manager made of it.
+    pub fn connected_by(&self, connection: CmId) {
+        drop(self.connection.set(connection));
     }
 
     fn modify(&self, attr: &mut ibv_qp_attr, mask: i32) -> Result<()> {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// How long a peer may take to say that it does not write to revoked memory any more.
-const REVOKE_TIMEOUT: Duration = Duration::from_millis(250);
+const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of RDMA READs under way, as long as there is one: more than any link has on its way, and few enough that what
 /// came first goes to the disk while the rest comes.
 const READING_BYTES_MAX: u64 = 4 << 20;

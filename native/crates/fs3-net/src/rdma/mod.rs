@@ -13,6 +13,7 @@
 //! (`Revoke`), and when it does not answer soon the connection is ended, which ends all access.
 
 pub mod bench;
+mod cm;
 mod counters;
 mod link;
 mod memory;
@@ -228,18 +229,18 @@ impl Transport {
     }
 
     /// The client's end of a connection: on the port that the server chose, connected to the server's end.
-    pub(crate) fn prepare(&self, port: usize, peer: &RdmaEnd) -> Result<Ready> {
+    pub(crate) async fn prepare(&self, port: usize, peer: &RdmaEnd) -> Result<Ready> {
         let port = self.0.ports.get(port);
         let port = port.ok_or_else(|| Error::new(Code::Protocol, "the server chose a port that was not offered"))?;
-        let ready = self.nic(port)?.prepare(&self.0.settings)?;
-        ready.connect(peer, &self.0.settings)?;
+        let mut ready = self.nic(port)?.prepare(&self.0.settings)?;
+        ready.connect(peer, &self.0.settings).await?;
         Ok(ready)
     }
 
     /// The server's end of a connection to one of the client's ports, and which; `None` when there is no way.
     pub(crate) fn answer(&self, offered: &[RdmaPort]) -> Option<(Ready, usize)> {
         let (port, theirs) = choose(self, offered)?;
-        match self.nic(port).and_then(|nic| nic.prepare(&self.0.settings)) {
+        match self.nic(port).and_then(|nic| nic.prepare(&self.0.settings)?.expecting()) {
             Ok(ready) => Some((ready, theirs)),
             Err(error) => {
                 self.0.counters[&port.device].fell_back();
@@ -310,9 +311,8 @@ pub fn best_gid(port: &PortInfo, wanted: Option<u8>) -> Option<(Gid, Kind)> {
     let kind = |gid: &Gid| match gid.kind {
         GidKind::RoceV2 => Some(Kind::RoceV2),
         GidKind::RoceV1 => Some(Kind::RoceV1),
-        GidKind::Native if port.infiniband => Some(Kind::Infiniband),
-        // iWARP, which needs a connection manager.
-        GidKind::Native => None,
+        GidKind::Native => port.infiniband.then_some(Kind::Infiniband),
+        GidKind::Iwarp => Some(Kind::Iwarp),
     };
     let rank = |gid: &&Gid| (gid.kind == GidKind::RoceV2, !gid.is_link_local(), gid.is_ipv4(), u8::MAX - gid.index);
     let candidates = port.gids.iter().filter(|g| wanted.is_none_or(|index| g.index == index));

@@ -1,5 +1,6 @@
 //! One port of one device, opened: receives, registered memory, queue pairs.
 
+use super::cm::{Acceptor, Expectation};
 use super::counters::Counters;
 use super::memory::{Registered, Registrations};
 use super::wire::MESSAGE_BYTES;
@@ -11,6 +12,7 @@ use fs3_verbs::{
     Address, CompletionQueue, Device, MemoryRegion, PathSettings, QueuePair, QueuePairSettings, Sge, SharedReceiveQueue,
 };
 use parking_lot::Mutex;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 /// Receives of one device; all its connections share them.
@@ -43,6 +45,8 @@ pub(crate) struct Nic {
     registrations: Arc<Registrations>,
     staging: BufferPool,
     pub counters: Arc<Counters>,
+    /// Of an iWARP port, once a server needs it.
+    acceptor: Mutex<Option<Arc<Acceptor>>>,
 }
 
 /// Receives that are posted, each for one message, and how many of them peers may count on.
@@ -98,6 +102,8 @@ pub(crate) struct Ready {
     psn: u32,
     reads_asked: u8,
     reads_answered: u8,
+    /// The connection that the client makes, when that is not this end's to do.
+    expectation: Option<Expectation>,
 }
 
 impl Nic {
@@ -123,12 +129,19 @@ impl Nic {
             registrations,
             staging: BufferPool::new(STAGING_BYTES_MAX),
             counters: counters.clone(),
+            acceptor: Mutex::default(),
         }))
     }
 
     /// Name of the device.
     pub fn device_name(&self) -> &str {
         &self.port.device
+    }
+
+    /// Whether a completion queue can wait for messages only. Soft-iWARP, in Linux 6.1 at least, makes no event of a
+    /// message then.
+    pub fn tells_solicited(&self) -> bool {
+        self.port.kind != Kind::Iwarp
     }
 
     /// Keys for memory, when it is or can be registered.
@@ -169,7 +182,17 @@ impl Nic {
             psn: rand_psn(),
             reads_asked: READS.min(limits.reads_asked_max),
             reads_answered: READS.min(limits.reads_answered_max),
+            expectation: None,
         })
+    }
+
+    fn acceptor(&self) -> Result<Arc<Acceptor>> {
+        let mut acceptor = self.acceptor.lock();
+        if let Some(acceptor) = &*acceptor {
+            return Ok(acceptor.clone());
+        }
+        let ip = Ipv6Addr::from(self.port.gid.value);
+        Ok(acceptor.insert(Acceptor::start(ip.to_canonical())?).clone())
     }
 
     /// A message that came into receive `index`.
@@ -262,17 +285,48 @@ impl Ready {
             reads_answered: u32::from(self.reads_answered),
             receives: self.grant.count,
             message_bytes: MESSAGE_BYTES as u32,
+            cm_port: self.expectation.as_ref().map_or(0, |e| u32::from(e.port())),
+            cm_key: self.expectation.as_ref().map_or_else(Bytes::new, |e| Bytes::copy_from_slice(&e.key)),
         }
     }
 
+    /// As a server: on a port whose connections the connection manager makes, be ready for the client's.
+    pub fn expecting(mut self) -> Result<Self> {
+        if self.nic.port.kind == Kind::Iwarp {
+            self.expectation = Some(self.nic.acceptor()?.expect(self.pair.number(), self.reads_answered));
+        }
+        Ok(self)
+    }
+
     /// Connect to the other end.
-    pub fn connect(&self, peer: &RdmaEnd, settings: &RdmaSettings) -> Result<()> {
-        let wrong = || Error::new(Code::Protocol, "the peer's end of an RDMA connection cannot be right");
+    pub async fn connect(&mut self, peer: &RdmaEnd, settings: &RdmaSettings) -> Result<()> {
+        if self.nic.port.kind == Kind::Iwarp {
+            self.connect_managed(peer).await
+        } else {
+            self.connect_here(peer, settings)
+        }
+    }
+
+    async fn connect_managed(&mut self, peer: &RdmaEnd) -> Result<()> {
+        if let Some(expectation) = self.expectation.take() {
+            self.pair.connected_by(expectation.established().await?);
+            return Ok(());
+        }
+        let gid: [u8; 16] = peer.gid[..].try_into().map_err(|_| wrong())?;
+        let port = u16::try_from(peer.cm_port).map_err(|_| wrong())?;
+        let to = SocketAddr::new(Ipv6Addr::from(gid).to_canonical(), port);
+        let reads = self.reads_asked.min(u8::try_from(peer.reads_answered).map_err(|_| wrong())?);
+        let (number, device, key) = (self.pair.number(), self.nic.port.device.clone(), peer.cm_key.clone());
+        let connect = move || fs3_verbs::cm::connect(number, &device, to, reads, &key, super::cm::CONNECT_TIMEOUT);
+        let connected = tokio::task::spawn_blocking(connect).await;
+        let stopped = |_| Error::new(Code::Unavailable, "the runtime is being shut down");
+        self.pair.connected_by(connected.map_err(stopped)?.map_err(unavailable)?);
+        Ok(())
+    }
+
+    fn connect_here(&self, peer: &RdmaEnd, settings: &RdmaSettings) -> Result<()> {
         let gid: [u8; 16] = peer.gid[..].try_into().map_err(|_| wrong())?;
         let small = |n: u32| u8::try_from(n).map_err(|_| wrong());
-        if peer.message_bytes != MESSAGE_BYTES as u32 || peer.receives < RECEIVES_MIN {
-            return Err(wrong());
-        }
         let address = Address { number: peer.number, psn: peer.psn, lid: peer.lid as u16, gid };
         let path = PathSettings {
             gid_index: self.nic.port.gid.index,
@@ -287,6 +341,10 @@ impl Ready {
         };
         self.pair.connect(self.psn, &address, &path).map_err(unavailable)
     }
+}
+
+fn wrong() -> Error {
+    Error::new(Code::Protocol, "the peer's end of an RDMA connection cannot be right")
 }
 
 /// A port here and an offered one that can reach each other: the pair with the most in common.
@@ -311,7 +369,7 @@ fn reach(here: &LocalPort, there: &RdmaPort) -> Option<u32> {
         && match here.kind {
             Kind::Infiniband => common >= 64,
             // An IPv4 address (in IPv6 form) does not reach an IPv6 address.
-            Kind::RoceV2 => common >= 96 || !here.gid.is_ipv4(),
+            Kind::RoceV2 | Kind::Iwarp => common >= 96 || !here.gid.is_ipv4(),
             _ => true,
         };
     possible.then_some(common)

@@ -135,7 +135,7 @@ impl<E: Endpoint> Receiver<'_, E> {
             if count == 0 && idle >= *SPINS {
                 // An event that came while nobody waited must not be taken for the one that is waited for.
                 while unseen_events && self.link.completions.take_event() {}
-                let received_only = self.link.awaited() != Awaited::Completions;
+                let received_only = self.link.nic.tells_solicited() && self.link.awaited() != Awaited::Completions;
                 // What completes between the last look and arming makes no event.
                 self.link.completions.arm(received_only).map_err(super::unavailable)?;
                 (armed, unseen_events) = (true, true);
