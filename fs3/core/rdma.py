@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Final
 
 LIBRARY: Final = "libibverbs.so.1"
+CM_LIBRARY: Final = "librdmacm.so.1"
+"""The connection manager, which iWARP needs."""
 # Below the first a service has no room for the buffers of its connections, below the second little for others.
 LOCKED_BYTES_NEEDED: Final = 64 << 20
 LOCKED_BYTES_WANTED: Final = 1 << 30
@@ -138,6 +140,7 @@ class Verbs:
     """What the libraries say of the devices, by their names."""
 
     library: str | None = None
+    cm_library: str | None = None
     opened: Mapping[str, int] = field(default_factory=dict)
     """0, or the errno of opening it. A device that is missing here has no provider."""
     limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -159,8 +162,9 @@ def load_verbs() -> Verbs:
     library.ibv_close_device.argtypes = [ctypes.c_void_p]
     count = ctypes.c_int()
     devices = library.ibv_get_device_list(ctypes.byref(count))
+    cm_library = CM_LIBRARY if _can_be_loaded(CM_LIBRARY) else None
     if not devices:
-        return Verbs(LIBRARY)
+        return Verbs(LIBRARY, cm_library)
     opened = {}
     for index in range(count.value):
         ctypes.set_errno(0)
@@ -174,7 +178,15 @@ def load_verbs() -> Verbs:
     mtu_bytes: dict[tuple[str, int], int] = {}
     with suppress(ImportError):
         _ask_pyverbs([name for name, status in opened.items() if status == 0], limits, mtu_bytes)
-    return Verbs(LIBRARY, opened, limits, mtu_bytes)
+    return Verbs(LIBRARY, cm_library, opened, limits, mtu_bytes)
+
+
+def _can_be_loaded(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _ask_pyverbs(
@@ -283,15 +295,19 @@ def _device_problems(root: Path, name: str, uverbs: str | None, iwarp: bool, ver
     if uverbs is None:
         yield Problem(f"{name} is not offered to programs", "load the module: modprobe ib_uverbs")
         return
-    if iwarp:
-        yield Problem(f"{name} speaks iWARP, which fs3 does not", "nothing needs to be done: TCP is used")
     needed = [uverbs]
+    if iwarp:
+        needed.append("rdma_cm")
+        if verbs.library and not verbs.cm_library:
+            advice = "install it: apt-get install librdmacm1, or dnf install librdmacm"
+            yield Problem(f"{name} speaks iWARP, and {CM_LIBRARY} cannot be loaded", advice)
     reachable = True
     for node in needed:
         path, shown = root / "dev/infiniband" / node, f"/dev/infiniband/{node}"
         if not path.exists():
+            module = "rdma_ucm" if node == "rdma_cm" else "ib_uverbs"
             advice = (
-                f"in a container give it the device (--device {shown}), elsewhere load the module: modprobe ib_uverbs"
+                f"in a container give it the device (--device {shown}), elsewhere load the module: modprobe {module}"
             )
             yield Problem(f"{shown} is missing", advice)
         elif not os.access(path, os.R_OK | os.W_OK):
@@ -379,8 +395,10 @@ def choose_gid(gids: Sequence[Gid]) -> tuple[Gid | None, str]:
 
     def rank(gid: Gid) -> tuple[int, str]:
         address = IPv6Address(gid.address)
-        if gid.type in ("InfiniBand", "iWARP"):
-            return 0, f"the first one; {gid.type} needs no other"
+        if gid.type == "InfiniBand":
+            return 0, "the first one; InfiniBand needs no other"
+        if gid.type == "iWARP":
+            return 0, "iWARP connects by the IP addresses of the net device"
         if gid.type == "RoCE v2" and address.ipv4_mapped:
             return 1, "RoCE v2 of an IPv4 address can be routed"
         if gid.type == "RoCE v2" and not address.is_link_local:

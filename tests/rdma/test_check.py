@@ -52,10 +52,10 @@ def port_down() -> Iterator[None]:
     check_until(lambda report: bool(device(report, "rxe0")["usable"]))
 
 
-def test_roce_is_usable_over_its_routable_address_and_iwarp_is_named() -> None:
+def test_roce_is_usable_over_its_routable_address_and_iwarp_by_its_connection_manager() -> None:
     report = check()
     assert (report["status"], report["usable"], report["library"]) == (0, True, "libibverbs.so.1")
-    assert [d["name"] for d in report["devices"] if d["usable"]] == ["rxe0"]
+    assert [d["name"] for d in report["devices"] if d["usable"]] == ["rxe0", "siw0"]
     (roce,) = device(report, "rxe0")["ports"]
     assert roce["chosen_gid"] == {"index": 1, "address": "::ffff:10.9.0.1", "type": "RoCE v2", "net_device": "rd0"}
     assert (roce["state"], roce["mtu_bytes"]) == ("ACTIVE", 4096)
@@ -76,17 +76,18 @@ def test_a_port_that_is_down_is_not_usable() -> None:
     report = check_until(lambda report: not device(report, "rxe0")["usable"])
     assert not device(report, "rxe0")["usable"]
     assert "ip link set rd0 up" in advice(device(report, "rxe0")["ports"][0]["problems"])
-    assert not report["usable"], "iWARP, the other device, is not used"
+    assert report["usable"], "siw0, the other device, goes on"
 
 
 def test_a_user_without_access_to_a_device_is_told_how_to_get_it() -> None:
-    os.chmod("/dev/infiniband/uverbs0", 0o600)
-    try:
-        report = check("setpriv", f"--reuid={NOBODY}", "--clear-groups")
-    finally:
-        os.chmod("/dev/infiniband/uverbs0", 0o666)
-    assert not device(report, "rxe0")["usable"]
-    assert "udev rule" in advice(device(report, "rxe0")["problems"])
+    for node, name in (("uverbs0", "rxe0"), ("rdma_cm", "siw0")):
+        os.chmod(f"/dev/infiniband/{node}", 0o600)
+        try:
+            report = check("setpriv", f"--reuid={NOBODY}", "--clear-groups")
+        finally:
+            os.chmod(f"/dev/infiniband/{node}", 0o666)
+        assert not device(report, name)["usable"]
+        assert "udev rule" in advice(device(report, name)["problems"])
 
 
 def test_a_low_limit_of_locked_memory_makes_it_unusable() -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from fs3.cli import rdma as command
-from fs3.core.rdma import LIBRARY, Gid, Port, Report, Verbs, choose_gid, inspect
+from fs3.core.rdma import CM_LIBRARY, LIBRARY, Gid, Port, Report, Verbs, choose_gid, inspect
 
 LINK_LOCAL = "fe80:0000:0000:0000:0002:c9ff:fe00:0001"
 IPV4 = "0000:0000:0000:0000:0000:ffff:0a09:0001"
@@ -118,19 +118,22 @@ def test_roce_with_a_routable_address_has_nothing_to_complain_of(machine: Machin
 
 def test_infiniband_is_reached_by_its_lid(machine: Machine) -> None:
     machine.infiniband()
-    report = machine.inspect(Verbs(LIBRARY, {"mlx5_0": 0}, mtu_bytes={("mlx5_0", 1): 2048}))
+    report = machine.inspect(Verbs(LIBRARY, CM_LIBRARY, {"mlx5_0": 0}, mtu_bytes={("mlx5_0", 1): 2048}))
     assert complaints(report) == []
     port = only_port(report)
     assert (port.lid, port.mtu_bytes, port.rate) == (31, 2048, "400 Gb/sec (4X NDR)")
     assert port.chosen_gid == Gid(0, "fe80::2:c9ff:fe00:1", "InfiniBand", None)
 
 
-def test_iwarp_is_named_and_not_used(machine: Machine) -> None:
+def test_iwarp_needs_the_connection_manager(machine: Machine) -> None:
     machine.add("cxgb4_0", [("0007:4312:3456:0000:0000:0000:0000:0000", "IB/RoCE v1")], node_type="4: RNIC")
-    report = machine.inspect()
+    report = machine.inspect(Verbs(LIBRARY, None, {"cxgb4_0": 0}))
     assert only_port(report).chosen_gid == Gid(0, "7:4312:3456::", "iWARP", "eth0")
-    assert "cxgb4_0 speaks iWARP" in complaints(report)[0]
+    assert f"cxgb4_0 speaks iWARP, and {CM_LIBRARY} cannot be loaded" in complaints(report)
+    assert "/dev/infiniband/rdma_cm is missing" in complaints(report)
     assert not report.usable
+    machine.write("dev/infiniband/rdma_cm", "")
+    assert machine.inspect(Verbs(LIBRARY, CM_LIBRARY, {"cxgb4_0": 0})).usable
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_a_missing_provider_is_told_from_a_device_that_does_not_open(machine: Ma
     machine.roce()
     missing = machine.inspect(Verbs(LIBRARY))
     assert "no provider for mlx5_0: install the providers" in complaints(missing)[0]
-    refused = machine.inspect(Verbs(LIBRARY, {"mlx5_0": errno.EPERM}))
+    refused = machine.inspect(Verbs(LIBRARY, CM_LIBRARY, {"mlx5_0": errno.EPERM}))
     assert "cannot be opened: Operation not permitted" in complaints(refused)[0]
     assert not missing.usable
     assert not refused.usable
