@@ -20,8 +20,8 @@ from tests.rdma import rig
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "native"
 CRATE = "fs3-net"
-# The test programs of the transport run for this device when it is named to them.
-DEVICE = "rxe0"
+# The test programs of the transport run for the device that is named to them: soft-RoCE and soft-iWARP.
+DEVICES = ("rxe0", "siw0")
 
 
 def transport_tests() -> list[str]:
@@ -36,8 +36,11 @@ def script() -> str:
     """Give the shell script of the whole run: every part runs, any failure is its status, pytest has the last word."""
     crate = shlex.quote(str(NATIVE / "crates" / CRATE))
     lines = ["failed=0"]
+    programs = transport_tests()
     lines += [
-        f"(cd {crate} && exec {shlex.quote(program)} --include-ignored) || failed=1" for program in transport_tests()
+        f"(cd {crate} && FS3_TEST_RDMA={device} exec {shlex.quote(program)} --include-ignored) || failed=1"
+        for device in DEVICES
+        for program in programs
     ]
     pytest = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "rdma"), "--junitxml=/rig.out/junit.xml"]
     return "\n".join([*lines, f"{shlex.join(pytest)} || failed=1", "exit $failed"])
@@ -59,7 +62,7 @@ def main() -> int:
     try:
         rig.install(rig.GUEST)
         kernel = rig.kernel()
-        environment = {"FS3_TEST_RDMA": DEVICE, "FS3_TEST_PYVERBS": str(rig.pyverbs())}
+        environment = {"FS3_TEST_RDMA": DEVICES[0], "FS3_TEST_PYVERBS": str(rig.pyverbs())}
         command = options.command or script()
         if options.out is None:
             shutil.rmtree(out, ignore_errors=True)

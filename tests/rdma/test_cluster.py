@@ -50,14 +50,30 @@ def read(fs: FileSystem, path: str) -> bytes:
         return file.read()
 
 
+def set_roce_port(state: str) -> None:
+    """Bring the port of rxe0 up or down."""
+    subprocess.run(["ip", "link", "set", "rd0", state], check=True)
+
+
 @pytest.fixture
 def port_up_again() -> Iterator[None]:
     """Leave the port as it was found."""
     yield
-    subprocess.run(["ip", "link", "set", "rd0", "up"], check=True)
+    set_roce_port("up")
 
 
-def test_file_data_moves_by_rdma_between_clients_and_storage_and_along_the_chains(cluster: LocalCluster) -> None:
+@pytest.fixture(params=["rxe0", "siw0"])
+def device(request: pytest.FixtureRequest, port_up_again: None) -> str:
+    """Give the device that is used: soft-RoCE, or soft-iWARP while the other one is down. Ask for it before a cluster."""
+    name: str = request.param
+    if name == "siw0":
+        set_roce_port("down")
+    return name
+
+
+def test_file_data_moves_by_rdma_between_clients_and_storage_and_along_the_chains(
+    device: str, cluster: LocalCluster
+) -> None:
     data = random.Random(5).randbytes(24 * MIB + 12_345)
     with fs3.connect(cluster.url, token=cluster.token, transport="rdma") as fs:
         write(fs, "/large", data)
@@ -69,13 +85,13 @@ def test_file_data_moves_by_rdma_between_clients_and_storage_and_along_the_chain
         used = transports(cluster)
     assert report.chunks > 0
     assert report.differences == []
-    assert used["client", "rxe0"] > 0
-    assert used["node", "rxe0"] > 0
-    assert used["storage", "rxe0"] > 0
+    assert used["client", device] > 0
+    assert used["node", device] > 0
+    assert used["storage", device] > 0
     assert used["node", "tcp"] == 0
 
 
-def test_registered_memory_is_written_and_read_in_place(cluster: LocalCluster) -> None:
+def test_registered_memory_is_written_and_read_in_place(device: str, cluster: LocalCluster) -> None:
     memory = bytearray(random.Random(6).randbytes(8 * MIB))
     expected = bytes(memory)
     with (
@@ -108,7 +124,7 @@ def test_a_wrong_transport_is_refused_with_the_right_ones() -> None:
         fs3.connect("fs3://127.0.0.1:1/", transport="udp")
 
 
-def test_no_acknowledged_write_is_lost_over_kills_by_rdma(cluster: LocalCluster) -> None:
+def test_no_acknowledged_write_is_lost_over_kills_by_rdma(device: str, cluster: LocalCluster) -> None:
     rng = random.Random(1)
     writers = [Writer(cluster, f"/w{i}", seed=1000 + i) for i in range(3)]
     for writer in writers:
@@ -128,8 +144,8 @@ def test_no_acknowledged_write_is_lost_over_kills_by_rdma(cluster: LocalCluster)
             writer.stopping.set()
     for writer in writers:
         writer.finish()
-    assert used["client", "rxe0"] > 0
-    assert used["node", "rxe0"] > 0
+    assert used["client", device] > 0
+    assert used["node", device] > 0
     cluster.wait_serving()
     with fs3.connect(cluster.url, token=cluster.token) as fs:
         for writer in writers:
@@ -146,7 +162,7 @@ def test_writes_go_on_by_tcp_when_the_port_goes_down(cluster: LocalCluster, port
     try:
         wait_for_progress(writers)
         assert transports(cluster)["client", "rxe0"] > 0
-        subprocess.run(["ip", "link", "set", "rd0", "down"], check=True)
+        set_roce_port("down")
         wait_until(lambda: transports(cluster)["client", "tcp"] > 0, timeout_s=60.0, what="connections by TCP")
         wait_for_progress(writers)
     finally:
