@@ -64,7 +64,7 @@ def port_up_again() -> Iterator[None]:
 
 @pytest.fixture(params=["rxe0", "siw0"])
 def device(request: pytest.FixtureRequest, port_up_again: None) -> str:
-    """Give the device that is used: soft-RoCE, or soft-iWARP while the other one is down. Ask for it before a cluster."""
+    """Give the device that clusters use from here on: soft-RoCE, or soft-iWARP while the other one is down."""
     name: str = request.param
     if name == "siw0":
         set_roce_port("down")
