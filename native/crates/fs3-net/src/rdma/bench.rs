@@ -154,7 +154,7 @@ impl RawEnd {
         let reply = connection.call(OFFER, offer, Vec::new(), Sink::none(), TIMEOUT).await?;
         let welcome = HelloResponse::decode(reply.body).map_err(unreadable)?;
         let end = welcome.rdma_end.ok_or_else(|| Error::new(Code::Protocol, "the listener offers no queue pair"))?;
-        let ready = transport.prepare(welcome.rdma_port as usize, &end)?;
+        let ready = transport.prepare(welcome.rdma_port as usize, &end).await?;
         let reply = connection.call(CONNECT, ready.end(), Vec::new(), Sink::none(), TIMEOUT).await?;
         let memory = GetRoutingRequest::decode(reply.body).map_err(unreadable)?;
         Ok((Self::new(ready, DEPTH * bytes)?, Remote { address: memory.known_version, key: memory.wait_ms }))
@@ -374,9 +374,9 @@ impl Bench {
         Ok(Response::new(&HelloResponse { rdma_port, rdma_end, ..HelloResponse::default() }))
     }
 
-    fn connect(&self, request: &Request) -> Result<Response> {
-        let ready = self.raw.lock().offered.take().ok_or_else(bad_request)?;
-        ready.connect(&decode_end(&request.body)?, self.transport.settings())?;
+    async fn connect(&self, request: &Request) -> Result<Response> {
+        let mut ready = self.raw.lock().offered.take().ok_or_else(bad_request)?;
+        ready.connect(&decode_end(&request.body)?, self.transport.settings()).await?;
         let end = RawEnd::new(ready, DEPTH * OPERATION_BYTES_MAX)?;
         let (address, key) = (end.registered.address, end.registered.remote_key());
         let stop = Arc::new(AtomicBool::new(false));
@@ -405,7 +405,7 @@ impl Service for Bench {
     async fn handle(&self, request: Request) -> Result<Response> {
         match request.method {
             OFFER => self.offer(&request),
-            CONNECT => self.connect(&request),
+            CONNECT => self.connect(&request).await,
             Method::StorageRead => {
                 let asked = GetRoutingRequest::decode(request.body).map_err(|_| bad_request())?;
                 let bytes = usize::try_from(asked.known_version).unwrap_or(usize::MAX);

@@ -368,8 +368,8 @@ fn reach(here: &LocalPort, there: &RdmaPort) -> Option<u32> {
     let possible = here.kind as i32 == there.kind
         && match here.kind {
             Kind::Infiniband => common >= 64,
-            // An IPv4 address (in IPv6 form) does not reach an IPv6 address.
-            Kind::RoceV2 | Kind::Iwarp => common >= 96 || !here.gid.is_ipv4(),
+            // An IPv4 address (in IPv6 form) and an IPv6 address do not reach each other.
+            Kind::RoceV2 | Kind::Iwarp => Ipv6Addr::from(gid).to_ipv4_mapped().is_some() == here.gid.is_ipv4(),
             _ => true,
         };
     possible.then_some(common)
