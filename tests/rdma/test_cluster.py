@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,8 +20,7 @@ from fs3.testing.process import wait_until
 from fs3.testing.replicas import compare_replicas
 from fs3.testing.storage_status import engine_statuses
 from tests.cluster.conftest import cluster, make_cluster
-from tests.cluster.test_kill_cycles import wait_for_progress
-from tests.cluster.writers import Writer
+from tests.cluster.kills import kill_cycles, write_load
 
 __all__ = ["cluster", "make_cluster"]
 
@@ -124,53 +124,77 @@ def test_a_wrong_transport_is_refused_with_the_right_ones() -> None:
         fs3.connect("fs3://127.0.0.1:1/", transport="udp")
 
 
+class CanaryKeeper(threading.Thread):
+    """Writes and reads in registered memory that has canaries on both sides, and compares everything each time."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        super().__init__(name="canary-keeper")
+        self.cluster = cluster
+        self.rounds = 0
+        self.failure: BaseException | None = None
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        """Go on until stopped."""
+        try:
+            self.work()
+        except BaseException as e:
+            self.failure = e
+
+    def work(self) -> None:
+        """One round after the other."""
+        rng, canary = random.Random(9), b"canary" * 10_000
+        memory = bytearray(canary + bytes(4 * MIB) + canary)
+        with (
+            fs3.connect(self.cluster.url, token=self.cluster.token) as fs,
+            fs.open("/canaries", "w+b", buffering=0) as file,
+        ):
+            registered = fs3.RegisteredMemory(memory)
+            while not self.stopping.is_set():
+                data = rng.randbytes(rng.randrange(1, 4 * MIB))
+                begin = len(canary) + rng.randrange(4 * MIB - len(data))
+                end = begin + len(data)
+                memory[begin:end] = data
+                before, after = bytes(memory[:begin]), bytes(memory[end:])
+                with memoryview(memory)[begin:end] as window:
+                    assert file.pwrite(window, begin) == len(data)
+                    window[:] = bytes(len(data))
+                    assert file.pread_into(window, begin) == len(data)
+                assert memory[begin:end] == data
+                assert (memory[:begin], memory[end:]) == (before, after), "memory around the caller's was touched"
+                self.rounds += 1
+            registered.release()
+
+    def finish(self) -> None:
+        """Stop, and raise what went wrong in the thread."""
+        self.stopping.set()
+        self.join(timeout=120)
+        assert not self.is_alive(), "a read or write hangs"
+        if self.failure is not None:
+            raise self.failure
+
+
 def test_no_acknowledged_write_is_lost_over_kills_by_rdma(device: str, cluster: LocalCluster) -> None:
-    rng = random.Random(1)
-    writers = [Writer(cluster, f"/w{i}", seed=1000 + i) for i in range(3)]
-    for writer in writers:
-        writer.start()
-    try:
-        wait_for_progress(writers)
-        for _ in range(CYCLES):
-            victim = f"storage-{rng.randrange(cluster.spec.storage) + 1}"
-            cluster.kill(victim)
-            wait_for_progress(writers)
-            cluster.start(victim)
-            cluster.wait_serving()
-        wait_for_progress(writers)
-        used = transports(cluster)
-    finally:
-        for writer in writers:
-            writer.stopping.set()
-    for writer in writers:
-        writer.finish()
+    keeper = CanaryKeeper(cluster)
+    with write_load(cluster, writers=3, seed=1) as writers:
+        keeper.start()
+        try:
+            kill_cycles(cluster, writers, cycles=CYCLES, rng=random.Random(1))
+            used = transports(cluster)
+        finally:
+            keeper.finish()
+    assert keeper.rounds > 0
     assert used["client", device] > 0
     assert used["node", device] > 0
-    cluster.wait_serving()
-    with fs3.connect(cluster.url, token=cluster.token) as fs:
-        for writer in writers:
-            writer.verify(fs)
-        report = compare_replicas(fs)
-    assert report.chunks > 0
-    assert report.differences == []
 
 
 def test_writes_go_on_by_tcp_when_the_port_goes_down(cluster: LocalCluster, port_up_again: None) -> None:
-    writers = [Writer(cluster, f"/w{i}", seed=2000 + i) for i in range(2)]
-    for writer in writers:
-        writer.start()
+    # Soft-iWARP would step in.
+    subprocess.run(["ip", "link", "set", "rd1", "down"], check=True)
     try:
-        wait_for_progress(writers)
-        assert transports(cluster)["client", "rxe0"] > 0
-        set_roce_port("down")
-        wait_until(lambda: transports(cluster)["client", "tcp"] > 0, timeout_s=60.0, what="connections by TCP")
-        wait_for_progress(writers)
+        with write_load(cluster, writers=2, seed=2):
+            assert transports(cluster)["client", "rxe0"] > 0
+            set_roce_port("down")
+            wait_until(lambda: transports(cluster)["client", "tcp"] > 0, timeout_s=60.0, what="connections by TCP")
     finally:
-        for writer in writers:
-            writer.stopping.set()
-    for writer in writers:
-        writer.finish()
-    with fs3.connect(cluster.url, token=cluster.token) as fs:
-        for writer in writers:
-            writer.verify(fs)
-        assert compare_replicas(fs).differences == []
+        subprocess.run(["ip", "link", "set", "rd1", "up"], check=True)
