@@ -1,7 +1,7 @@
 //! The parts of `infiniband/verbs.h` and `rdma/rdma_cma.h` that are used here: their stable binary interface, as of
 //! rdma-core 15 and later.
 //!
-//! `tests/layout.rs` compares these structures with the header of the machine it runs on.
+//! `layout_tests.rs` compares these structures with the headers of the machine it runs on.
 #![allow(missing_docs, non_camel_case_types)]
 
 use libc::{c_char, c_int, c_uint, c_void, pthread_cond_t, pthread_mutex_t, size_t, sockaddr};

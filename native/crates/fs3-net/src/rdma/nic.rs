@@ -300,6 +300,7 @@ impl Ready {
 
     /// Connect to the other end.
     pub async fn connect(&mut self, peer: &RdmaEnd, settings: &RdmaSettings) -> Result<()> {
+        check(peer)?;
         if self.nic.port.kind == Kind::Iwarp {
             self.connect_managed(peer).await
         } else {
@@ -343,6 +344,12 @@ impl Ready {
     }
 }
 
+/// Messages are as long at both ends, and some can be sent.
+fn check(peer: &RdmaEnd) -> Result<()> {
+    let fits = peer.message_bytes == MESSAGE_BYTES as u32 && peer.receives >= RECEIVES_MIN;
+    if fits { Ok(()) } else { Err(wrong()) }
+}
+
 fn wrong() -> Error {
     Error::new(Code::Protocol, "the peer's end of an RDMA connection cannot be right")
 }
@@ -384,4 +391,17 @@ fn rand_psn() -> u32 {
 pub(crate) fn decode_end(body: &Bytes) -> Result<RdmaEnd> {
     prost::Message::decode(body.clone())
         .map_err(|_| Error::new(Code::Protocol, "the peer's end of an RDMA connection cannot be read"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_with_other_messages_or_too_few_receives_is_refused() {
+        let good = RdmaEnd { message_bytes: MESSAGE_BYTES as u32, receives: RECEIVES_MIN, ..RdmaEnd::default() };
+        assert!(check(&good).is_ok());
+        assert_eq!(check(&RdmaEnd { receives: 0, ..good.clone() }).unwrap_err().code, Code::Protocol);
+        assert_eq!(check(&RdmaEnd { message_bytes: 4096, ..good }).unwrap_err().code, Code::Protocol);
+    }
 }
