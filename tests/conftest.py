@@ -15,7 +15,7 @@ import pytest
 MARK = "FS3_TEST_MARK"
 SETTLE_S = 10.0
 # Threads of libraries that live as long as the process by design.
-LASTING_THREADS = ("grpc", "_channel_spin", "fs3-native", "tokio")
+LASTING_THREADS = ("grpc", "_channel_spin", "fs3-native", "tokio", "fdb-network-thread")
 # gRPC's asyncio poller is named after its target.
 LASTING_TARGETS = ("(_poll_wrapper)",)
 

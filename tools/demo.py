@@ -107,12 +107,12 @@ def copy_tree(source: Path, files: list[Path], target: Path, update: Callable[[f
 class Demo:
     """The steps, in order, on one cluster."""
 
-    def __init__(self, directory: Path, size: int, progress: Progress) -> None:
+    def __init__(self, directory: Path, size: int, kv: str, progress: Progress) -> None:
         self.size = size
         self.progress = progress
         self.mountpoint = directory / "mnt"
         self.pid_file = directory / "mount.pid"
-        self.cluster = LocalCluster.create(directory / "cluster", ClusterSpec(lease_ms=3000, heartbeat_ms=300))
+        self.cluster = LocalCluster.create(directory / "cluster", ClusterSpec(lease_ms=3000, heartbeat_ms=300, kv=kv))
         self.scratch = directory
         self.stdlib = Path(sysconfig.get_paths()["stdlib"])
         self.tree: dict[Path, str] = {}
@@ -352,10 +352,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large files")
     parser.add_argument("--dir", help="where to work; needs about 12 x the size")
+    parser.add_argument("--kv", default="", metavar="URL", help="an empty key-value store; without it one is made")
     arguments = parser.parse_args()
     progress = Progress()
     directory = Path(tempfile.mkdtemp(prefix="fs3-demo-", dir=arguments.dir))
-    demo = Demo(directory, arguments.size_mib * MIB, progress)
+    demo = Demo(directory, arguments.size_mib * MIB, arguments.kv, progress)
     try:
         limits = demo.limits()
         demo.start()

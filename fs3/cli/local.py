@@ -30,6 +30,7 @@ def _say(line: str) -> None:
 @click.option("--meta", type=int, metavar="N", help="Metadata services of a new cluster.  [default: 1]")
 @click.option("--chunk-size", metavar="SIZE", help="Chunk size of a new cluster's files.  [default: 1MiB]")
 @click.option("--lease-ms", type=int, help="Silence after which a node counts as failed.  [default: 6000]")
+@click.option("--kv", metavar="URL", help="Key-value store of a new cluster, for example fdb:.  [default: lmdb in DIR]")
 @click.option("--no-durable-metadata", is_flag=True, help="New cluster: metadata commits do not wait for the disk.")
 @json_option
 def up_command(
@@ -39,6 +40,7 @@ def up_command(
     meta: int | None,
     chunk_size: str | None,
     lease_ms: int | None,
+    kv: str | None,
     no_durable_metadata: bool,
     as_json: bool,
 ) -> None:
@@ -48,7 +50,7 @@ def up_command(
     stays in DIRECTORY.
     """
     path = Path(directory)
-    given: dict[str, Any] = {"storage": storage, "replicas": replicas, "meta": meta, "lease_ms": lease_ms}
+    given: dict[str, Any] = {"storage": storage, "replicas": replicas, "meta": meta, "lease_ms": lease_ms, "kv": kv}
     given = {name: value for name, value in given.items() if value is not None}
     if lease_ms is not None:
         given["heartbeat_ms"] = max(50, lease_ms // 6)

@@ -11,7 +11,7 @@ from fs3.core.config import LOG_LEVELS, MetaConfig, MgmtdConfig, StorageConfig, 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-kv_option = click.option("--kv", metavar="URL", help="Key-value store, for example lmdb:/var/lib/fs3/kv.")
+kv_option = click.option("--kv", metavar="URL", help="Key-value store: lmdb:/path, or fdb:/cluster/file.")
 mgmtd_option = click.option("--mgmtd", metavar="HOST:PORT", help="Cluster managers, separated by commas.")
 frame_port_option = click.option("--frame-port", type=int, help="Port for clients; 0 chooses a free one.")
 

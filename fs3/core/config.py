@@ -144,7 +144,7 @@ class MgmtdConfig(ServiceConfig):
     """The cluster manager."""
 
     kv: str
-    """URL of the key-value store, for example lmdb:/var/lib/fs3/kv."""
+    """URL of the key-value store: lmdb:/var/lib/fs3/kv, fdb:/etc/foundationdb/fdb.cluster."""
     replicas: int = 3
     """Targets per chain."""
     min_storage_nodes: int = 0

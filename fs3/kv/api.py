@@ -75,6 +75,9 @@ class Transaction(Protocol):
 
     A key is not empty and does not begin with 0xff (LimitExceeded): that space belongs to the store. So the
     range of all keys is from ``b""`` to the one byte 0xff.
+
+    Where a transaction wrote a versionstamp it must not read: engines may raise KvError, also for ranges that could
+    hold a stamped key.
     """
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:

@@ -22,8 +22,8 @@ from fs3.kv.api import (
 from fs3.kv.conflicts import KeyRange
 
 KEYS_END = b"\xff"
-_FIRST_KEY = b"\x00"
-_NO_STAMP = b"\x00" * VERSIONSTAMP_BYTES
+FIRST_KEY = b"\x00"
+NO_STAMP = b"\x00" * VERSIONSTAMP_BYTES
 _LAST_STAMP = b"\xff" * VERSIONSTAMP_BYTES
 
 # A buffered write: a value; None for a clear; an int for an add to a value not read yet; a pair
@@ -58,12 +58,21 @@ def add_wrapping(value: bytes | None, delta: int) -> bytes:
     return ((base + delta) & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little")
 
 
-def _key_refused(key: bytes) -> LimitExceeded:
+def key_refused(key: bytes) -> LimitExceeded:
+    """Return the error for a key that is empty, too long, or in the space of the store."""
     if len(key) > KEY_BYTES_MAX:
         return LimitExceeded(f"key of {len(key)} bytes: the limit is {KEY_BYTES_MAX}")
     if not key:
         return LimitExceeded("a key must not be empty")
     return LimitExceeded("a key must not begin with 0xff: that space belongs to the store")
+
+
+def check_range(begin: bytes, end: bytes) -> None:
+    """Refuse boundaries that no key can have. Raises LimitExceeded."""
+    if begin > KEYS_END or end > KEYS_END:
+        raise LimitExceeded("a range must not reach beyond 0xff: that space belongs to the store")
+    if len(begin) > KEY_BYTES_MAX + 1 or len(end) > KEY_BYTES_MAX + 1:
+        raise LimitExceeded(f"a range boundary is longer than {KEY_BYTES_MAX} bytes")
 
 
 class BufferedTransaction(ABC):
@@ -135,8 +144,8 @@ class BufferedTransaction(ABC):
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
         """Read one key; see the protocol."""
         self._check_open()
-        if not _FIRST_KEY <= key < KEYS_END or len(key) > KEY_BYTES_MAX:
-            raise _key_refused(key)
+        if not FIRST_KEY <= key < KEYS_END or len(key) > KEY_BYTES_MAX:
+            raise key_refused(key)
         own = self._own(key)
         if own is None or isinstance(own, bytes):
             return own
@@ -160,7 +169,7 @@ class BufferedTransaction(ABC):
     ) -> list[tuple[bytes, bytes]]:
         """Read a range; see the protocol. Keys with a versionstamp of this transaction are not seen."""
         self._check_open()
-        self._check_range(begin, end)
+        check_range(begin, end)
         if limit < 0:
             raise ValueError("limit must not be negative")
         if begin >= end:
@@ -207,7 +216,7 @@ class BufferedTransaction(ABC):
     def clear_range(self, begin: bytes, end: bytes) -> None:
         """Buffer the removal of a range."""
         self._check_open()
-        self._check_range(begin, end)
+        check_range(begin, end)
         if begin >= end:
             return
         self._write_bytes += len(begin) + len(end)
@@ -217,7 +226,7 @@ class BufferedTransaction(ABC):
         self._stamped_keys = [
             (prefix, suffix, value)
             for prefix, suffix, value in self._stamped_keys
-            if not (begin <= prefix + _NO_STAMP + suffix and prefix + _LAST_STAMP + suffix < end)
+            if not (begin <= prefix + NO_STAMP + suffix and prefix + _LAST_STAMP + suffix < end)
         ]
         kept: list[KeyRange] = []
         for b, e in self._clears:
@@ -247,7 +256,7 @@ class BufferedTransaction(ABC):
 
     def set_versionstamped_key(self, prefix: bytes, suffix: bytes, value: bytes) -> None:
         """Buffer a write under a key with the stamp of the commit."""
-        self._check_write(prefix + _NO_STAMP + suffix, len(value))
+        self._check_write(prefix + NO_STAMP + suffix, len(value))
         self._stamped_keys.append((prefix, suffix, value))
 
     def set_versionstamped_value(self, key: bytes, prefix: bytes, suffix: bytes = b"") -> None:
@@ -262,14 +271,14 @@ class BufferedTransaction(ABC):
     def add_read_conflict_key(self, key: bytes) -> None:
         """Take the snapshot if there is none, and declare `key` as read."""
         self._check_open()
-        self._check_range(key, key)
+        check_range(key, key)
         self._snapshot()
         self._read_keys.append(key)
 
     def add_read_conflict_range(self, begin: bytes, end: bytes) -> None:
         """Take the snapshot if there is none, and declare the range as read."""
         self._check_open()
-        self._check_range(begin, end)
+        check_range(begin, end)
         self._snapshot()
         if begin < end:
             self._read_ranges.append((begin, end))
@@ -282,7 +291,7 @@ class BufferedTransaction(ABC):
     def add_write_conflict_range(self, begin: bytes, end: bytes) -> None:
         """Declare the range as written."""
         self._check_open()
-        self._check_range(begin, end)
+        check_range(begin, end)
         if begin < end:
             self._write_ranges.append((begin, end))
 
@@ -332,17 +341,11 @@ class BufferedTransaction(ABC):
     def _check_write(self, key: bytes, value_bytes: int) -> None:
         if self._state is not State.OPEN:
             self._check_open()
-        if not _FIRST_KEY <= key < KEYS_END or len(key) > KEY_BYTES_MAX:
-            raise _key_refused(key)
+        if not FIRST_KEY <= key < KEYS_END or len(key) > KEY_BYTES_MAX:
+            raise key_refused(key)
         if value_bytes > VALUE_BYTES_MAX:
             raise LimitExceeded(f"value of {value_bytes} bytes: the limit is {VALUE_BYTES_MAX}")
         self._write_bytes += len(key) + value_bytes
-
-    def _check_range(self, begin: bytes, end: bytes) -> None:
-        if begin > KEYS_END or end > KEYS_END:
-            raise LimitExceeded("a range must not reach beyond 0xff: that space belongs to the store")
-        if len(begin) > KEY_BYTES_MAX + 1 or len(end) > KEY_BYTES_MAX + 1:
-            raise LimitExceeded(f"a range boundary is longer than {KEY_BYTES_MAX} bytes")
 
     def _check_bytes(self) -> None:
         """Conflict keys count too, as in FoundationDB; they are summed only when they could matter."""

@@ -10,10 +10,11 @@ _BOOLEANS = {"0": False, "false": False, "no": False, "1": True, "true": True, "
 
 
 def open_store(url: str) -> KvStore:
-    """Open ``memory:``, ``lmdb:/path[?durable=0][&map_bytes=N]`` or (not built in yet) ``fdb:/cluster/file``.
+    """Open ``memory:``, ``lmdb:/path[?durable=0][&map_bytes=N]`` or ``fdb:[/cluster/file][?timeout_ms=N]``.
 
     Raises KvError with one line that says what is wrong with the URL or the store. Call it where an event loop
-    runs or will run; the store belongs to that loop. ``memory:`` is a new, empty store each time.
+    runs or will run; the store belongs to that loop. ``memory:`` is a new, empty store each time. ``fdb:`` without a
+    file, or just ``fdb``, means $FDB_CLUSTER_FILE or the default one.
     """
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -25,8 +26,10 @@ def open_store(url: str) -> KvStore:
     if parts.scheme == "lmdb":
         return _open_lmdb(url, parts.netloc + parts.path, options)
     if parts.scheme == "fdb":
-        raise KvError(f"{url}: the FoundationDB engine is not built into this fs3 yet; use lmdb:/path")
-    raise KvError(f"{url!r} is not a store URL: use memory: or lmdb:/path[?durable=0]")
+        return _open_fdb(url, parts.netloc + parts.path, options)
+    if url == "fdb":
+        return _open_fdb(url, "", {})
+    raise KvError(f"{url!r} is not a store URL: use memory:, lmdb:/path[?durable=0] or fdb:[/cluster/file]")
 
 
 def _open_lmdb(url: str, path: str, options: dict[str, str]) -> KvStore:
@@ -42,6 +45,16 @@ def _open_lmdb(url: str, path: str, options: dict[str, str]) -> KvStore:
     if not map_bytes.isascii() or not map_bytes.isdigit() or int(map_bytes) < 1 << 20:
         raise KvError(f"{url}: map_bytes must be a number of at least 1048576, not {map_bytes!r}")
     return LmdbKv(path, durable=_BOOLEANS[durable], map_bytes=int(map_bytes))
+
+
+def _open_fdb(url: str, path: str, options: dict[str, str]) -> KvStore:
+    from fs3.kv.fdb import TIMEOUT_MS, FdbKv
+
+    _refuse_unknown(url, options, ("timeout_ms",))
+    timeout_ms = options.get("timeout_ms", str(TIMEOUT_MS))
+    if not timeout_ms.isascii() or not timeout_ms.isdigit() or int(timeout_ms) < 1:
+        raise KvError(f"{url}: timeout_ms must be a number of at least 1, not {timeout_ms!r}")
+    return FdbKv(path or None, timeout_ms=int(timeout_ms))
 
 
 def _refuse_unknown(url: str, options: dict[str, str], known: tuple[str, ...]) -> None:

@@ -43,7 +43,10 @@ def _quiet(_: str) -> None:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """The shape of a local cluster. Sizes in bytes, times in milliseconds."""
+    """The shape of a local cluster. Sizes in bytes, times in milliseconds.
+
+    ``kv``: URL of a key-value store that exists elsewhere; empty for one in the cluster's directory.
+    """
 
     storage: int = 3
     replicas: int = 3
@@ -53,6 +56,7 @@ class ClusterSpec:
     lease_ms: int = 6000
     heartbeat_ms: int = 1000
     kv_durable: bool = True
+    kv: str = ""
     read_cache_bytes: int = 512 << 20
     resync_bytes_per_s: int = 256 << 20
 
@@ -67,6 +71,8 @@ class ClusterSpec:
                 f"{self.replicas} replicas need as many storage services; there are {self.storage}: "
                 f"raise --storage or lower --replicas",
             )
+        if self.kv.startswith("memory"):
+            raise error(Code.CODE_INVALID_ARGUMENT, f"--kv {self.kv}: every service would have a store of its own")
 
 
 @dataclass(frozen=True)
@@ -276,7 +282,7 @@ class LocalCluster:
             "host": "127.0.0.1",
             "ready_file": str(service.ready_file),
         }
-        kv = f"lmdb:{self.directory / 'kv'}" + ("" if self.spec.kv_durable else "?durable=0")
+        kv = self.spec.kv or f"lmdb:{self.directory / 'kv'}" + ("" if self.spec.kv_durable else "?durable=0")
         if service.kind == "mgmtd":
             return {
                 **common,

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import pytest
+
 from fs3.core.clock import RealClock, VirtualClock
 from fs3.core.errors import Fs3Error, error
 from fs3.core.layout import chains_of
@@ -22,6 +24,8 @@ from fs3.meta.routing import RoutingHolder
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import ChainTable, Disk, Routing
+
+from .engines import new_store
 
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 CHUNK = 64 << 10
@@ -115,7 +119,10 @@ class Meta:
         **engine: Any,
     ) -> None:
         self.clock = clock or RealClock()
-        self.store = store if store is not None else MemoryKv(now_ms=self._now_ms)
+        if store is None:
+            # Virtual time passes in turns of the event loop; answers from outside would come too late for it.
+            store = MemoryKv(now_ms=self._now_ms) if isinstance(clock, VirtualClock) else new_store(self._now_ms)
+        self.store = store
         self.chunks = chunks or FakeChunks()
         self.holder = RoutingHolder()
         self.holder.take(routing(chains=chains))
@@ -234,6 +241,13 @@ async def code(coro: Coroutine[Any, Any, Any]) -> int:
     return 0
 
 
+def memory_of(meta: Meta) -> MemoryKv:
+    """The store of a test that injects faults into it; skips the test on an engine that takes none."""
+    if not isinstance(meta.store, MemoryKv):
+        pytest.skip("injects faults into the store in memory")
+    return meta.store
+
+
 def faults(seed: int, rate: float = 0.08) -> KvFaults:
     """Everything a store may do to a transaction."""
     return KvFaults(
@@ -303,6 +317,7 @@ __all__ = [
     "audit",
     "code",
     "faults",
+    "memory_of",
     "run",
     "until",
     "user",

@@ -6,11 +6,10 @@ import random
 import pytest
 
 from fs3.core.clock import VirtualClock
-from fs3.kv.memory import MemoryKv
 from fs3.meta import keys
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.frame_pb2 import Code
-from meta.harness import BY_NAME, CHAINS, CHUNK, Meta, audit, code, faults, run
+from meta.harness import BY_NAME, CHAINS, CHUNK, Meta, audit, code, faults, memory_of, run
 
 
 async def prepared(**options) -> tuple[Meta, pb.OpenResponse]:
@@ -91,11 +90,11 @@ def test_unknown_commit_outcomes_take_effect_once(name: str) -> None:
     async def main() -> None:
         for seed in range(12):
             meta, made = await prepared(seed=seed)
-            assert isinstance(meta.store, MemoryKv)
+            store = memory_of(meta)
             request = every_mutation(meta, made)[name]
-            meta.store.faults = faults(seed, rate=0.12)
+            store.faults = faults(seed, rate=0.12)
             await meta.call(name, request)
-            meta.store.faults = None
+            store.faults = None
             answer = await meta.call(name, request)
             rows = [row for row in await meta.rows(keys.IDEMPOTENCY) if row[0].startswith(b"Fo" + meta.client_id)]
             assert len([r for r in rows if r[0] == keys.idempotency(request.op.client_id, request.op.sequence)]) == 1
@@ -132,12 +131,12 @@ def test_errors_are_not_stored() -> None:
 def test_requests_without_op_id_survive_unknown_outcomes() -> None:
     async def main() -> None:
         meta = await Meta.start()
-        assert isinstance(meta.store, MemoryKv)
-        meta.store.faults = faults(3, rate=0.12)
+        store = memory_of(meta)
+        store.faults = faults(3, rate=0.12)
         for i in range(30):
             made = await meta.create(f"/f{i}", exclusive=True, op=pb.OpId())
             assert made.created
-        meta.store.faults = None
+        store.faults = None
         await audit(meta)
 
     run(main())
@@ -181,7 +180,7 @@ def test_random_faults_and_concurrency_keep_the_namespace_whole() -> None:
     async def main(seed: int) -> None:
         meta = await Meta.start(seed=seed)
         peer = await meta.peer(seed=seed + 1000)
-        assert isinstance(meta.store, MemoryKv)
+        store = memory_of(meta)
         rng = random.Random(seed)
         names = ["a", "b", "c"]
 
@@ -213,11 +212,11 @@ def test_random_faults_and_concurrency_keep_the_namespace_whole() -> None:
             else:
                 await server.code(kind, path(), **fields)
 
-        meta.store.faults = faults(seed)
+        store.faults = faults(seed)
         for _ in range(25):
             await asyncio.gather(*(one(rng.choice([meta, peer])) for _ in range(8)))
             await meta.engine.collector.step()
-        meta.store.faults = None
+        store.faults = None
         await audit(meta)
         await meta.collect()
         await audit(meta)
