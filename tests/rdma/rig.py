@@ -36,6 +36,7 @@ RECIPE = 1
 MEMORY_MIB = 4096
 DISK_BYTES = 8 << 30
 END_S = 5.0
+CALIBRATION_S = 0.2
 PR_SET_PDEATHSIG = 1
 
 # What has to be there -> the Debian package that brings it.
@@ -49,6 +50,7 @@ BUILD = {
     "xz": "xz-utils",
 }
 GUEST = {
+    "gcc": "gcc",
     "ibv_devinfo": "ibverbs-utils",
     "ib_read_bw": "perftest",
     "rdma": "iproute2",
@@ -197,6 +199,25 @@ def pyverbs() -> Path:
     return final / "usr/lib/python3/dist-packages"
 
 
+def _clock(made: Path) -> None:
+    """Compile clock.c for this machine as `made`. Its time stamp counter has to run at a constant rate."""
+    if "nonstop_tsc" not in Path("/proc/cpuinfo").read_text():
+        raise RigError("the processor's time stamp counter stops at times; the guest's clock cannot be read from it")
+
+    def build(*options: str) -> ctypes.CDLL:
+        command = ["gcc", "-O2", "-shared", "-fPIC", *options, "-o", made, HERE / "clock.c"]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(made))
+
+    ticks = build().ticks
+    ticks.restype = ctypes.c_uint64
+    began_ticks, began_ns = ticks(), time.monotonic_ns()
+    time.sleep(CALIBRATION_S)
+    passed_ticks, passed_ns = ticks() - began_ticks, time.monotonic_ns() - began_ns
+    made.unlink()
+    build(f"-DNS_PER_TICK_32={(passed_ns << 32) // passed_ticks}ull")
+
+
 def _memory_directory(memory_mib: int) -> Path:
     """Find a place for the file that is the guest's memory: it is mapped executable, and should be in memory itself."""
     for name in ("/dev/shm", tempfile.gettempdir()):
@@ -220,6 +241,7 @@ def run(linux: Path, command: str, *, out: Path, timeout_s: float, environment: 
     rig = Path(tempfile.mkdtemp(prefix=f"fs3-rdma-{os.getpid()}-", dir=place))
     try:
         shutil.copy(HERE / "guest.sh", rig)
+        _clock(rig / "clock.so")
         shutil.copy("/proc/cpuinfo", rig / "cpuinfo")
         (rig / "out").write_text(str(out))
         variables = {**os.environ, "TERM": "dumb", **environment, "RIG_OUT": "/rig.out", "TMPDIR": "/rig.disk"}

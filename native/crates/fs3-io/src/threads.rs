@@ -1,3 +1,4 @@
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -6,6 +7,11 @@ use fs3_core::{Code, Error, Result};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 type Job = Box<dyn FnOnce() + Send>;
+
+thread_local! {
+    /// Address of the running thread's set while it is about to end a job, else 0.
+    static ENDING: Cell<usize> = const { Cell::new(0) };
+}
 
 /// A fixed set of threads that may block on disks, shared by all targets of a process. Idle threads sleep.
 ///
@@ -60,7 +66,10 @@ impl IoThreads {
         }
         let mut queue = self.shared.queue.lock();
         queue.jobs.push_back(Box::new(job));
-        self.shared.wake_one(queue);
+        // A thread that ends its job looks at the queue next.
+        if ENDING.get() != Arc::as_ptr(&self.shared).addr() {
+            self.shared.wake_one(queue);
+        }
     }
 
     /// Run `job` some time soon and then, on the same thread, `done` with its result: no other thread has to wake for
@@ -70,8 +79,12 @@ impl IoThreads {
         job: impl FnOnce() -> Result<T> + Send + 'static,
         done: impl FnOnce(Result<T>) + Send + 'static,
     ) {
+        let set = Arc::as_ptr(&self.shared).addr();
         self.spawn(move || {
-            done(caught(job));
+            let result = caught(job);
+            ENDING.set(set);
+            done(result);
+            ENDING.set(0);
         });
     }
 
@@ -129,6 +142,7 @@ impl Shared {
             };
             // A panic is a bug in one job; its caller sees the dropped channel, the thread goes on.
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
+                ENDING.set(0);
                 tracing::error!("a disk job panicked");
             }
         }

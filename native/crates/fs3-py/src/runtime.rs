@@ -11,8 +11,9 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::operation::Delivery;
 
-/// Worker threads unless set otherwise: network and checksum work of one client keeps about one core busy.
-const THREADS: usize = 2;
+/// Worker threads unless set otherwise, where there are as many cores: network and checksum work of one client keeps
+/// about one core busy. Threads that share a core only take turns.
+const THREADS_MAX: usize = 2;
 
 /// What a process has one of. It is never dropped.
 pub struct Process {
@@ -25,7 +26,8 @@ pub struct Process {
 /// Counts forks on the way from the first process to this one.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
-static WANTED: AtomicUsize = AtomicUsize::new(THREADS);
+/// 0: not set.
+static WANTED: AtomicUsize = AtomicUsize::new(0);
 
 /// The runtime of this process. Its threads end with the process.
 pub fn runtime() -> PyResult<&'static Runtime> {
@@ -43,7 +45,10 @@ pub fn process() -> PyResult<&'static Process> {
         return Ok(process);
     }
     let runtime = Builder::new_multi_thread()
-        .worker_threads(WANTED.load(Ordering::Relaxed))
+        .worker_threads(match WANTED.load(Ordering::Relaxed) {
+            0 => std::thread::available_parallelism().map_or(THREADS_MAX, usize::from).min(THREADS_MAX),
+            wanted => wanted,
+        })
         .thread_name("fs3-native")
         .enable_all()
         .build()
@@ -63,7 +68,7 @@ pub fn process() -> PyResult<&'static Process> {
     }
 }
 
-/// Threads of the process-wide runtime (default 2). Raises RuntimeError once it runs.
+/// Threads of the process-wide runtime (default 2, or 1 on a machine with one core). Raises RuntimeError once it runs.
 #[pyfunction]
 pub fn set_runtime_threads(count: usize) -> PyResult<()> {
     if !(1..=256).contains(&count) {

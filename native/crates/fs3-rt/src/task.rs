@@ -233,8 +233,21 @@ impl<T: Send + 'static> JoinSet<T> {
         .await
     }
 
-    /// All results, in the order in which the tasks ended. Panics when one has none.
+    /// All results, in the order in which the tasks ended. Panics when one has none. The caller is woken once, at the
+    /// end: a thread that blocks for this does not wake for every task.
     pub async fn join_all(mut self) -> Vec<T> {
+        if sim::is_current() {
+            return self.collect().await;
+        }
+        let mut collecting = JoinSet::new();
+        collecting.spawn(async move { self.collect().await });
+        match collecting.join_next().await {
+            Some(Ok(results)) => results,
+            _ => panic!("a task that was waited for failed"),
+        }
+    }
+
+    async fn collect(&mut self) -> Vec<T> {
         let mut results = Vec::with_capacity(self.len());
         while let Some(result) = self.join_next().await {
             results.push(result.unwrap_or_else(|error| panic!("{error}")));

@@ -99,7 +99,7 @@ impl StorageEngine {
     /// # Errors
     /// `Unavailable` when the address cannot be listened on.
     pub fn start(mut config: EngineConfig) -> Result<Self> {
-        let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, NETWORK_THREADS_MAX);
+        let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).min(NETWORK_THREADS_MAX);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads)
             .thread_name("fs3-storage")

@@ -55,6 +55,9 @@ pub(crate) struct Life {
     pub resyncs: BTreeMap<u64, Progress>,
 }
 
+/// Something to do.
+type Step = Box<dyn FnOnce() + Send>;
+
 struct Machine {
     replica: Replica,
     jobs: BTreeMap<OpId, Arc<Job>>,
@@ -115,100 +118,124 @@ impl Target {
 
     /// Feed one event and carry out what follows from it.
     pub fn drive(self: &Arc<Self>, event: Event) {
-        let mut machine = self.machine.lock();
-        let effects = machine.replica.step(monotonic_ns(), event, &StoreView(&self.store));
-        for effect in effects {
-            self.carry_out(&mut machine, effect);
+        let steps: Vec<Step> = {
+            let mut machine = self.machine.lock();
+            let effects = machine.replica.step(monotonic_ns(), event, &StoreView(&self.store));
+            effects.into_iter().filter_map(|effect| self.carry_out(&mut machine, effect)).collect()
+        };
+        // Each may wake a thread that wants the machine next.
+        for step in steps {
+            step();
         }
     }
 
-    fn carry_out(self: &Arc<Self>, machine: &mut Machine, effect: Effect) {
+    /// Begin with an effect; returns what is left to do when the machine is unlocked.
+    fn carry_out(self: &Arc<Self>, machine: &mut Machine, effect: Effect) -> Option<Step> {
         let this = self.clone();
         let changing = self.changing.clone();
-        match effect {
+        let step: Step = match effect {
             Effect::Prepare { op, chunk, version, content } => {
                 let chain_version = machine.replica.routing().chain_version;
                 let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
-                let given = job.given_change(content).filter(|_| !job.durable);
-                let prepared = move |result: Result<VersionInfo>| {
-                    let result = result.map(|v| outcome_of(&v)).map_err(|e| this.note(chunk, &e));
-                    drop(changing);
-                    this.drive(Event::Prepared { op, chunk, result });
-                };
-                match given {
-                    // The common case goes on where the disk work was done.
-                    Some(change) => {
-                        let update = update_of(&job, version, chain_version, change, job.chunk_bytes);
-                        self.store.prepare_then(update, prepared);
-                    }
-                    None => {
-                        let this = self.clone();
-                        self.core.spawn(async move {
-                            prepared(this.prepare(&job, version, chain_version, content).await);
-                        });
-                    }
-                }
+                Box::new(move || this.begin_prepare(changing, op, job, version, chain_version, content))
             }
-            Effect::Commit { op, chunk, version } => {
-                self.store.commit_then(chunk, UpdateVersion(version), move |result| {
+            Effect::Commit { op, chunk, version } => Box::new(move || {
+                this.clone().store.commit_then(chunk, UpdateVersion(version), move |result| {
                     let result = result.map(drop).map_err(|e| this.note(chunk, &e));
                     drop(changing);
                     this.drive(Event::Committed { op, chunk, result });
                 });
-            }
-            Effect::Abort { op, chunk, version } => self.core.spawn(async move {
-                if let Err(e) = this.store.abort(chunk, UpdateVersion(version)).await {
-                    this.note(chunk, &e);
-                }
-                drop(changing);
-                this.drive(Event::Aborted { op, chunk });
             }),
-            Effect::Repair { op, chunk } => self.core.spawn(async move {
-                let result = this.mend(chunk).await.map_err(|e| e.code);
-                drop(changing);
-                this.drive(Event::Repaired { op, chunk, result });
+            Effect::Abort { op, chunk, version } => Box::new(move || {
+                this.core.clone().spawn(async move {
+                    if let Err(e) = this.store.abort(chunk, UpdateVersion(version)).await {
+                        this.note(chunk, &e);
+                    }
+                    drop(changing);
+                    this.drive(Event::Aborted { op, chunk });
+                });
+            }),
+            Effect::Repair { op, chunk } => Box::new(move || {
+                this.core.clone().spawn(async move {
+                    let result = this.mend(chunk).await.map_err(|e| e.code);
+                    drop(changing);
+                    this.drive(Event::Repaired { op, chunk, result });
+                });
             }),
             Effect::Forward { op, chunk, to, attempt, chain_version, version, base, content, delay_ns } => {
                 let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
                 let forward = crate::forward::Forward { to, chain_version, version, base, content };
-                self.core.spawn(async move {
-                    if delay_ns > 0 {
-                        fs3_rt::sleep(Duration::from_nanos(delay_ns)).await;
-                        if !this.machine.lock().replica.forward_is_current(op, chunk, to, attempt) {
-                            return;
+                Box::new(move || {
+                    this.core.clone().spawn(async move {
+                        if delay_ns > 0 {
+                            fs3_rt::sleep(Duration::from_nanos(delay_ns)).await;
+                            if !this.machine.lock().replica.forward_is_current(op, chunk, to, attempt) {
+                                return;
+                            }
                         }
-                    }
-                    let result = this.send_forward(&job, forward).await.map_err(|e| {
-                        tracing::debug!(target_id = this.id, to = to.0, %chunk, attempt, "forward: {e}");
-                        if e.code == Code::ChecksumMismatch {
-                            this.note(chunk, &e);
-                        }
-                        e.code
+                        let result = this.send_forward(&job, forward).await.map_err(|e| {
+                            tracing::debug!(target_id = this.id, to = to.0, %chunk, attempt, "forward: {e}");
+                            if e.code == Code::ChecksumMismatch {
+                                this.note(chunk, &e);
+                            }
+                            e.code
+                        });
+                        this.drive(Event::Forwarded { op, chunk, to, attempt, result });
                     });
-                    this.drive(Event::Forwarded { op, chunk, to, attempt, result });
-                });
+                })
             }
             Effect::Reply { id, result } => {
                 if let Some(reader) = machine.readers.remove(&id) {
-                    let _ = reader.send(result.map(drop).map_err(|r| r.code));
-                } else if let Some(asker) = machine.askers.remove(&id) {
-                    let _ = asker.send(result);
+                    Box::new(move || _ = reader.send(result.map(drop).map_err(|r| r.code)))
+                } else {
+                    let asker = machine.askers.remove(&id)?;
+                    Box::new(move || _ = asker.send(result))
                 }
             }
             Effect::ServeRead { id } => {
-                if let Some(reader) = machine.readers.remove(&id) {
-                    let _ = reader.send(Ok(()));
-                }
+                let reader = machine.readers.remove(&id)?;
+                Box::new(move || _ = reader.send(Ok(())))
             }
-            Effect::Done { op } => drop(machine.jobs.remove(&op)),
+            Effect::Done { op } => {
+                machine.jobs.remove(&op);
+                return None;
+            }
             Effect::Fatal { chunk, code } => {
                 let mut life = self.life.lock();
                 let noted = life.noted.take().filter(|(at, _)| *at == chunk).map(|(_, text)| text);
                 let known =
                     life.error.get_or_insert_with(|| noted.unwrap_or_else(|| format!("chunk {chunk}: {code:?}")));
                 tracing::error!(target_id = self.id, "the target goes offline: {known}");
-                self.core.spawn(self.core.clone().begin_next_life(this));
+                Box::new(move || this.core.clone().spawn(this.core.clone().begin_next_life(this)))
             }
+        };
+        Some(step)
+    }
+
+    /// Put an update on the disk; the common case goes on where the disk work was done.
+    fn begin_prepare(
+        self: Arc<Self>,
+        changing: Arc<()>,
+        op: OpId,
+        job: Arc<Job>,
+        version: u64,
+        chain_version: u64,
+        content: Content,
+    ) {
+        let (this, chunk) = (self.clone(), job.chunk);
+        let prepared = move |result: Result<VersionInfo>| {
+            let result = result.map(|v| outcome_of(&v)).map_err(|e| this.note(chunk, &e));
+            drop(changing);
+            this.drive(Event::Prepared { op, chunk, result });
+        };
+        match job.given_change(content).filter(|_| !job.durable) {
+            Some(change) => {
+                let update = update_of(&job, version, chain_version, change, job.chunk_bytes);
+                self.store.prepare_then(update, prepared);
+            }
+            None => self.core.clone().spawn(async move {
+                prepared(self.prepare(&job, version, chain_version, content).await);
+            }),
         }
     }
 
