@@ -72,6 +72,8 @@ def _device(device: Device) -> Iterator[str]:
     yield f"{device.name}: {device.driver or 'unknown driver'}{firmware}{numa}, {device.uverbs or 'no uverbs device'}"
     if device.limits:
         yield "  limits  " + ", ".join(f"{name} {value}" for name, value in device.limits.items())
+    if device.takes_dmabufs is not None:
+        yield f"  GPU memory  {'can' if device.takes_dmabufs else 'cannot'} be registered (dma-buf)"
     yield from _problems(device.problems, "  ")
     for port in device.ports:
         yield from _port(port)

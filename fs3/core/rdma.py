@@ -109,6 +109,8 @@ class Device:
     """The character device by which programs reach it."""
     limits: Mapping[str, int]
     """Empty without pyverbs."""
+    takes_dmabufs: bool | None
+    """Whether memory of GPUs can be registered; None where the device cannot be opened."""
     ports: tuple[Port, ...]
     problems: tuple[Problem, ...]
 
@@ -146,6 +148,8 @@ class Verbs:
     limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     mtu_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
     """By device and port number."""
+    dmabufs: Mapping[str, bool] = field(default_factory=dict)
+    """Whether a device takes dma-bufs."""
 
 
 def load_verbs() -> Verbs:
@@ -165,20 +169,39 @@ def load_verbs() -> Verbs:
     cm_library = CM_LIBRARY if _can_be_loaded(CM_LIBRARY) else None
     if not devices:
         return Verbs(LIBRARY, cm_library)
-    opened = {}
+    opened, dmabufs = {}, {}
     for index in range(count.value):
         ctypes.set_errno(0)
         context = library.ibv_open_device(devices[index])
         status = 0 if context else ctypes.get_errno() or errno.EIO
-        opened[library.ibv_get_device_name(devices[index]).decode()] = status
+        name = library.ibv_get_device_name(devices[index]).decode()
+        opened[name] = status
         if context:
+            dmabufs[name] = _takes_dmabufs(library, context)
             library.ibv_close_device(context)
     library.ibv_free_device_list(devices)
     limits: dict[str, dict[str, int]] = {}
     mtu_bytes: dict[tuple[str, int], int] = {}
     with suppress(ImportError):
         _ask_pyverbs([name for name, status in opened.items() if status == 0], limits, mtu_bytes)
-    return Verbs(LIBRARY, cm_library, opened, limits, mtu_bytes)
+    return Verbs(LIBRARY, cm_library, opened, limits, mtu_bytes, dmabufs)
+
+
+def _takes_dmabufs(library: ctypes.CDLL, context: int) -> bool:
+    """Ask with a descriptor that is none: only who could take a dma-buf says so. As NCCL asks."""
+    if not hasattr(library, "ibv_reg_dmabuf_mr"):
+        return False
+    library.ibv_alloc_pd.restype = library.ibv_reg_dmabuf_mr.restype = ctypes.c_void_p
+    library.ibv_alloc_pd.argtypes = library.ibv_dealloc_pd.argtypes = [ctypes.c_void_p]
+    number = ctypes.c_uint64
+    library.ibv_reg_dmabuf_mr.argtypes = [ctypes.c_void_p, number, ctypes.c_size_t, number, ctypes.c_int, ctypes.c_int]
+    domain = library.ibv_alloc_pd(context)
+    if not domain:
+        return False
+    region = library.ibv_reg_dmabuf_mr(domain, 0, 1, 0, -1, 0)
+    why = ctypes.get_errno()
+    library.ibv_dealloc_pd(domain)
+    return not region and why not in (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOSYS)
 
 
 def _can_be_loaded(library: str) -> bool:
@@ -286,6 +309,7 @@ def _device(root: Path, name: str, verbs: Verbs) -> Device:
         numa_node=int(numa) if numa.isdigit() else None,
         uverbs=f"/dev/infiniband/{uverbs}" if uverbs else None,
         limits=verbs.limits.get(name, {}),
+        takes_dmabufs=verbs.dmabufs.get(name),
         ports=tuple(_port(root, path, n, iwarp, verbs.mtu_bytes.get((name, n))) for n in numbers),
         problems=tuple(_device_problems(root, name, uverbs, iwarp, verbs)),
     )

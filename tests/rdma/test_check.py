@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+import fs3
+from fs3.core.errors import Fs3Error
+from fs3.v1.frame_pb2 import Code
+
 DEADLINE_S = 10.0
 # A user of no privileges: what root may do everywhere is not allowed to it.
 NOBODY = 65534
@@ -60,6 +64,14 @@ def test_roce_is_usable_over_its_routable_address_and_iwarp_by_its_connection_ma
     assert roce["chosen_gid"] == {"index": 1, "address": "::ffff:10.9.0.1", "type": "RoCE v2", "net_device": "rd0"}
     assert (roce["state"], roce["mtu_bytes"]) == ("ACTIVE", 4096)
     assert device(report, "siw0")["ports"][0]["chosen_gid"]["type"] == "iWARP"
+
+
+def test_memory_of_gpus_is_refused_where_no_device_takes_dma_bufs() -> None:
+    # Neither does in Linux 6.1.
+    assert [d["takes_dmabufs"] for d in check()["devices"]] == [False, False]
+    with open("/dev/zero", "rb") as no_dmabuf, pytest.raises(Fs3Error, match="rxe0, siw0 cannot do that") as refused:
+        fs3.RegisteredMemory(bytearray(4096), dmabuf=no_dmabuf.fileno())
+    assert refused.value.code == Code.CODE_NOT_SUPPORTED
 
 
 def test_pyverbs_adds_the_limits_of_the_devices(pyverbs_path: str) -> None:

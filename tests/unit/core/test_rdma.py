@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from fs3.cli import rdma as command
+from fs3.core.errors import Fs3Error
 from fs3.core.rdma import CM_LIBRARY, LIBRARY, Gid, Port, Report, Verbs, choose_gid, inspect
+from fs3.native import RegisteredMemory
 
 LINK_LOCAL = "fe80:0000:0000:0000:0002:c9ff:fe00:0001"
 IPV4 = "0000:0000:0000:0000:0000:ffff:0a09:0001"
@@ -95,6 +97,15 @@ def only_port(report: Report) -> Port:
     return report.devices[0].ports[0]
 
 
+def test_memory_of_a_gpu_needs_a_device_that_takes_it() -> None:
+    if Path("/sys/class/infiniband").exists():
+        pytest.skip("this machine may have RDMA devices")
+    with open("/dev/zero", "rb") as no_dmabuf, pytest.raises(Fs3Error, match="cannot be registered for RDMA"):
+        RegisteredMemory(bytearray(4096), dmabuf=no_dmabuf.fileno())
+    with pytest.raises(ValueError, match="no descriptor"):
+        RegisteredMemory(bytearray(4096), dmabuf=-1)
+
+
 def test_a_machine_with_nothing_is_told_that_it_uses_tcp(machine: Machine) -> None:
     report = machine.inspect(Verbs(), locked_bytes=8 << 20)
     assert not report.usable
@@ -114,6 +125,15 @@ def test_roce_with_a_routable_address_has_nothing_to_complain_of(machine: Machin
     assert only_port(report).chosen_gid == Gid(3, "::ffff:10.9.0.1", "RoCE v2", "eth0")
     assert len(only_port(report).gids) == 4
     assert only_port(report).mtu_bytes == 4096
+
+
+@pytest.mark.parametrize(("taken", "told"), [(True, "can be registered"), (False, "cannot be registered")])
+def test_it_is_said_whether_memory_of_gpus_can_be_registered(machine: Machine, taken: bool, told: str) -> None:
+    machine.roce()
+    report = machine.inspect(Verbs(LIBRARY, CM_LIBRARY, {"mlx5_0": 0}, dmabufs={"mlx5_0": taken}))
+    assert report.devices[0].takes_dmabufs is taken
+    assert f"  GPU memory  {told} (dma-buf)" in list(command.lines(report))
+    assert not any("GPU" in line for line in command.lines(machine.inspect()))
 
 
 def test_infiniband_is_reached_by_its_lid(machine: Machine) -> None:

@@ -11,7 +11,7 @@ pub use buffer::{AlignedBuf, Region, RegionMut};
 pub use checksum::{CRC_BLOCK_BYTES, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
 pub use error::{Code, Error, Result};
 pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
-pub use mapped::{ForeignMapping, MappingWatcher, mapping_of, watch_mappings};
+pub use mapped::{DmaBuf, ForeignMapping, MappingWatcher, mapping_of, watch_mappings};
 pub use pool::BufferPool;
 
 /// Nanoseconds of CLOCK_MONOTONIC, the clock that leases are judged by. The same clock as Python's

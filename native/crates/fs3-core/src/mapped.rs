@@ -5,7 +5,8 @@
 
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
-use std::sync::Weak;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
 
 /// Hears that mapped memory is about to go.
 pub trait MappingWatcher: Send + Sync {
@@ -13,8 +14,22 @@ pub trait MappingWatcher: Send + Sync {
     fn unmapping(&self, start: usize, bytes: usize);
 }
 
-/// Mappings: start to length.
-static MAPPINGS: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+/// Memory of another device that is mapped: the bytes from `offset` on of a dma-buf.
+#[derive(Clone, Debug)]
+pub struct DmaBuf {
+    /// The buffer.
+    pub fd: Arc<OwnedFd>,
+    /// Where the mapping begins in it.
+    pub offset: u64,
+}
+
+struct Mapping {
+    bytes: usize,
+    dmabuf: Option<DmaBuf>,
+}
+
+/// Mappings by their start.
+static MAPPINGS: Mutex<BTreeMap<usize, Mapping>> = Mutex::new(BTreeMap::new());
 static WATCHERS: RwLock<Vec<Weak<dyn MappingWatcher>>> = RwLock::new(Vec::new());
 
 /// Call `watcher` for every mapping that goes, as long as it lives.
@@ -24,11 +39,11 @@ pub fn watch_mappings(watcher: Weak<dyn MappingWatcher>) {
     watchers.push(watcher);
 }
 
-/// Start and length of the mapping that holds all of these bytes.
-pub fn mapping_of(start: usize, bytes: usize) -> Option<(usize, usize)> {
+/// Start and length of the mapping that holds all of these bytes, and what it maps if that is no ordinary memory.
+pub fn mapping_of(start: usize, bytes: usize) -> Option<(usize, usize, Option<DmaBuf>)> {
     let mappings = MAPPINGS.lock();
-    let (&at, &len) = mappings.range(..=start).next_back()?;
-    (start.checked_add(bytes)? <= at + len).then_some((at, len))
+    let (&at, mapping) = mappings.range(..=start).next_back()?;
+    (start.checked_add(bytes)? <= at + mapping.bytes).then(|| (at, mapping.bytes, mapping.dmabuf.clone()))
 }
 
 /// Memory of somebody else's (an array, a shared segment) that is to be treated as a mapping while this lives.
@@ -39,9 +54,9 @@ pub struct ForeignMapping {
 
 impl ForeignMapping {
     /// # Safety
-    /// The memory must stay mapped at this place while the result lives.
-    pub unsafe fn new(start: *const u8, bytes: usize) -> Self {
-        mapped(start as usize, bytes);
+    /// The memory must stay mapped at this place while the result lives, and be that of `dmabuf` if there is one.
+    pub unsafe fn new(start: *const u8, bytes: usize, dmabuf: Option<DmaBuf>) -> Self {
+        MAPPINGS.lock().insert(start as usize, Mapping { bytes, dmabuf });
         Self { start: start as usize, bytes }
     }
 }
@@ -53,7 +68,7 @@ impl Drop for ForeignMapping {
 }
 
 pub(crate) fn mapped(start: usize, bytes: usize) {
-    MAPPINGS.lock().insert(start, bytes);
+    MAPPINGS.lock().insert(start, Mapping { bytes, dmabuf: None });
 }
 
 pub(crate) fn unmapping(start: usize, bytes: usize) {
@@ -67,7 +82,6 @@ pub(crate) fn unmapping(start: usize, bytes: usize) {
 mod tests {
     use super::*;
     use crate::AlignedBuf;
-    use std::sync::Arc;
 
     #[derive(Default)]
     struct Seen(Mutex<Vec<(usize, usize)>>);
@@ -84,12 +98,13 @@ mod tests {
         watch_mappings(Arc::downgrade(&seen) as Weak<dyn MappingWatcher>);
         let buf = AlignedBuf::new(1 << 20);
         let start = buf.as_mut_ptr() as usize;
-        assert_eq!(mapping_of(start + 4096, 4096), Some((start, 1 << 20)));
-        assert_eq!(mapping_of(start + 4096, 1 << 20), None);
+        let place = |start, bytes| mapping_of(start, bytes).map(|(at, length, _)| (at, length));
+        assert_eq!(place(start + 4096, 4096), Some((start, 1 << 20)));
+        assert_eq!(place(start + 4096, 1 << 20), None);
         drop(buf);
-        assert_eq!(mapping_of(start, 1), None);
+        assert_eq!(place(start, 1), None);
         assert!(seen.0.lock().contains(&(start, 1 << 20)));
         let small = AlignedBuf::new(4096);
-        assert_eq!(mapping_of(small.as_mut_ptr() as usize, 1), None);
+        assert_eq!(place(small.as_mut_ptr() as usize, 1), None);
     }
 }

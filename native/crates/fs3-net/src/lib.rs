@@ -20,7 +20,7 @@ mod tcp;
 pub use client::{Connection, Reply, Sink};
 pub use hello::{Hello, HelloPolicy, PeerInfo};
 pub use peers::Peers;
-pub use rdma::{Mode, RdmaSettings, Transport, bench};
+pub use rdma::{Mode, RdmaSettings, Transport, bench, takes_dmabufs};
 pub use server::{Connections, Request, Response, Server, Service};
 
 /// Requests of one connection that may be unanswered at a time: a client waits, a server stops reading.

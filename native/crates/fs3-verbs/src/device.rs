@@ -1,7 +1,11 @@
 use crate::ffi::{self, Library, ibv_context, ibv_mr, ibv_pd};
 use crate::{Error, Result, failed, failed_with};
 use std::ffi::CStr;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+
+/// What registered memory may be used for.
+const ACCESS: i32 = ffi::ACCESS_LOCAL_WRITE | ffi::ACCESS_REMOTE_READ | ffi::ACCESS_REMOTE_WRITE;
 
 /// An opened device with one protection domain. Thread-safe.
 pub struct Device {
@@ -132,9 +136,43 @@ impl Device {
     /// # Errors
     /// When the system refuses, mostly for want of locked memory.
     pub unsafe fn register(self: &Arc<Self>, start: *mut u8, bytes: usize) -> Result<MemoryRegion> {
-        let access = ffi::ACCESS_LOCAL_WRITE | ffi::ACCESS_REMOTE_READ | ffi::ACCESS_REMOTE_WRITE;
         // SAFETY: the caller keeps the memory mapped.
-        let mr = unsafe { (self.library.ibv_reg_mr)(self.pd, start.cast(), bytes, access) };
+        let mr = unsafe { (self.library.ibv_reg_mr)(self.pd, start.cast(), bytes, ACCESS) };
+        self.region(mr, bytes)
+    }
+
+    /// As [`Device::register`], for memory of another device (a GPU's) that this process has mapped at `start`: the
+    /// bytes from `offset` on of the dma-buf `fd`. They stay where they are as long as the registration lives.
+    ///
+    /// # Errors
+    /// When the device, its driver or libibverbs cannot do that, as [`Device::takes_dmabufs`] tells, or not with this
+    /// buffer.
+    pub fn register_dmabuf(
+        self: &Arc<Self>,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        start: *mut u8,
+        bytes: usize,
+    ) -> Result<MemoryRegion> {
+        let Some(register) = self.library.register_dmabuf() else {
+            return Err(Error("libibverbs is too old for dma-bufs: it has no ibv_reg_dmabuf_mr".into()));
+        };
+        // SAFETY: the kernel keeps the buffer while it is registered; `start` is only a number to the device.
+        let mr = unsafe { register(self.pd, offset, bytes, start as u64, fd.as_raw_fd(), ACCESS) };
+        self.region(mr, bytes)
+    }
+
+    /// Whether dma-bufs, and so memory of GPUs, can be registered.
+    pub fn takes_dmabufs(&self) -> bool {
+        let Some(register) = self.library.register_dmabuf() else { return false };
+        // A descriptor that is none: whoever could take a dma-buf says so. As NCCL asks.
+        // SAFETY: nothing can be registered by that.
+        let mr = unsafe { register(self.pd, 0, 1, 0, -1, 0) };
+        let why = std::io::Error::last_os_error().raw_os_error();
+        mr.is_null() && !matches!(why, Some(libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::ENOSYS))
+    }
+
+    fn region(self: &Arc<Self>, mr: *mut ibv_mr, bytes: usize) -> Result<MemoryRegion> {
         if mr.is_null() {
             let why = std::io::Error::last_os_error();
             let advice = match why.raw_os_error() {

@@ -461,6 +461,26 @@ library! {
     rdma_ack_cm_event @ "RDMACM_1.0": fn(*mut rdma_cm_event) -> c_int;
 }
 
+/// `ibv_reg_dmabuf_mr`: protection domain, offset in the buffer, length, address for peers and work requests, descriptor of
+/// the buffer, access.
+pub type RegisterDmabuf = unsafe extern "C" fn(*mut ibv_pd, u64, size_t, u64, c_int, c_int) -> *mut ibv_mr;
+
+impl Library {
+    /// The function that registers dma-bufs, which libibverbs has since rdma-core 34.
+    pub fn register_dmabuf(&self) -> Option<RegisterDmabuf> {
+        static FOUND: OnceLock<Option<RegisterDmabuf>> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            // SAFETY: the library is loaded already, as `self` shows; the strings end with a zero.
+            let found = unsafe {
+                let handle = libc::dlopen(c"libibverbs.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+                libc::dlvsym(handle, c"ibv_reg_dmabuf_mr".as_ptr(), c"IBVERBS_1.12".as_ptr())
+            };
+            // SAFETY: the library documents the function of this name and version with this type.
+            (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, RegisterDmabuf>(found) })
+        })
+    }
+}
+
 fn last_error() -> String {
     // SAFETY: dlerror returns null or a string that lives until the next call on this thread.
     let message = unsafe { libc::dlerror() };

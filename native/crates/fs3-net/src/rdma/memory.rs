@@ -5,6 +5,7 @@ use fs3_core::{MappingWatcher, mapping_of};
 use fs3_verbs::{Device, MemoryRegion, Sge};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -83,13 +84,17 @@ impl Registrations {
             known.used = clock;
             return Some(Registered::new(start, bytes, &known.region));
         }
-        let (from, length) = mapping_of(at, bytes)?;
+        let (from, length, dmabuf) = mapping_of(at, bytes)?;
         if !state.make_room(length, self.bytes_max) {
             return None;
         }
-        // SAFETY: the mapping lives while somebody has a window of it, as the caller has; `unmapping` ends the
-        // registration before it goes.
-        let region = match unsafe { self.device.register(from as *mut u8, length) } {
+        let registered = match dmabuf {
+            Some(buffer) => self.device.register_dmabuf(buffer.fd.as_fd(), buffer.offset, from as *mut u8, length),
+            // SAFETY: the mapping lives while somebody has a window of it, as the caller has; `unmapping` ends the
+            // registration before it goes.
+            None => unsafe { self.device.register(from as *mut u8, length) },
+        };
+        let region = match registered {
             Ok(region) => Arc::new(region),
             Err(error) => {
                 if !self.warned.swap(true, Ordering::Relaxed) {

@@ -269,6 +269,27 @@ impl LocalPort {
     }
 }
 
+/// Whether memory of other devices, by its dma-buf, can be registered with an RDMA device of this machine.
+///
+/// # Errors
+/// `NotSupported`; the message says which devices were asked.
+pub fn takes_dmabufs() -> Result<()> {
+    let refused = |why: String| {
+        Error::new(Code::NotSupported, format!("memory of a GPU (a dma-buf) cannot be registered for RDMA: {why}"))
+    };
+    let devices = fs3_verbs::devices().map_err(|error| refused(error.0))?;
+    if devices.iter().any(|device| fs3_verbs::Device::open(&device.name).is_ok_and(|device| device.takes_dmabufs())) {
+        return Ok(());
+    }
+    let names: Vec<&str> = devices.iter().map(|device| &*device.name).collect();
+    Err(refused(match &names[..] {
+        [] => "this machine has no RDMA device".to_owned(),
+        names => {
+            format!("{} cannot do that; it needs a driver that can, Linux 5.12 and rdma-core 34", names.join(", "))
+        }
+    }))
+}
+
 /// Why no port of these devices can be used.
 fn nothing_usable(devices: &[DeviceInfo], settings: &RdmaSettings) -> String {
     if devices.is_empty() {
