@@ -41,7 +41,8 @@ def connected(paths: list[RemotePath]) -> Iterator[FileSystem]:
         yield fs
 
 
-def _parse(paths: tuple[str, ...], where: dict[str, Any]) -> list[RemotePath]:
+def parse_paths(paths: tuple[str, ...], where: dict[str, Any]) -> list[RemotePath]:
+    """Read paths as a user gives them; `where` are the values of :func:`cluster_options`."""
     return [remote_path(p, where["url"], where["cluster"], where["token_file"]) for p in paths]
 
 
@@ -72,7 +73,7 @@ def _date(ns: int) -> str:
 @json_option
 def ls_command(paths: tuple[str, ...], long_format: bool, as_json: bool, **where: Any) -> None:
     """List directories (default: the root)."""
-    parsed = _parse(paths or ("/",), where)
+    parsed = parse_paths(paths or ("/",), where)
     listed: list[dict[str, Any]] = []
     with connected(parsed) as fs:
         for remote in parsed:
@@ -99,7 +100,7 @@ def ls_command(paths: tuple[str, ...], long_format: bool, as_json: bool, **where
 @json_option
 def stat_command(paths: tuple[str, ...], follow: bool, as_json: bool, **where: Any) -> None:
     """Show everything known of files or directories."""
-    parsed = _parse(paths, where)
+    parsed = parse_paths(paths, where)
     records = []
     with connected(parsed) as fs:
         for remote in parsed:
@@ -121,7 +122,7 @@ def stat_command(paths: tuple[str, ...], follow: bool, as_json: bool, **where: A
 @cluster_options
 def cat_command(paths: tuple[str, ...], **where: Any) -> None:
     """Write files to standard output."""
-    parsed = _parse(paths, where)
+    parsed = parse_paths(paths, where)
     buffer = memoryview(bytearray(CAT_BYTES))
     out = sys.stdout.buffer
     with connected(parsed) as fs:
@@ -139,7 +140,7 @@ def cat_command(paths: tuple[str, ...], **where: Any) -> None:
 @cluster_options
 def mv_command(source: str, destination: str, no_clobber: bool, **where: Any) -> None:
     """Rename a file or directory on one cluster, or move it into a directory."""
-    parsed = _parse((source, destination), where)
+    parsed = parse_paths((source, destination), where)
     with connected(parsed) as fs:
         origin, target = parsed[0].path, parsed[1].path
         if fs.isdir(target):
@@ -157,7 +158,7 @@ def mv_command(source: str, destination: str, no_clobber: bool, **where: Any) ->
 @cluster_options
 def rm_command(paths: tuple[str, ...], recursive: bool, force: bool, **where: Any) -> int:
     """Remove files. Goes on after an error; the exit status is then 1."""
-    parsed = _parse(paths, where)
+    parsed = parse_paths(paths, where)
     failed = False
     with connected(parsed) as fs:
         for remote in parsed:
@@ -188,7 +189,7 @@ def mkdir_command(paths: tuple[str, ...], parents: bool, mode: str, **where: Any
         bits = int(mode, 8)
     except ValueError:
         raise error(Code.CODE_INVALID_ARGUMENT, f"--mode {mode} is not octal; write for example 0755") from None
-    parsed = _parse(paths, where)
+    parsed = parse_paths(paths, where)
     with connected(parsed) as fs:
         for remote in parsed:
             if parents:
@@ -205,11 +206,11 @@ def mkdir_command(paths: tuple[str, ...], parents: bool, mode: str, **where: Any
 def ln_command(target: str, link: str, symbolic: bool, **where: Any) -> None:
     """Make LINK another name of the file TARGET."""
     if symbolic:
-        parsed = _parse((link,), where)
+        parsed = parse_paths((link,), where)
         with connected(parsed) as fs:
             fs.symlink(target, parsed[0].path)
         return
-    parsed = _parse((target, link), where)
+    parsed = parse_paths((target, link), where)
     with connected(parsed) as fs:
         fs.link(parsed[0].path, parsed[1].path)
 
@@ -243,7 +244,7 @@ def _usage(fs: FileSystem, path: str) -> tuple[int, int, int]:
 @json_option
 def du_command(paths: tuple[str, ...], exact: bool, as_json: bool, **where: Any) -> None:
     """Sum up the lengths of files at and below paths."""
-    parsed = _parse(paths or ("/",), where)
+    parsed = parse_paths(paths or ("/",), where)
     rows: list[dict[str, Any]] = []
     with connected(parsed) as fs:
         for remote in parsed:

@@ -30,6 +30,7 @@ COMMANDS = {
     "mkdir": "files",
     "ln": "files",
     "du": "files",
+    "layout": "layout",
     "cp": "copy",
     "doctor": "doctor",
     "rdma": "rdma",

@@ -342,6 +342,18 @@ class FileSystem:
         where = self._connection.path(path)
         self.client.mkdir(where, mode=self._connection.mode(mode), chunk_bytes=chunk_bytes).wait()
 
+    def layout(self, path: StrPath) -> native.Layout | None:
+        """How a file lies on the chains, or what a directory passes on to new files (0: the cluster's default)."""
+        return self.client.stat(self._connection.path(path)).wait().layout
+
+    def set_layout(self, path: StrPath, *, chunk_bytes: int | None = None, stripe: int | None = None) -> None:
+        """Set what files made in a directory from now on, and its new subdirectories, get; None leaves it as it is.
+
+        `chunk_bytes`: a power of two from 64 KiB to 64 MiB. `stripe`: the number of chains that a file lies on. 0: the
+        cluster's default. Files that are there keep theirs.
+        """
+        self.client.setattr(self._connection.path(path), chunk_bytes=chunk_bytes, stripe=stripe).wait()
+
     def makedirs(self, path: StrPath, mode: int = 0o777, exist_ok: bool = False) -> None:
         """Make a directory and those above it that are missing. An existing one is an error unless `exist_ok`."""
         if not exist_ok and self.lexists(path):

@@ -70,6 +70,10 @@ class RoutingPlacement:
         size = requested.chunk_bytes
         if size and (size & (size - 1) or not CHUNK_BYTES_MIN <= size <= CHUNK_BYTES_MAX):
             raise error(Code.CODE_INVALID_ARGUMENT, f"chunk size {size} is not a power of two from 64 KiB to 64 MiB")
+        table = self._holder.view.newest_table(requested.table_id)
+        if table is not None and requested.stripe > len(table.chain_ids):
+            chains = len(table.chain_ids)
+            raise error(Code.CODE_INVALID_ARGUMENT, f"a stripe of {requested.stripe}: there are {chains} chains")
         return requested
 
     def space(self) -> StatfsResponse:

@@ -992,6 +992,8 @@ class SetattrRequest(_message.Message):
     MTIME_NS_FIELD_NUMBER: _builtins.int
     ATIME_NOW_FIELD_NUMBER: _builtins.int
     MTIME_NOW_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    STRIPE_FIELD_NUMBER: _builtins.int
     mode: _builtins.int
     uid: _builtins.int
     gid: _builtins.int
@@ -999,6 +1001,9 @@ class SetattrRequest(_message.Message):
     mtime_ns: _builtins.int
     atime_now: _builtins.bool
     mtime_now: _builtins.bool
+    chunk_bytes: _builtins.int
+    """Directories: the layout of files made in it from now on; 0: the cluster's default."""
+    stripe: _builtins.int
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -1018,29 +1023,39 @@ class SetattrRequest(_message.Message):
         mtime_ns: _builtins.int | None = ...,
         atime_now: _builtins.bool = ...,
         mtime_now: _builtins.bool = ...,
+        chunk_bytes: _builtins.int | None = ...,
+        stripe: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_uid", b"_uid", "at", b"at", "atime_ns", b"atime_ns", "caller", b"caller", "gid", b"gid", "mode", b"mode", "mtime_ns", b"mtime_ns", "op", b"op", "uid", b"uid"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_chunk_bytes", b"_chunk_bytes", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_stripe", b"_stripe", "_uid", b"_uid", "at", b"at", "atime_ns", b"atime_ns", "caller", b"caller", "chunk_bytes", b"chunk_bytes", "gid", b"gid", "mode", b"mode", "mtime_ns", b"mtime_ns", "op", b"op", "stripe", b"stripe", "uid", b"uid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_uid", b"_uid", "at", b"at", "atime_now", b"atime_now", "atime_ns", b"atime_ns", "caller", b"caller", "gid", b"gid", "mode", b"mode", "mtime_now", b"mtime_now", "mtime_ns", b"mtime_ns", "op", b"op", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_chunk_bytes", b"_chunk_bytes", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_stripe", b"_stripe", "_uid", b"_uid", "at", b"at", "atime_now", b"atime_now", "atime_ns", b"atime_ns", "caller", b"caller", "chunk_bytes", b"chunk_bytes", "gid", b"gid", "mode", b"mode", "mtime_now", b"mtime_now", "mtime_ns", b"mtime_ns", "op", b"op", "stripe", b"stripe", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__atime_ns: _TypeAlias = _typing.Literal["atime_ns"]  # noqa: Y015
     _WhichOneofArgType__atime_ns: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns"]  # noqa: Y015
+    _WhichOneofReturnType__chunk_bytes: _TypeAlias = _typing.Literal["chunk_bytes"]  # noqa: Y015
+    _WhichOneofArgType__chunk_bytes: _TypeAlias = _typing.Literal["_chunk_bytes", b"_chunk_bytes"]  # noqa: Y015
     _WhichOneofReturnType__gid: _TypeAlias = _typing.Literal["gid"]  # noqa: Y015
     _WhichOneofArgType__gid: _TypeAlias = _typing.Literal["_gid", b"_gid"]  # noqa: Y015
     _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
     _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
     _WhichOneofReturnType__mtime_ns: _TypeAlias = _typing.Literal["mtime_ns"]  # noqa: Y015
     _WhichOneofArgType__mtime_ns: _TypeAlias = _typing.Literal["_mtime_ns", b"_mtime_ns"]  # noqa: Y015
+    _WhichOneofReturnType__stripe: _TypeAlias = _typing.Literal["stripe"]  # noqa: Y015
+    _WhichOneofArgType__stripe: _TypeAlias = _typing.Literal["_stripe", b"_stripe"]  # noqa: Y015
     _WhichOneofReturnType__uid: _TypeAlias = _typing.Literal["uid"]  # noqa: Y015
     _WhichOneofArgType__uid: _TypeAlias = _typing.Literal["_uid", b"_uid"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__atime_ns) -> _WhichOneofReturnType__atime_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk_bytes) -> _WhichOneofReturnType__chunk_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gid) -> _WhichOneofReturnType__gid | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mtime_ns) -> _WhichOneofReturnType__mtime_ns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stripe) -> _WhichOneofReturnType__stripe | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__uid) -> _WhichOneofReturnType__uid | None: ...
 

@@ -146,3 +146,24 @@ def test_the_doctor_finds_this_machine_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_printed(shell: str) -> None:
     assert "fs3" in fs3_command("completion", shell).stdout
+
+
+def test_the_layout_of_new_files_is_set_by_directory(fs3_on: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(3 << 20))
+    fs3_command("layout", "set", fs3_on, "--chunk-size", "256KiB", "--stripe", "2")
+    fs3_command("cp", str(tmp_path / "file"), f":{fs3_on}/file")
+    fs3_command("cp", f":{fs3_on}/file", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()
+    told = json.loads(fs3_command("layout", "get", "--json", fs3_on, f"{fs3_on}/file").stdout)
+    assert [(r["chunk_bytes"], r["stripe"]) for r in told] == [(256 << 10, 2)] * 2
+    fs3_command("layout", "set", fs3_on, "--chunk-size", "default", "--stripe", "default")
+    assert fs3_command("layout", "get", fs3_on).stdout.split()[-3:] == ["default", "default", fs3_on]
+    for wrong, told_wrong in (
+        (["--stripe", "99"], "a stripe of 99: there are"),
+        (["--stripe", "many"], "not 'many'"),
+        (["--chunk-size", "100KiB"], "not a power of two"),
+        ([], "nothing to set"),
+    ):
+        refused = fs3_command("layout", "set", fs3_on, *wrong, check=False)
+        assert refused.returncode == 1
+        assert told_wrong in refused.stderr

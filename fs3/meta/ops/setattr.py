@@ -1,4 +1,4 @@
-"""Change mode, owner and times."""
+"""Change mode, owner, times, and of directories the layout that new files get."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from fs3.meta import access, keys, model, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.meta_pb2 import AttrResponse, Caller, SetattrRequest
+from fs3.v1.meta_pb2 import AttrResponse, Caller, Layout, SetattrRequest
 
 
 async def run(tr: Transaction, request: SetattrRequest, ctx: OpContext) -> AttrResponse:
-    """All of it or nothing. Raises NOT_PERMITTED (not the owner), ACCESS (times "now" without write permission)."""
+    """All of it or nothing.
+
+    Raises NOT_PERMITTED (not the owner), ACCESS (times "now" without write permission), NOT_DIRECTORY and
+    INVALID_ARGUMENT (layout).
+    """
     record = await walk.target(tr, request.at, request.caller)
     attr = await tree.complete(tr, record)
     caller = request.caller
@@ -27,7 +31,10 @@ async def run(tr: Transaction, request: SetattrRequest, ctx: OpContext) -> AttrR
         _change_owner(record, request, caller)
     if request.HasField("mode"):
         _change_mode(record, request.mode, caller)
-    if not (explicit or now or owner or request.HasField("mode")):
+    layout = request.HasField("chunk_bytes") or request.HasField("stripe")
+    if layout:
+        _change_layout(record, request, ctx)
+    if not (explicit or now or owner or layout or request.HasField("mode")):
         return AttrResponse(attr=attr)
     if explicit or now:
         _change_times(record, request, ctx.now_ns)
@@ -62,6 +69,20 @@ def _change_mode(record: InodeRecord, mode: int, caller: Caller) -> None:
     if caller.uid != 0 and not access.in_group(caller, attr.gid):
         mode &= ~model.SET_GID
     attr.mode = mode
+
+
+def _change_layout(record: InodeRecord, request: SetattrRequest, ctx: OpContext) -> None:
+    attr = record.attr
+    if attr.type != model.DIRECTORY:
+        raise walk.not_directory(record)
+    access.require_owner(attr, request.caller)
+    layout = Layout()
+    layout.CopyFrom(attr.layout)
+    if request.HasField("chunk_bytes"):
+        layout.chunk_bytes = request.chunk_bytes
+    if request.HasField("stripe"):
+        layout.stripe = request.stripe
+    attr.layout.CopyFrom(ctx.placement.directory_layout(layout, attr.layout))
 
 
 def _change_times(record: InodeRecord, request: SetattrRequest, now_ns: int) -> None:

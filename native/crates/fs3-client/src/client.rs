@@ -332,7 +332,7 @@ impl Client {
         Ok(response)
     }
 
-    /// Change mode, owner or times.
+    /// Change mode, owner, times, or the layout of what is made in a directory.
     pub async fn setattr(&self, caller: &Caller, at: PathAt, change: Setattr) -> Result<Attr> {
         let request = SetattrRequest {
             caller: some(caller),
@@ -345,6 +345,8 @@ impl Client {
             mtime_ns: change.mtime_ns,
             atime_now: change.atime_now,
             mtime_now: change.mtime_now,
+            chunk_bytes: change.chunk_bytes,
+            stripe: change.stripe,
         };
         let response: AttrResponse = self.inner().meta(Method::MetaSetattr, &request).await?;
         let attr = response.attr.ok_or_else(no_attr)?;

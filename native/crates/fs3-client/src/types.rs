@@ -65,6 +65,10 @@ pub struct Setattr {
     pub atime_now: bool,
     /// Modification time: the server's clock.
     pub mtime_now: bool,
+    /// Of a directory: chunk size in bytes of files made in it from now on; 0: the cluster's.
+    pub chunk_bytes: Option<u32>,
+    /// Of a directory: chains that such a file lies on; 0: the cluster's.
+    pub stripe: Option<u32>,
 }
 
 /// One read of [`crate::Client::read_many`].

@@ -161,3 +161,49 @@ impl Drop for IoThreads {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn count_down(threads: &Arc<IoThreads>, left: u32, end: mpsc::Sender<std::thread::ThreadId>) {
+        let again = threads.clone();
+        threads.run_then(
+            move || Ok(left),
+            move |left| match left {
+                Ok(0) => end.send(std::thread::current().id()).unwrap(),
+                Ok(left) => count_down(&again, left - 1, end),
+                Err(error) => panic!("{error}"),
+            },
+        );
+    }
+
+    #[test]
+    fn what_a_job_begins_at_its_end_is_done_though_nobody_else_is_woken() {
+        let threads = IoThreads::new(4);
+        let (end, ended) = mpsc::channel();
+        for _ in 0..8 {
+            count_down(&threads, 1000, end.clone());
+        }
+        for _ in 0..8 {
+            ended.recv_timeout(PATIENCE).expect("all chains of jobs come to their end");
+        }
+    }
+
+    #[test]
+    fn a_job_that_another_one_waits_for_finds_a_thread() {
+        let threads = IoThreads::new(2);
+        let (inner_end, inner_ended) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
+        let inner = threads.clone();
+        threads.spawn(move || {
+            inner.spawn(move || inner_end.send(()).unwrap());
+            end.send(inner_ended.recv_timeout(PATIENCE).is_ok()).unwrap();
+        });
+        assert!(ended.recv_timeout(2 * PATIENCE).unwrap());
+    }
+}

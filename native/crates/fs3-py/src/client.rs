@@ -301,9 +301,10 @@ impl Client {
         Ok(Operation::new(work, |_, _| Ok(())))
     }
 
-    /// Change mode, owner or times; None leaves a field as it is. Times are nanoseconds since 1970.
+    /// Change mode, owner or times, or of a directory the layout of new files in it; None leaves a field as it is.
+    /// Times are nanoseconds since 1970.
     #[pyo3(signature = (path, *, inode=1, follow=true, mode=None, uid=None, gid=None, atime_ns=None, mtime_ns=None,
-        atime_now=false, mtime_now=false))]
+        atime_now=false, mtime_now=false, chunk_bytes=None, stripe=None))]
     #[allow(clippy::too_many_arguments)]
     fn setattr(
         &self,
@@ -317,8 +318,10 @@ impl Client {
         mtime_ns: Option<i64>,
         atime_now: bool,
         mtime_now: bool,
+        chunk_bytes: Option<u32>,
+        stripe: Option<u32>,
     ) -> PyResult<Operation> {
-        let change = Setattr { mode, uid, gid, atime_ns, mtime_ns, atime_now, mtime_now };
+        let change = Setattr { mode, uid, gid, atime_ns, mtime_ns, atime_now, mtime_now, chunk_bytes, stripe };
         self.attr(move |client, caller| async move { client.setattr(&caller, at(inode, &path, follow), change).await })
     }
 

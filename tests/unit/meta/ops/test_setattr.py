@@ -1,5 +1,5 @@
 from fs3.v1.frame_pb2 import Code
-from meta.harness import Meta, run, user
+from meta.harness import CHAINS, CHUNK, Meta, run, user
 
 
 async def prepared() -> Meta:
@@ -84,5 +84,37 @@ def test_nothing_to_change_changes_nothing() -> None:
         before = await meta.stat("/f")
         assert (await meta.do("Setattr", "/f", caller=user(99))).attr == before
         assert await meta.stat("/f") == before
+
+    run(main())
+
+
+def test_a_directory_passes_the_layout_that_was_set_on_to_what_is_made_in_it() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        await meta.mkdir("/d")
+        before = (await meta.create("/d/before")).attr.layout
+        await meta.do("Setattr", "/d", chunk_bytes=4 * CHUNK)
+        await meta.do("Setattr", "/d", stripe=2)
+        await meta.mkdir("/d/below")
+        for path in ("/d/file", "/d/below/file"):
+            layout = (await meta.create(path)).attr.layout
+            assert (layout.chunk_bytes, layout.stripe) == (4 * CHUNK, 2)
+        assert (await meta.stat("/d/before")).layout == before
+        await meta.do("Setattr", "/d", chunk_bytes=0, stripe=0)
+        layout = (await meta.create("/d/again")).attr.layout
+        assert (layout.chunk_bytes, layout.stripe) == (CHUNK, len(CHAINS))
+
+    run(main())
+
+
+def test_only_owners_of_directories_set_layouts_and_only_possible_ones() -> None:
+    async def main() -> None:
+        meta = await prepared()
+        await meta.mkdir("/d", caller=user(5, 6))
+        assert await meta.code("Setattr", "/f", stripe=1) == Code.CODE_NOT_DIRECTORY
+        assert await meta.code("Setattr", "/d", stripe=1, caller=user(7)) == Code.CODE_NOT_PERMITTED
+        assert await meta.code("Setattr", "/d", stripe=len(CHAINS) + 1) == Code.CODE_INVALID_ARGUMENT
+        assert await meta.code("Setattr", "/d", chunk_bytes=CHUNK + 1) == Code.CODE_INVALID_ARGUMENT
+        await meta.do("Setattr", "/d", stripe=1, caller=user(5, 6))
 
     run(main())
