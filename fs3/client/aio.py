@@ -256,6 +256,34 @@ class AsyncFileSystem:
         """Cut or extend (with zeros) a file to `length` bytes."""
         await self.client.truncate(self._connection.path(path), length)
 
+    async def getxattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> bytes:
+        """The value of an extended attribute. Raises OSError ENODATA when there is none."""
+        where, name = self._connection.path(path), os.fsencode(attribute)
+        return await self.client.getxattr(where, name, follow=follow_symlinks)
+
+    async def setxattr(
+        self,
+        path: StrPath,
+        attribute: str | bytes,
+        value: ReadableBuffer,
+        flags: int = 0,
+        *,
+        follow_symlinks: bool = True,
+    ) -> None:
+        """Set an extended attribute; see :meth:`FileSystem.setxattr`."""
+        where, name = self._connection.path(path), os.fsencode(attribute)
+        await self.client.setxattr(where, name, bytes(value), flags, follow=follow_symlinks)
+
+    async def listxattr(self, path: StrPath = "/", *, follow_symlinks: bool = True) -> list[str]:
+        """The names of the extended attributes, sorted by their bytes."""
+        names = await self.client.listxattr(self._connection.path(path), follow=follow_symlinks)
+        return [os.fsdecode(name) for name in names]
+
+    async def removexattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> None:
+        """Remove an extended attribute. Raises OSError ENODATA when there is none."""
+        where, name = self._connection.path(path), os.fsencode(attribute)
+        await self.client.removexattr(where, name, follow=follow_symlinks)
+
     async def statvfs(self, path: StrPath = "/") -> os.statvfs_result:
         """Capacity and use, counted as a user does (raw capacity / replicas)."""
         return statvfs_result(await self.client.statfs(self._connection.path(path)))

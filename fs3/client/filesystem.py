@@ -291,6 +291,37 @@ class FileSystem:
         """Cut or extend (with zeros) a file to `length` bytes."""
         self.client.truncate(self._connection.path(path), length).wait()
 
+    def getxattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> bytes:
+        """The value of an extended attribute, like :func:`os.getxattr`. Raises OSError ENODATA when there is none."""
+        where, name = self._connection.path(path), os.fsencode(attribute)
+        return self.client.getxattr(where, name, follow=follow_symlinks).wait()
+
+    def setxattr(
+        self,
+        path: StrPath,
+        attribute: str | bytes,
+        value: ReadableBuffer,
+        flags: int = 0,
+        *,
+        follow_symlinks: bool = True,
+    ) -> None:
+        """Set an extended attribute (``user.``, as root also ``trusted.`` and ``security.``), like :func:`os.setxattr`.
+
+        `value` has at most 64 KiB; `flags`: ``os.XATTR_CREATE`` or ``os.XATTR_REPLACE``.
+        """
+        where, name = self._connection.path(path), os.fsencode(attribute)
+        self.client.setxattr(where, name, bytes(value), flags, follow=follow_symlinks).wait()
+
+    def listxattr(self, path: StrPath = "/", *, follow_symlinks: bool = True) -> list[str]:
+        """The names of the extended attributes, sorted by their bytes, like :func:`os.listxattr`."""
+        names = self.client.listxattr(self._connection.path(path), follow=follow_symlinks).wait()
+        return [os.fsdecode(name) for name in names]
+
+    def removexattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> None:
+        """Remove an extended attribute, like :func:`os.removexattr`. Raises OSError ENODATA when there is none."""
+        where, name = self._connection.path(path), os.fsencode(attribute)
+        self.client.removexattr(where, name, follow=follow_symlinks).wait()
+
     def statvfs(self, path: StrPath = "/") -> os.statvfs_result:
         """Capacity and use, counted as a user does (raw capacity / replicas)."""
         return statvfs_result(self.client.statfs(self._connection.path(path)).wait())

@@ -35,6 +35,7 @@ GC: Final = b"Fg"
 TRUNCATION: Final = b"Ft"
 ALLOCATOR: Final = b"Fa"
 COUNTER: Final = b"Fc"
+XATTR: Final = b"Fx"
 
 TIMES_SUFFIX: Final = b"t"
 SUBDIRS_SUFFIX: Final = b"s"
@@ -119,6 +120,21 @@ def gc(ino: int) -> bytes:
 def truncation(ino: int) -> bytes:
     """The PendingTruncation of an inode."""
     return _PREFIXED.pack(TRUNCATION, ino)
+
+
+def xattr(ino: int, name: bytes) -> bytes:
+    """The value of an extended attribute. A table of its own, so that listings of directories do not read them."""
+    return _PREFIXED.pack(XATTR, ino) + name
+
+
+def xattrs(ino: int) -> tuple[bytes, bytes]:
+    """Every extended attribute of an inode that is kept under a key."""
+    return _PREFIXED.pack(XATTR, ino), _PREFIXED.pack(XATTR, ino + 1)
+
+
+def xattr_name(key: bytes) -> bytes:
+    """The name of an extended attribute's key."""
+    return key[10:]
 
 
 def allocator(kind: bytes) -> bytes:

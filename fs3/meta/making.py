@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import Fs3Error, error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, tree, walk
+from fs3.meta import access, keys, model, tree, walk, xattrs
 from fs3.meta.context import OpContext, TruncationPending
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -107,8 +107,9 @@ async def open_existing(
 
 
 def content_changed(record: InodeRecord, caller: Caller, now_ns: int, mtime_ns: int = 0) -> None:
-    """Times, and set-id bits that do not survive a write by anybody but root."""
+    """Times; set-id bits do not survive a write by anybody but root, capabilities do not survive any."""
     attr = record.attr
+    xattrs.drop_capability(record)
     attr.mtime_ns = mtime_ns or now_ns
     attr.ctime_ns = now_ns
     if caller.uid != 0 and attr.mode & (model.SET_UID | model.SET_GID):

@@ -112,6 +112,18 @@ def decode_times(value: bytes) -> tuple[int, int]:
     return mtime_ns, ctime_ns
 
 
+def encode_xattr(value: bytes) -> bytes:
+    """The value of an extended attribute."""
+    return bytes([FORMAT]) + value
+
+
+def decode_xattr(stored: bytes) -> bytes:
+    """The value of an extended attribute."""
+    if stored[0] != FORMAT:
+        raise error(Code.CODE_INTERNAL, f"an extended attribute has format {stored[0]}: upgrade fs3")
+    return stored[1:]
+
+
 def encode_count(count: int) -> bytes:
     """A counter as the store's atomic add keeps it."""
     return _COUNT.pack(count)

@@ -94,6 +94,8 @@ def erase(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     if record.attr.type == model.DIRECTORY:
         tr.clear(keys.directory_times(ino))
         tr.clear(keys.directory_subdirs(ino))
+    if record.attr.xattrs:
+        tr.clear_range(*keys.xattrs(ino))
     tr.add(ctx.counter_key, -1)
 
 

@@ -29,6 +29,9 @@ class InodeRecord(_message.Message):
     EXTENT_BYTES_FIELD_NUMBER: _builtins.int
     LOOSE_FIELD_NUMBER: _builtins.int
     DETACHED_FIELD_NUMBER: _builtins.int
+    XATTR_NAME_BYTES_FIELD_NUMBER: _builtins.int
+    XATTR_BYTES_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     truncating: _builtins.bool
@@ -39,6 +42,11 @@ class InodeRecord(_message.Message):
     """Some writer ended without saying how far it wrote: chunks may be anywhere in the stripe."""
     detached: _builtins.bool
     """Directories: removed with everything below it; only the expansion by the garbage collector is left."""
+    xattr_name_bytes: _builtins.int
+    """Extended attributes, all of them: bytes of the names with a zero behind each, and bytes of names and values."""
+    xattr_bytes: _builtins.int
+    capability: _builtins.bytes
+    """The value of security.capability. It is kept here, the others under keys of their own, as writes drop it."""
     @_builtins.property
     def attr(self) -> _meta_pb2.Attr:
         """Of a directory, nlink, mtime_ns and ctime_ns are not kept here but under keys of their own, so that
@@ -54,10 +62,13 @@ class InodeRecord(_message.Message):
         extent_bytes: _builtins.int = ...,
         loose: _builtins.bool = ...,
         detached: _builtins.bool = ...,
+        xattr_name_bytes: _builtins.int = ...,
+        xattr_bytes: _builtins.int = ...,
+        capability: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "truncating", b"truncating"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

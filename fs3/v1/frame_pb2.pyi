@@ -71,6 +71,10 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_META_TRUNCATE: _Method.ValueType  # 272
     METHOD_META_STATFS: _Method.ValueType  # 273
     METHOD_META_KEEPALIVE: _Method.ValueType  # 274
+    METHOD_META_GETXATTR: _Method.ValueType  # 275
+    METHOD_META_SETXATTR: _Method.ValueType  # 276
+    METHOD_META_LISTXATTR: _Method.ValueType  # 277
+    METHOD_META_REMOVEXATTR: _Method.ValueType  # 278
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
     METHOD_STORAGE_REMOVE: _Method.ValueType  # 514
@@ -114,6 +118,10 @@ METHOD_META_SETATTR: Method.ValueType  # 271
 METHOD_META_TRUNCATE: Method.ValueType  # 272
 METHOD_META_STATFS: Method.ValueType  # 273
 METHOD_META_KEEPALIVE: Method.ValueType  # 274
+METHOD_META_GETXATTR: Method.ValueType  # 275
+METHOD_META_SETXATTR: Method.ValueType  # 276
+METHOD_META_LISTXATTR: Method.ValueType  # 277
+METHOD_META_REMOVEXATTR: Method.ValueType  # 278
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513
 METHOD_STORAGE_REMOVE: Method.ValueType  # 514
@@ -170,6 +178,12 @@ class _CodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Code.ValueType],
     """EMLINK"""
     CODE_NOT_SUPPORTED: _Code.ValueType  # 18
     """EOPNOTSUPP"""
+    CODE_NO_DATA: _Code.ValueType  # 19
+    """ENODATA: no such extended attribute"""
+    CODE_OUT_OF_RANGE: _Code.ValueType  # 20
+    """ERANGE: the name of an extended attribute is empty or too long"""
+    CODE_TOO_LARGE: _Code.ValueType  # 21
+    """E2BIG: the value of an extended attribute is too long"""
     CODE_UNAUTHENTICATED: _Code.ValueType  # 30
     """EACCES: bad or missing token"""
     CODE_WRONG_CLUSTER: _Code.ValueType  # 31
@@ -242,6 +256,12 @@ CODE_TOO_MANY_LINKS: Code.ValueType  # 17
 """EMLINK"""
 CODE_NOT_SUPPORTED: Code.ValueType  # 18
 """EOPNOTSUPP"""
+CODE_NO_DATA: Code.ValueType  # 19
+"""ENODATA: no such extended attribute"""
+CODE_OUT_OF_RANGE: Code.ValueType  # 20
+"""ERANGE: the name of an extended attribute is empty or too long"""
+CODE_TOO_LARGE: Code.ValueType  # 21
+"""E2BIG: the value of an extended attribute is too long"""
 CODE_UNAUTHENTICATED: Code.ValueType  # 30
 """EACCES: bad or missing token"""
 CODE_WRONG_CLUSTER: Code.ValueType  # 31

@@ -51,6 +51,28 @@ FILE_TYPE_CHAR_DEVICE: FileType.ValueType  # 6
 FILE_TYPE_BLOCK_DEVICE: FileType.ValueType  # 7
 Global___FileType: _TypeAlias = FileType  # noqa: Y015
 
+class _XattrBit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _XattrBitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_XattrBit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    XATTR_BIT_NONE: _XattrBit.ValueType  # 0
+    XATTR_BIT_ANY: _XattrBit.ValueType  # 1
+    """at least one"""
+    XATTR_BIT_CAPABILITY: _XattrBit.ValueType  # 2
+    """security.capability"""
+
+class XattrBit(_XattrBit, metaclass=_XattrBitEnumTypeWrapper):
+    """Which extended attributes an inode has, in Attr.xattrs: who knows the attributes need not ask for what is not there."""
+
+XATTR_BIT_NONE: XattrBit.ValueType  # 0
+XATTR_BIT_ANY: XattrBit.ValueType  # 1
+"""at least one"""
+XATTR_BIT_CAPABILITY: XattrBit.ValueType  # 2
+"""security.capability"""
+Global___XattrBit: _TypeAlias = XattrBit  # noqa: Y015
+
 @_typing.final
 class Layout(_message.Message):
     """Chunk i of a file lives on chain  table.chain_ids[(first + i % stripe) % len(table.chain_ids)]."""
@@ -106,6 +128,7 @@ class Attr(_message.Message):
     RDEV_FIELD_NUMBER: _builtins.int
     TRUNCATE_VERSION_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    XATTRS_FIELD_NUMBER: _builtins.int
     inode: _builtins.int
     type: Global___FileType.ValueType
     mode: _builtins.int
@@ -124,6 +147,8 @@ class Attr(_message.Message):
     """Raised by every truncate; a length report made under an older one is ignored."""
     parent: _builtins.int
     """directories: the parent's inode"""
+    xattrs: _builtins.int
+    """bits of XattrBit"""
     @_builtins.property
     def layout(self) -> Global___Layout:
         """files; directories: what new files inherit"""
@@ -146,10 +171,11 @@ class Attr(_message.Message):
         rdev: _builtins.int = ...,
         truncate_version: _builtins.int = ...,
         parent: _builtins.int = ...,
+        xattrs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["atime_ns", b"atime_ns", "ctime_ns", b"ctime_ns", "gid", b"gid", "inode", b"inode", "layout", b"layout", "length", b"length", "mode", b"mode", "mtime_ns", b"mtime_ns", "nlink", b"nlink", "parent", b"parent", "rdev", b"rdev", "symlink_target", b"symlink_target", "truncate_version", b"truncate_version", "type", b"type", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["atime_ns", b"atime_ns", "ctime_ns", b"ctime_ns", "gid", b"gid", "inode", b"inode", "layout", b"layout", "length", b"length", "mode", b"mode", "mtime_ns", b"mtime_ns", "nlink", b"nlink", "parent", b"parent", "rdev", b"rdev", "symlink_target", b"symlink_target", "truncate_version", b"truncate_version", "type", b"type", "uid", b"uid", "xattrs", b"xattrs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1094,6 +1120,172 @@ class TruncateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TruncateRequest: _TypeAlias = TruncateRequest  # noqa: Y015
+
+@_typing.final
+class GetxattrRequest(_message.Message):
+    """Names are those of Linux with their prefix: user., trusted. or security."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def at(self) -> Global___PathAt: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        at: Global___PathAt | None = ...,
+        name: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetxattrRequest: _TypeAlias = GetxattrRequest  # noqa: Y015
+
+@_typing.final
+class GetxattrResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    value: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetxattrResponse: _TypeAlias = GetxattrResponse  # noqa: Y015
+
+@_typing.final
+class SetxattrRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    CREATE_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    value: _builtins.bytes
+    """at most 64 KiB"""
+    create: _builtins.bool
+    """XATTR_CREATE"""
+    replace: _builtins.bool
+    """XATTR_REPLACE"""
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def at(self) -> Global___PathAt: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        op: Global___OpId | None = ...,
+        at: Global___PathAt | None = ...,
+        name: _builtins.bytes = ...,
+        value: _builtins.bytes = ...,
+        create: _builtins.bool = ...,
+        replace: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "op", b"op"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "create", b"create", "name", b"name", "op", b"op", "replace", b"replace", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetxattrRequest: _TypeAlias = SetxattrRequest  # noqa: Y015
+
+@_typing.final
+class ListxattrRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def at(self) -> Global___PathAt: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        at: Global___PathAt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListxattrRequest: _TypeAlias = ListxattrRequest  # noqa: Y015
+
+@_typing.final
+class ListxattrResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListxattrResponse: _TypeAlias = ListxattrResponse  # noqa: Y015
+
+@_typing.final
+class RemovexattrRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def at(self) -> Global___PathAt: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        op: Global___OpId | None = ...,
+        at: Global___PathAt | None = ...,
+        name: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "op", b"op"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "name", b"name", "op", b"op"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemovexattrRequest: _TypeAlias = RemovexattrRequest  # noqa: Y015
 
 @_typing.final
 class StatfsRequest(_message.Message):

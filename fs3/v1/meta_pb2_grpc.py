@@ -122,6 +122,26 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.TruncateRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
                 _registered_method=True)
+        self.Getxattr = channel.unary_unary(
+                '/fs3.v1.Meta/Getxattr',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.GetxattrRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.GetxattrResponse.FromString,
+                _registered_method=True)
+        self.Setxattr = channel.unary_unary(
+                '/fs3.v1.Meta/Setxattr',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.SetxattrRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+                _registered_method=True)
+        self.Listxattr = channel.unary_unary(
+                '/fs3.v1.Meta/Listxattr',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.ListxattrRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.ListxattrResponse.FromString,
+                _registered_method=True)
+        self.Removexattr = channel.unary_unary(
+                '/fs3.v1.Meta/Removexattr',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.RemovexattrRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+                _registered_method=True)
         self.Statfs = channel.unary_unary(
                 '/fs3.v1.Meta/Statfs',
                 request_serializer=fs3_dot_v1_dot_meta__pb2.StatfsRequest.SerializeToString,
@@ -245,6 +265,30 @@ class MetaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Getxattr(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Setxattr(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Listxattr(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Removexattr(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Statfs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -349,6 +393,26 @@ def add_MetaServicer_to_server(servicer, server):
             'Truncate': grpc.unary_unary_rpc_method_handler(
                     servicer.Truncate,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.TruncateRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.SerializeToString,
+            ),
+            'Getxattr': grpc.unary_unary_rpc_method_handler(
+                    servicer.Getxattr,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.GetxattrRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.GetxattrResponse.SerializeToString,
+            ),
+            'Setxattr': grpc.unary_unary_rpc_method_handler(
+                    servicer.Setxattr,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.SetxattrRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.SerializeToString,
+            ),
+            'Listxattr': grpc.unary_unary_rpc_method_handler(
+                    servicer.Listxattr,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.ListxattrRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.ListxattrResponse.SerializeToString,
+            ),
+            'Removexattr': grpc.unary_unary_rpc_method_handler(
+                    servicer.Removexattr,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.RemovexattrRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.SerializeToString,
             ),
             'Statfs': grpc.unary_unary_rpc_method_handler(
@@ -826,6 +890,114 @@ class Meta:
             target,
             '/fs3.v1.Meta/Truncate',
             fs3_dot_v1_dot_meta__pb2.TruncateRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Getxattr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Getxattr',
+            fs3_dot_v1_dot_meta__pb2.GetxattrRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.GetxattrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Setxattr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Setxattr',
+            fs3_dot_v1_dot_meta__pb2.SetxattrRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Listxattr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Listxattr',
+            fs3_dot_v1_dot_meta__pb2.ListxattrRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.ListxattrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Removexattr(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Removexattr',
+            fs3_dot_v1_dot_meta__pb2.RemovexattrRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
             options,
             channel_credentials,

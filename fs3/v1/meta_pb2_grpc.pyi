@@ -56,6 +56,10 @@ class MetaStub:
     Rename: _grpc.UnaryUnaryMultiCallable[_meta_pb2.RenameRequest, _meta_pb2.RenameResponse]
     Setattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.SetattrRequest, _meta_pb2.AttrResponse]
     Truncate: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TruncateRequest, _meta_pb2.AttrResponse]
+    Getxattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.GetxattrRequest, _meta_pb2.GetxattrResponse]
+    Setxattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.SetxattrRequest, _meta_pb2.AttrResponse]
+    Listxattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.ListxattrRequest, _meta_pb2.ListxattrResponse]
+    Removexattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.RemovexattrRequest, _meta_pb2.AttrResponse]
     Statfs: _grpc.UnaryUnaryMultiCallable[_meta_pb2.StatfsRequest, _meta_pb2.StatfsResponse]
     Keepalive: _grpc.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]
     GetRouting: _grpc.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]
@@ -82,6 +86,10 @@ class MetaAsyncStub(MetaStub):
     Rename: _aio.UnaryUnaryMultiCallable[_meta_pb2.RenameRequest, _meta_pb2.RenameResponse]  # type: ignore[assignment]
     Setattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.SetattrRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     Truncate: _aio.UnaryUnaryMultiCallable[_meta_pb2.TruncateRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
+    Getxattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.GetxattrRequest, _meta_pb2.GetxattrResponse]  # type: ignore[assignment]
+    Setxattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.SetxattrRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
+    Listxattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.ListxattrRequest, _meta_pb2.ListxattrResponse]  # type: ignore[assignment]
+    Removexattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.RemovexattrRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     Statfs: _aio.UnaryUnaryMultiCallable[_meta_pb2.StatfsRequest, _meta_pb2.StatfsResponse]  # type: ignore[assignment]
     Keepalive: _aio.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]  # type: ignore[assignment]
     GetRouting: _aio.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]  # type: ignore[assignment]
@@ -205,6 +213,34 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
     def Truncate(
         self,
         request: _meta_pb2.TruncateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.AttrResponse, _abc.Awaitable[_meta_pb2.AttrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Getxattr(
+        self,
+        request: _meta_pb2.GetxattrRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.GetxattrResponse, _abc.Awaitable[_meta_pb2.GetxattrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Setxattr(
+        self,
+        request: _meta_pb2.SetxattrRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.AttrResponse, _abc.Awaitable[_meta_pb2.AttrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Listxattr(
+        self,
+        request: _meta_pb2.ListxattrRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.ListxattrResponse, _abc.Awaitable[_meta_pb2.ListxattrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Removexattr(
+        self,
+        request: _meta_pb2.RemovexattrRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.AttrResponse, _abc.Awaitable[_meta_pb2.AttrResponse]]: ...
 

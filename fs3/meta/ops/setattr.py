@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, tree, walk
+from fs3.meta import access, keys, model, tree, walk, xattrs
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -46,7 +46,7 @@ async def run(tr: Transaction, request: SetattrRequest, ctx: OpContext) -> AttrR
 
 
 def _change_owner(record: InodeRecord, request: SetattrRequest, caller: Caller) -> None:
-    """Only root gives files away; the owner may choose among the own groups. Files lose their set-id bits."""
+    """Only root gives files away; the owner may choose among the own groups. Set-id bits and capabilities go."""
     attr = record.attr
     uid = request.uid if request.HasField("uid") else attr.uid
     gid = request.gid if request.HasField("gid") else attr.gid
@@ -60,6 +60,7 @@ def _change_owner(record: InodeRecord, request: SetattrRequest, caller: Caller) 
     attr.gid = gid
     if attr.type != model.DIRECTORY:
         attr.mode = access.without_set_id(attr.mode)
+        xattrs.drop_capability(record)
 
 
 def _change_mode(record: InodeRecord, mode: int, caller: Caller) -> None:

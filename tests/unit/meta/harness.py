@@ -302,8 +302,23 @@ async def audit(meta: Meta) -> None:
             assert links.get(ino, 0) == attr.nlink, f"inode {ino:#x}: {attr.nlink} links, {links.get(ino, 0)} entries"
             assert attr.nlink or ino in queued or ino in held, f"inode {ino:#x} is an orphan"
     assert queued <= inodes.keys()
+    await _audit_xattrs(meta, inodes)
     total = sum(model.decode_count(value) for _, value in await meta.rows(keys.COUNTER))
     assert total == len(inodes)
+
+
+async def _audit_xattrs(meta: Meta, inodes: dict[int, Any]) -> None:
+    """Extended attributes belong to inodes, whose records count them and tell which there are."""
+    kept = {ino: {b"security.capability": r.capability} for ino, r in inodes.items() if r.capability}
+    for key, value in await meta.rows(keys.XATTR):
+        kept.setdefault(keys.inode_of(key), {})[keys.xattr_name(key)] = model.decode_xattr(value)
+    assert kept.keys() <= inodes.keys()
+    for ino, record in inodes.items():
+        found = kept.get(ino, {})
+        assert record.xattr_name_bytes == sum(len(name) + 1 for name in found)
+        assert record.xattr_bytes == sum(len(name) + len(value) for name, value in found.items())
+        assert bool(record.attr.xattrs & pb.XATTR_BIT_ANY) == bool(found)
+        assert bool(record.attr.xattrs & pb.XATTR_BIT_CAPABILITY) == bool(record.capability)
 
 
 __all__ = [

@@ -19,6 +19,7 @@ async def prepared(**options) -> tuple[Meta, pb.OpenResponse]:
     made = await meta.create("/f", open_write=True)
     meta.chunks.write(made.attr, 3 * CHUNK)
     await meta.do("Sync", inode=made.attr.inode, session=made.session, report=pb.WriteReport(wrote=True, length=200))
+    await meta.do("Setxattr", "/f", name=b"user.old", value=b"old")
     return meta, made
 
 
@@ -43,6 +44,8 @@ def every_mutation(meta: Meta, made: pb.OpenResponse) -> dict[str, object]:
         "Rename": meta.request("Rename", **paths("/f", "/d/f")),
         "Setattr": meta.request("Setattr", "/f", mode=0o600),
         "Truncate": meta.request("Truncate", "/f", length=7),
+        "Setxattr": meta.request("Setxattr", "/f", name=b"user.new", value=b"v", create=True),
+        "Removexattr": meta.request("Removexattr", "/f", name=b"user.old"),
     }
 
 
@@ -63,10 +66,10 @@ def test_repeated_request_gets_the_first_answer_from_any_server(name: str) -> No
         peer = await meta.peer()
         request = every_mutation(meta, made)[name]
         first = await meta.call(name, request)
-        before = await meta.rows(b"Fe"), await meta.rows(b"Fi")
+        before = await meta.rows(b"Fe"), await meta.rows(b"Fi"), await meta.rows(b"Fx")
         assert await peer.call(name, request) == first
         assert await meta.call(name, request) == first
-        assert (await meta.rows(b"Fe"), await meta.rows(b"Fi")) == before
+        assert (await meta.rows(b"Fe"), await meta.rows(b"Fi"), await meta.rows(b"Fx")) == before
         await audit(meta)
 
     run(main())

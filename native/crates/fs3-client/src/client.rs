@@ -5,9 +5,10 @@ use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, RegionMut, Result};
 use fs3_proto::v1::{
     Attr, AttrResponse, BatchStatRequest, BatchStatResponse, Caller, CloseRequest, CreateRequest, DirEntry, Empty,
-    FileType, GetRoutingRequest, GetRoutingResponse, Layout, LinkRequest, ListRequest, ListResponse, LookupRequest,
-    Method, MkdirRequest, OpenRequest, OpenResponse, PathAt, RemoveAllRequest, RenameRequest, RenameResponse,
-    RmdirRequest, Routing, SetattrRequest, StatRequest, StatfsRequest, StatfsResponse, SymlinkRequest, TruncateRequest,
+    FileType, GetRoutingRequest, GetRoutingResponse, GetxattrRequest, GetxattrResponse, Layout, LinkRequest,
+    ListRequest, ListResponse, ListxattrRequest, ListxattrResponse, LookupRequest, Method, MkdirRequest, OpenRequest,
+    OpenResponse, PathAt, RemoveAllRequest, RemovexattrRequest, RenameRequest, RenameResponse, RmdirRequest, Routing,
+    SetattrRequest, SetxattrRequest, StatRequest, StatfsRequest, StatfsResponse, SymlinkRequest, TruncateRequest,
     UnlinkRequest, UnlinkResponse,
 };
 
@@ -18,7 +19,9 @@ use crate::meta::{CallLimits, Metas, call};
 use crate::routing::check_layout;
 use crate::types::is_special;
 use crate::wire::Wire;
-use crate::{ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats, WriteOp};
+use crate::{
+    ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp,
+};
 
 /// Items of one batch_stat request.
 const BATCH_STAT_MAX: usize = 1024;
@@ -387,6 +390,48 @@ impl Client {
             state.set_mtime();
         }
         Ok(attr)
+    }
+
+    /// The value of an extended attribute. Errors: NoData, Access, NotSupported (unknown prefix).
+    pub async fn getxattr(&self, caller: &Caller, at: PathAt, name: &[u8]) -> Result<Bytes> {
+        let request = GetxattrRequest { caller: some(caller), at: Some(at), name: Bytes::copy_from_slice(name) };
+        let response: GetxattrResponse = self.inner().meta(Method::MetaGetxattr, &request).await?;
+        Ok(response.value)
+    }
+
+    /// The names of the extended attributes that the caller may know of, in byte order.
+    pub async fn listxattr(&self, caller: &Caller, at: PathAt) -> Result<Vec<Bytes>> {
+        let request = ListxattrRequest { caller: some(caller), at: Some(at) };
+        let response: ListxattrResponse = self.inner().meta(Method::MetaListxattr, &request).await?;
+        Ok(response.names)
+    }
+
+    /// Set an extended attribute; returns the attributes afterwards. Errors: Exists, NoData, Access, NotPermitted,
+    /// NotSupported (unknown prefix), TooLarge, NoSpace.
+    pub async fn setxattr(
+        &self,
+        caller: &Caller,
+        at: PathAt,
+        name: &[u8],
+        value: &[u8],
+        mode: SetxattrMode,
+    ) -> Result<Attr> {
+        let request = SetxattrRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            name: Bytes::copy_from_slice(name),
+            value: Bytes::copy_from_slice(value),
+            create: mode.create,
+            replace: mode.replace,
+        };
+        self.attr(Method::MetaSetxattr, &request).await
+    }
+
+    /// Remove an extended attribute; returns the attributes afterwards. Errors: NoData, Access, NotPermitted.
+    pub async fn removexattr(&self, caller: &Caller, at: PathAt, name: &[u8]) -> Result<Attr> {
+        let (op, name) = (self.inner().op_id(), Bytes::copy_from_slice(name));
+        self.attr(Method::MetaRemovexattr, &RemovexattrRequest { caller: some(caller), op, at: Some(at), name }).await
     }
 
     /// Capacity and use.

@@ -31,8 +31,9 @@ pub use file::OpenFile;
 pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
 pub use fs3_proto::v1::{
     Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, PathAt, Routing,
-    StatfsResponse as Statfs,
+    StatfsResponse as Statfs, XattrBit,
 };
 pub use types::{
-    CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, Stats, WriteOp, at_child, at_inode, at_path,
+    CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp, at_child, at_inode,
+    at_path,
 };

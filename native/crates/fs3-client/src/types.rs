@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use fs3_core::{Region, RegionMut};
+use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::v1::{ChunkInfo, FileType, Layout, PathAt};
 
 use crate::OpenFile;
@@ -69,6 +69,28 @@ pub struct Setattr {
     pub chunk_bytes: Option<u32>,
     /// Of a directory: chains that such a file lies on; 0: the cluster's.
     pub stripe: Option<u32>,
+}
+
+/// What has to be there already when an extended attribute is set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SetxattrMode {
+    /// It must not exist.
+    pub create: bool,
+    /// It must exist.
+    pub replace: bool,
+}
+
+impl SetxattrMode {
+    const CREATE: i32 = 1;
+    const REPLACE: i32 = 2;
+
+    /// That of Linux' XATTR_CREATE and XATTR_REPLACE. Errors: InvalidArgument for other bits.
+    pub fn from_flags(flags: i32) -> Result<Self> {
+        if flags & !(Self::CREATE | Self::REPLACE) != 0 {
+            return Err(Error::new(Code::InvalidArgument, "flags other than XATTR_CREATE and XATTR_REPLACE"));
+        }
+        Ok(Self { create: flags & Self::CREATE != 0, replace: flags & Self::REPLACE != 0 })
+    }
 }
 
 /// One read of [`crate::Client::read_many`].

@@ -62,6 +62,12 @@ codes! {
     TooManyLinks = 17 / EMLINK / false,
     /// Not offered.
     NotSupported = 18 / EOPNOTSUPP / false,
+    /// No such extended attribute.
+    NoData = 19 / ENODATA / false,
+    /// The name of an extended attribute is empty or too long.
+    OutOfRange = 20 / ERANGE / false,
+    /// The value of an extended attribute is too long.
+    TooLarge = 21 / E2BIG / false,
     /// Bad or missing token.
     Unauthenticated = 30 / EACCES / false,
     /// The other side belongs to another cluster.

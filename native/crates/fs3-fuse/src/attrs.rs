@@ -9,6 +9,9 @@ use fuser::{FileAttr, INodeNo, TimeOrNow};
 /// small writes, small enough not to waste their memory.
 const BLKSIZE: u32 = 128 << 10;
 
+/// Set-user-id and set-group-id.
+pub(crate) const SET_ID_BITS: u32 = 0o6000;
+
 /// The content of a file as far as caches are concerned: equal versions mean equal bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Version {
@@ -27,6 +30,11 @@ impl Version {
             truncate_version: attr.truncate_version,
         }
     }
+}
+
+/// The mode of a file after a write: no set-user-id, and no set-group-id where the group executes.
+pub(crate) fn without_set_id(mode: u32) -> u32 {
+    if mode & 0o010 != 0 { mode & !SET_ID_BITS } else { mode & !0o4000 }
 }
 
 pub(crate) fn kind(file_type: FileType) -> fuser::FileType {

@@ -84,12 +84,27 @@ pub(crate) struct Core {
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
     dirs: RwLock<HashMap<u64, Arc<DirHandle>>>,
     next_handle: AtomicU64,
-    /// Length and mtime that the kernel was told, by inode.
-    told: Recent<(u64, i64)>,
+    /// What the kernel was told, by inode.
+    told: Recent<Shown>,
     /// Inodes of files that the kernel was told, by (parent, name).
     names: Recent<u64>,
     pub dir_attrs: DirAttrs,
     tasks: Arc<Tasks>,
+}
+
+/// What is remembered of attributes that the kernel was told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shown {
+    length: u64,
+    mtime_ns: i64,
+    /// Bits of `XattrBit`.
+    xattrs: u32,
+}
+
+impl Shown {
+    fn of(attr: &Attr) -> Self {
+        Self { length: attr.length, mtime_ns: attr.mtime_ns, xattrs: attr.xattrs }
+    }
 }
 
 struct Entry {
@@ -205,10 +220,10 @@ impl Core {
     pub fn tell(&self, mut attr: Attr) -> FileAttr {
         if let Some(inode) = self.inode(attr.inode) {
             inode.merge(&mut attr);
+            inode.note_mode(attr.mode);
         }
-        let shown = file_attr(&attr);
-        self.told.put(attr.inode, (attr.length, attr.mtime_ns));
-        shown
+        self.told.put(attr.inode, Shown::of(&attr));
+        file_attr(&attr)
     }
 
     /// As [`Core::tell`] for the entry `name` of `parent`.
@@ -228,12 +243,24 @@ impl Core {
 
     /// Whether the kernel's attributes of an inode are those of `attr`; if they may not be, it is made to ask.
     pub fn refresh_kernel(&self, attr: &Attr) -> bool {
-        let same = self.told.get(attr.inode) == Some((attr.length, attr.mtime_ns));
-        if !same && let Some(notifier) = self.notifier.get() {
-            // A negative offset concerns the attributes alone, so no page lock is taken.
-            let _ = notifier.inval_inode(INodeNo(attr.inode), -1, 0);
+        let same = self.told.get(attr.inode) == Some(Shown::of(attr));
+        if !same {
+            self.invalidate_attr(attr.inode);
         }
         same
+    }
+
+    /// Make the kernel ask for the attributes of an inode.
+    pub fn invalidate_attr(&self, inode: u64) {
+        if let Some(notifier) = self.notifier.get() {
+            // A negative offset concerns the attributes alone, so no page lock is taken.
+            let _ = notifier.inval_inode(INodeNo(inode), -1, 0);
+        }
+    }
+
+    /// Which extended attributes (bits of `XattrBit`) an inode had when the kernel was told of it lately.
+    pub fn known_xattrs(&self, inode: u64) -> Option<u32> {
+        self.told.get(inode).map(|shown| shown.xattrs)
     }
 
     pub fn forget(&self, inode: u64) {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use fs3_client::{Result, Setattr, at_inode};
 use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -58,6 +59,16 @@ fn answer_empty(reply: ReplyEmpty, result: Result<()>) {
     }
 }
 
+/// `size`: room that the caller has in bytes; 0: it asks how much is needed.
+fn answer_xattr(reply: ReplyXattr, size: u32, result: Result<Bytes>) {
+    match result {
+        Ok(bytes) if size == 0 => reply.size(bytes.len() as u32),
+        Ok(bytes) if bytes.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(bytes) => reply.data(&bytes),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
 impl Fs {
     /// Run `operation` with the mount's state and a copy of the name.
     fn named<Fut>(&self, name: &OsStr, operation: impl FnOnce(Arc<Core>, Vec<u8>) -> Fut)
@@ -77,7 +88,9 @@ impl Filesystem for Fs {
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_ASYNC_DIO
             | InitFlags::FUSE_CACHE_SYMLINKS
-            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
+            // Set-id bits are dropped by writes here; else the kernel would ask for security.capability before each.
+            | InitFlags::FUSE_HANDLE_KILLPRIV_V2;
         let offered = config.capabilities();
         let _ = config.add_capabilities(wanted & offered);
         let _ = config.set_max_write(WRITE_BYTES_MAX);
@@ -276,12 +289,22 @@ impl Filesystem for Fs {
         fh: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && handle.inode.has_set_id() {
+            let (core, data) = (self.core.clone(), data.to_vec());
+            self.core.spawn(async move {
+                match core.drop_set_id(handle.inode.id).await {
+                    Ok(()) => core.write(handle, offset, &data, reply),
+                    Err(error) => reply.error(errno(&error)),
+                }
+            });
+            return;
+        }
         self.core.write(handle, offset, data, reply);
     }
 
@@ -395,34 +418,44 @@ impl Filesystem for Fs {
         });
     }
 
-    // ENOSYS makes the kernel stop asking and answer the application itself.
-
-    fn access(&self, _request: &Request, _inode: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
-    }
-
     fn setxattr(
         &self,
-        _request: &Request,
-        _inode: INodeNo,
-        _name: &OsStr,
-        _value: &[u8],
-        _flags: i32,
+        request: &Request,
+        inode: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::ENOSYS);
+        let (who, value) = (Who::of(request), value.to_vec());
+        self.named(name, |core, name| async move {
+            answer_empty(reply, core.setxattr(who, inode.0, &name, &value, flags).await);
+        });
     }
 
-    fn getxattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn getxattr(&self, request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            answer_xattr(reply, size, core.getxattr(who, inode.0, &name).await);
+        });
     }
 
-    fn listxattr(&self, _request: &Request, _inode: INodeNo, _size: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn listxattr(&self, request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move { answer_xattr(reply, size, core.listxattr(who, inode.0).await) });
     }
 
-    fn removexattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let who = Who::of(request);
+        self.named(name, |core, name| async move {
+            answer_empty(reply, core.removexattr(who, inode.0, &name).await);
+        });
+    }
+
+    // ENOSYS makes the kernel stop asking and answer the application itself.
+
+    fn access(&self, _request: &Request, _inode: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
         reply.error(Errno::ENOSYS);
     }
 

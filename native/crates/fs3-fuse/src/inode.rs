@@ -3,12 +3,13 @@
 //! Order of locks: `publishing`, then `state`, then `blocks`; the two plain locks are never held across an await.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use fs3_client::{Attr, Code, Error, Result};
 use parking_lot::Mutex;
 
-use crate::attrs::{Version, now_ns};
+use crate::attrs::{SET_ID_BITS, Version, now_ns};
 use crate::blocks::Blocks;
 use crate::event::Event;
 use crate::gather::{Gather, Piece};
@@ -22,6 +23,8 @@ pub(crate) struct Inode<F> {
     /// Held while a length is being published, so that a flush returns only after it.
     publishing: tokio::sync::Mutex<()>,
     pub blocks: Blocks,
+    /// The mode had set-id bits when this mount last heard of it.
+    set_id: AtomicBool,
 }
 
 struct State<F> {
@@ -84,7 +87,23 @@ impl<F: FileIo> Inode<F> {
             unlinked: false,
             changes: 0,
         };
-        Self { id, state: Mutex::new(state), publishing: tokio::sync::Mutex::new(()), blocks: Blocks::default() }
+        Self {
+            id,
+            state: Mutex::new(state),
+            publishing: tokio::sync::Mutex::new(()),
+            blocks: Blocks::default(),
+            set_id: AtomicBool::new(false),
+        }
+    }
+
+    /// The service told this mode.
+    pub fn note_mode(&self, mode: u32) {
+        self.set_id.store(mode & SET_ID_BITS != 0, Ordering::Relaxed);
+    }
+
+    /// Whether a write may have to take set-id bits away.
+    pub fn has_set_id(&self) -> bool {
+        self.set_id.load(Ordering::Relaxed)
     }
 
     pub fn add_writer(&self, file: Arc<F>) {

@@ -26,5 +26,6 @@ mod names;
 mod readahead;
 mod tables;
 mod told;
+mod xattrs;
 
 pub use mount::{MountHandle, MountOptions, mount};

@@ -8,14 +8,13 @@ use fs3_client::{
 };
 use fuser::{FileAttr, FopenFlags};
 
-use crate::attrs::{Version, type_of_mode};
+use crate::attrs::{SET_ID_BITS, Version, type_of_mode, without_set_id};
 use crate::caller::{Who, superuser};
-use crate::core::{Core, DirHandle, HandleFlags};
+use crate::core::{Core, DirHandle, File, HandleFlags};
 use crate::dirs::{At, DirStream, FIRST, PAGE_ENTRIES};
 
 /// Set by the kernel in the flags of an open for execution; read permission is not needed then.
 const FMODE_EXEC: i32 = 0x20;
-const SET_ID_BITS: u32 = 0o6000;
 
 /// What an open answers.
 pub(crate) struct Opened {
@@ -106,12 +105,8 @@ impl Core {
     }
 
     async fn set_attributes(&self, who: Who, inode: u64, change: Change) -> Result<Option<Attr>> {
-        let open = self.inode(inode);
-        if let Some(open) = open.as_ref().filter(|o| o.is_dirty()) {
-            // What was written before must not overtake the change: neither its bytes nor its time.
-            open.flush(&self.io).await;
-            open.publish(None, false).await?;
-        }
+        // What was written before must not overtake the change: neither its bytes nor its time.
+        let open = self.settle(inode).await?;
         let mut attr = None;
         if let Some(length) = change.length {
             open.iter().for_each(|o| o.truncated());
@@ -123,6 +118,16 @@ impl Core {
             attr = Some(self.change(who, inode, change.other).await?);
         }
         Ok(attr)
+    }
+
+    /// Write and publish what was accepted for an inode; returns it if it is open.
+    pub async fn settle(&self, inode: u64) -> Result<Option<Arc<File>>> {
+        let open = self.inode(inode);
+        if let Some(open) = open.as_ref().filter(|o| o.is_dirty()) {
+            open.flush(&self.io).await;
+            open.publish(None, false).await?;
+        }
+        Ok(open)
     }
 
     async fn truncate(&self, who: Who, inode: u64, length: u64, handle: Option<u64>) -> Result<Attr> {
@@ -160,6 +165,19 @@ impl Core {
         }
         let Ok(now) = self.client.stat(&superuser(), at_inode(inode)).await else { return false };
         mode & !SET_ID_BITS & 0o7777 == now.mode & !SET_ID_BITS & 0o7777 && mode & SET_ID_BITS & !now.mode == 0
+    }
+
+    /// Somebody who may not keep them is about to write: the set-id bits go. The kernel is made to ask for the mode.
+    pub async fn drop_set_id(&self, inode: u64) -> Result<()> {
+        let now = self.client.stat(&superuser(), at_inode(inode)).await?;
+        let mode = without_set_id(now.mode);
+        if mode != now.mode {
+            let change = Setattr { mode: Some(mode), ..Setattr::default() };
+            let attr = self.client.setattr(&superuser(), at_inode(inode), change).await?;
+            self.tell(attr);
+            self.invalidate_attr(inode);
+        }
+        Ok(())
     }
 
     pub async fn mknod(&self, who: Who, parent: u64, name: &[u8], mode: u32, rdev: u32) -> Result<FileAttr> {
@@ -269,6 +287,7 @@ impl Core {
     fn opened(&self, file: Arc<OpenFile>, flags: i32, options: OpenOptions) -> Opened {
         let attr = file.attr();
         let inode = self.enter(attr.inode);
+        inode.note_mode(attr.mode);
         if options.truncate {
             inode.truncated();
         }

@@ -528,3 +528,96 @@ fn memory_stays_bounded_while_several_writers_stream() {
         }
     });
 }
+
+/// Extended attributes by system calls: the value or names, or the errno.
+mod xattr {
+    use std::ffi::CString;
+    use std::io::Error;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+
+    fn c(text: &[u8]) -> CString {
+        CString::new(text).unwrap()
+    }
+
+    fn checked(length: isize) -> Result<usize, i32> {
+        usize::try_from(length).map_err(|_| Error::last_os_error().raw_os_error().unwrap())
+    }
+
+    pub fn get(path: &Path, name: &str, room: usize) -> Result<Vec<u8>, i32> {
+        let (path, name, mut value) = (c(path.as_os_str().as_bytes()), c(name.as_bytes()), vec![0u8; room]);
+        // SAFETY: the strings end in zeros and `value` has `room` bytes.
+        let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), room) };
+        value.resize(checked(length)?, 0);
+        Ok(value)
+    }
+
+    pub fn set(path: &Path, name: &str, value: &[u8], flags: i32) -> Result<(), i32> {
+        let (path, name) = (c(path.as_os_str().as_bytes()), c(name.as_bytes()));
+        // SAFETY: the strings end in zeros and `value` has its length.
+        let result = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags) };
+        checked(result as isize).map(drop)
+    }
+
+    pub fn list(path: &Path, room: usize) -> Result<Vec<u8>, i32> {
+        let (path, mut names) = (c(path.as_os_str().as_bytes()), vec![0u8; room]);
+        // SAFETY: the path ends in a zero and `names` has `room` bytes.
+        let length = unsafe { libc::listxattr(path.as_ptr(), names.as_mut_ptr().cast(), room) };
+        names.resize(checked(length)?, 0);
+        Ok(names)
+    }
+
+    pub fn remove(path: &Path, name: &str) -> Result<(), i32> {
+        let (path, name) = (c(path.as_os_str().as_bytes()), c(name.as_bytes()));
+        // SAFETY: both strings end in zeros.
+        checked(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) } as isize).map(drop)
+    }
+}
+
+#[test]
+fn extended_attributes_are_kept_with_the_errnos_of_linux() {
+    let Some(bed) = Bed::new() else { return };
+    let path = bed.path("f");
+    fs::write(&path, b"data").unwrap();
+    assert_eq!(xattr::get(&path, "user.a", 10), Err(libc::ENODATA));
+    assert_eq!(xattr::list(&path, 10), Ok(vec![]));
+    assert_eq!(xattr::set(&path, "user.a", b"1", libc::XATTR_REPLACE), Err(libc::ENODATA));
+    xattr::set(&path, "user.a", b"value", libc::XATTR_CREATE).unwrap();
+    assert_eq!(xattr::set(&path, "user.a", b"1", libc::XATTR_CREATE), Err(libc::EEXIST));
+    xattr::set(&path, "user.b", b"", 0).unwrap();
+    assert_eq!(xattr::get(&path, "user.a", 10), Ok(b"value".to_vec()));
+    assert_eq!(xattr::get(&path, "user.a", 0).map(|v| v.len()), Ok(5));
+    assert_eq!(xattr::get(&path, "user.a", 4), Err(libc::ERANGE));
+    assert_eq!(xattr::get(&path, "user.b", 10), Ok(vec![]));
+    assert_eq!(xattr::list(&path, 100), Ok(b"user.a\0user.b\0".to_vec()));
+    assert_eq!(xattr::list(&path, 0).map(|v| v.len()), Ok(14));
+    assert_eq!(xattr::list(&path, 13), Err(libc::ERANGE));
+    assert_eq!(xattr::set(&path, "unknown.a", b"1", 0), Err(libc::EOPNOTSUPP));
+    xattr::remove(&path, "user.a").unwrap();
+    assert_eq!(xattr::remove(&path, "user.a"), Err(libc::ENODATA));
+    assert_eq!(xattr::list(&path, 100), Ok(b"user.b\0".to_vec()));
+}
+
+#[test]
+fn nobody_is_asked_for_attributes_that_are_not_there() {
+    let Some(bed) = Bed::new() else { return };
+    let path = bed.path("f");
+    fs::write(&path, b"data").unwrap();
+    let asked = |bed: &Bed| {
+        let log = bed.cluster.state.log.lock();
+        log.count(Method::MetaGetxattr) + log.count(Method::MetaListxattr)
+    };
+    for name in ["security.capability", "security.selinux", "user.a"] {
+        assert_eq!(xattr::get(&path, name, 10), Err(libc::ENODATA));
+    }
+    xattr::list(&path, 10).unwrap();
+    assert_eq!(asked(&bed), 0);
+    // What is there does not make writes slower.
+    xattr::set(&path, "user.a", b"1", 0).unwrap();
+    let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+    (0..100).for_each(|_| file.write_all(b"more").unwrap());
+    assert_eq!(xattr::get(&path, "security.capability", 10), Err(libc::ENODATA));
+    assert_eq!(asked(&bed), 0);
+    assert_eq!(xattr::get(&path, "user.a", 10), Ok(b"1".to_vec()));
+    assert_eq!(asked(&bed), 1);
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fs3_client::{
     Caller, ClientConfig, CreateOptions, FileType, OpenOptions, PathAt, ReadOp, Region, RegionMut, Result, Setattr,
-    WriteOp,
+    SetxattrMode, WriteOp,
 };
 use prost::Message;
 use pyo3::exceptions::PyValueError;
@@ -323,6 +323,49 @@ impl Client {
     ) -> PyResult<Operation> {
         let change = Setattr { mode, uid, gid, atime_ns, mtime_ns, atime_now, mtime_now, chunk_bytes, stripe };
         self.attr(move |client, caller| async move { client.setattr(&caller, at(inode, &path, follow), change).await })
+    }
+
+    /// The value of an extended attribute.
+    #[pyo3(signature = (path, name, *, inode=1, follow=true))]
+    fn getxattr(&self, path: Vec<u8>, name: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.getxattr(&caller, at(inode, &path, follow), &name).await };
+        Ok(Operation::new(work, |py, value| Ok(PyBytes::new(py, &value).unbind())))
+    }
+
+    /// The names of all extended attributes, in byte order.
+    #[pyo3(signature = (path, *, inode=1, follow=true))]
+    fn listxattr(&self, path: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.listxattr(&caller, at(inode, &path, follow)).await };
+        Ok(Operation::new(work, |py, names| {
+            Ok(PyList::new(py, names.iter().map(|name| PyBytes::new(py, name)))?.unbind())
+        }))
+    }
+
+    /// Set an extended attribute; `flags` are XATTR_CREATE and XATTR_REPLACE of Linux.
+    #[pyo3(signature = (path, name, value, flags=0, *, inode=1, follow=true))]
+    fn setxattr(
+        &self,
+        path: Vec<u8>,
+        name: Vec<u8>,
+        value: Vec<u8>,
+        flags: i32,
+        inode: u64,
+        follow: bool,
+    ) -> PyResult<Operation> {
+        self.attr(move |client, caller| async move {
+            let mode = SetxattrMode::from_flags(flags)?;
+            client.setxattr(&caller, at(inode, &path, follow), &name, &value, mode).await
+        })
+    }
+
+    /// Remove an extended attribute.
+    #[pyo3(signature = (path, name, *, inode=1, follow=true))]
+    fn removexattr(&self, path: Vec<u8>, name: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
+        self.attr(
+            move |client, caller| async move { client.removexattr(&caller, at(inode, &path, follow), &name).await },
+        )
     }
 
     /// Cut or extend a file.

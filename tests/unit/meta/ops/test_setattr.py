@@ -1,5 +1,5 @@
 from fs3.v1.frame_pb2 import Code
-from meta.harness import CHAINS, CHUNK, Meta, run, user
+from meta.harness import CHAINS, CHUNK, Meta, audit, run, user
 
 
 async def prepared() -> Meta:
@@ -116,5 +116,18 @@ def test_only_owners_of_directories_set_layouts_and_only_possible_ones() -> None
         assert await meta.code("Setattr", "/d", stripe=len(CHAINS) + 1) == Code.CODE_INVALID_ARGUMENT
         assert await meta.code("Setattr", "/d", chunk_bytes=CHUNK + 1) == Code.CODE_INVALID_ARGUMENT
         await meta.do("Setattr", "/d", stripe=1, caller=user(5, 6))
+
+    run(main())
+
+
+def test_a_new_owner_takes_capabilities_away() -> None:
+    async def main() -> None:
+        meta = await prepared()
+        await meta.do("Setxattr", "/f", name=b"security.capability", value=bytes(20))
+        await meta.do("Setattr", "/f", mode=0o700)
+        assert (await meta.do("Getxattr", "/f", name=b"security.capability")).value == bytes(20)
+        await meta.do("Setattr", "/f", uid=9)
+        assert await meta.code("Getxattr", "/f", name=b"security.capability") == Code.CODE_NO_DATA
+        await audit(meta)
 
     run(main())

@@ -48,6 +48,7 @@ struct Names {
     inodes: HashMap<u64, Attr>,
     entries: BTreeMap<(u64, Vec<u8>), u64>,
     sessions: HashSet<(u64, Vec<u8>)>,
+    xattrs: BTreeMap<(u64, Bytes), Bytes>,
     next: u64,
 }
 
@@ -356,6 +357,32 @@ impl Fake {
                 names.truncated(id, r.length);
                 done(names.get(id)?)
             }
+            Method::MetaGetxattr => {
+                let r = GetxattrRequest::decode(body).unwrap();
+                let id = names.at(&r.at.unwrap())?.inode;
+                let value = names.xattrs.get(&(id, r.name)).cloned();
+                reply(GetxattrResponse { value: value.ok_or_else(|| Error::new(Code::NoData, "none"))? })
+            }
+            Method::MetaSetxattr => {
+                let r = SetxattrRequest::decode(body).unwrap();
+                let id = names.at(&r.at.unwrap())?.inode;
+                match names.xattrs.contains_key(&(id, r.name.clone())) {
+                    true if r.create => return refuse(Code::Exists),
+                    false if r.replace => return refuse(Code::NoData),
+                    _ => names.xattrs.insert((id, r.name), r.value),
+                };
+                done(names.xattrs_changed(id))
+            }
+            Method::MetaListxattr => {
+                let id = names.at(&ListxattrRequest::decode(body).unwrap().at.unwrap())?.inode;
+                reply(ListxattrResponse { names: names.xattrs_of(id) })
+            }
+            Method::MetaRemovexattr => {
+                let r = RemovexattrRequest::decode(body).unwrap();
+                let id = names.at(&r.at.unwrap())?.inode;
+                names.xattrs.remove(&(id, r.name)).ok_or_else(|| Error::new(Code::NoData, "none"))?;
+                done(names.xattrs_changed(id))
+            }
             Method::MetaStatfs => {
                 let inodes = names.inodes.len() as u64;
                 let (capacity_bytes, free_bytes) = (1 << 40, 1 << 39);
@@ -438,6 +465,20 @@ impl Names {
         if !session.is_empty() {
             self.sessions.insert((id, session.to_vec()));
         }
+    }
+
+    fn xattrs_of(&self, id: u64) -> Vec<Bytes> {
+        self.xattrs.keys().filter(|(inode, _)| *inode == id).map(|(_, name)| name.clone()).collect()
+    }
+
+    fn xattrs_changed(&mut self, id: u64) -> Attr {
+        let names = self.xattrs_of(id);
+        let capability = names.iter().any(|name| &name[..] == b"security.capability");
+        let a = self.inodes.get_mut(&id).unwrap();
+        a.ctime_ns = now_ns();
+        let any = u32::from(!names.is_empty()) * XattrBit::Any as u32;
+        a.xattrs = any | (u32::from(capability) * XattrBit::Capability as u32);
+        a.clone()
     }
 
     fn truncated(&mut self, id: u64, length: u64) {

@@ -1,0 +1,107 @@
+//! Extended attributes.
+//!
+//! Programs ask for some on every file they list, and the kernel asks for one before it writes. The attributes of an
+//! inode tell which there are, so that the service is not asked for those that are not.
+
+use bytes::Bytes;
+use fs3_client::{Code, Error, Result, SetxattrMode, XattrBit, at_inode};
+
+use crate::caller::{Who, superuser};
+use crate::core::Core;
+
+const USER: &[u8] = b"user.";
+const CAPABILITY: &[u8] = b"security.capability";
+
+/// Errors: NotSupported for a name with another prefix than those that are kept.
+fn check_prefix(name: &[u8]) -> Result<()> {
+    if [USER, b"trusted.", b"security."].iter().any(|prefix| name.starts_with(prefix)) {
+        return Ok(());
+    }
+    Err(Error::new(Code::NotSupported, "extended attributes begin with user., trusted. or security."))
+}
+
+/// The bit that an inode with this attribute has.
+fn bit_of(name: &[u8]) -> XattrBit {
+    if name == CAPABILITY { XattrBit::Capability } else { XattrBit::Any }
+}
+
+impl Core {
+    /// Whether an inode has what `bit` stands for, as far as the kernel's attributes of it tell.
+    async fn has_xattr(&self, inode: u64, bit: XattrBit) -> Result<bool> {
+        let mut known = self.known_xattrs(inode);
+        if known.is_none() {
+            self.getattr(inode).await?;
+            known = self.known_xattrs(inode);
+        }
+        Ok(known.is_none_or(|bits| bits & bit as u32 != 0))
+    }
+
+    /// Errors: NoData, Access, NotSupported.
+    pub async fn getxattr(&self, who: Who, inode: u64, name: &[u8]) -> Result<Bytes> {
+        check_prefix(name)?;
+        if !self.has_xattr(inode, bit_of(name)).await? {
+            return Err(Error::new(Code::NoData, "there is no such extended attribute"));
+        }
+        if name.starts_with(USER) {
+            return who.run(|c| async move { self.client.getxattr(&c, at_inode(inode), name).await }).await;
+        }
+        // The kernel has checked the caller's capabilities; where it asks for itself, in anybody's name, there are none.
+        self.client.getxattr(&superuser(), at_inode(inode), name).await
+    }
+
+    /// The names that the caller may know of, a zero byte behind each.
+    pub async fn listxattr(&self, who: Who, inode: u64) -> Result<Bytes> {
+        if !self.has_xattr(inode, XattrBit::Any).await? {
+            return Ok(Bytes::new());
+        }
+        let names = self.client.listxattr(&who.caller(), at_inode(inode)).await?;
+        Ok(names.iter().flat_map(|name| name.iter().copied().chain([0])).collect())
+    }
+
+    /// Errors: Exists, NoData, Access, NotPermitted, NotSupported, NoSpace, TooLarge.
+    pub async fn setxattr(&self, who: Who, inode: u64, name: &[u8], value: &[u8], flags: i32) -> Result<()> {
+        check_prefix(name)?;
+        let mode = SetxattrMode::from_flags(flags)?;
+        if name == CAPABILITY {
+            // What was written before must not take it away when it is published.
+            self.settle(inode).await?;
+        }
+        let result = if name.starts_with(USER) {
+            who.run(|c| async move { self.client.setxattr(&c, at_inode(inode), name, value, mode).await }).await
+        } else {
+            self.client.setxattr(&superuser(), at_inode(inode), name, value, mode).await
+        };
+        self.dir_attrs.forget(inode);
+        self.tell(result?);
+        Ok(())
+    }
+
+    /// Errors: NoData, Access, NotPermitted, NotSupported.
+    pub async fn removexattr(&self, who: Who, inode: u64, name: &[u8]) -> Result<()> {
+        check_prefix(name)?;
+        let result = if name.starts_with(USER) {
+            who.run(|c| async move { self.client.removexattr(&c, at_inode(inode), name).await }).await
+        } else {
+            // The kernel removes capabilities before a write, in the name of who writes.
+            self.client.removexattr(&superuser(), at_inode(inode), name).await
+        };
+        self.dir_attrs.forget(inode);
+        self.tell(result?);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_kept_prefixes_are_asked_for() {
+        for name in [&b"user.x"[..], b"trusted.x", b"security.selinux"] {
+            assert!(check_prefix(name).is_ok());
+        }
+        for name in [&b"system.posix_acl_access"[..], b"users.x", b"user", b""] {
+            assert_eq!(check_prefix(name).unwrap_err().code, Code::NotSupported);
+        }
+    }
+}

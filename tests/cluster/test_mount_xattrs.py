@@ -1,0 +1,190 @@
+"""Extended attributes at a mount, by system calls, commands and the Python client."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import fs3
+from fs3.testing.cluster import LocalCluster
+from tests.cluster.mounts import mounted
+
+# Version 2, cap_net_raw permitted and effective, as the kernel keeps it.
+NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
+NOBODY = 65534
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture(scope="module")
+def mountpoint(shared_cluster: LocalCluster) -> Iterator[Path]:
+    # Other users have to get there; pytest's own directories are for one user.
+    with tempfile.TemporaryDirectory(prefix="fs3-xattrs-") as base:
+        os.chmod(base, 0o755)
+        options = "allow_other" if os.geteuid() == 0 else ""
+        with mounted(shared_cluster, Path(base, "m"), options) as path:
+            path.chmod(0o755)
+            yield path
+
+
+@pytest.fixture
+def directory(mountpoint: Path, request: pytest.FixtureRequest) -> Path:
+    """A fresh directory on the mount."""
+    path = mountpoint / request.node.name.replace("/", "_")[:100]
+    path.mkdir()
+    return path
+
+
+def failure(call: Callable[..., object], *arguments: object, uid: int | None = None) -> int:
+    """The errno that a call fails with, as user `uid` in a child; 0 if it succeeds."""
+    if uid is None:
+        try:
+            call(*arguments)
+        except OSError as exc:
+            return exc.errno or 255
+        return 0
+    child = os.fork()
+    if child == 0:
+        status = 255
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            status = failure(call, *arguments)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_attributes_of_files_and_directories_are_kept_for_every_client(
+    directory: Path, mountpoint: Path, shared_cluster: LocalCluster
+) -> None:
+    path = directory / "f"
+    path.write_bytes(b"data")
+    for target in (path, directory):
+        os.setxattr(target, "user.comment", b"hello")
+        os.setxattr(target, "user.large", bytes(65536), os.XATTR_CREATE)
+        assert os.getxattr(target, "user.comment") == b"hello"
+        assert sorted(os.listxattr(target)) == ["user.comment", "user.large"]
+    ctime_ns = path.stat().st_ctime_ns
+    os.removexattr(path, "user.large")
+    assert os.listxattr(path) == ["user.comment"]
+    assert path.stat().st_ctime_ns > ctime_ns
+    assert path.read_bytes() == b"data"
+    name = "/" + str(path.relative_to(mountpoint))
+    with fs3.connect(shared_cluster.url, shared_cluster.token) as fs:
+        assert fs.listxattr(name) == ["user.comment"]
+        assert fs.getxattr(name, b"user.comment") == b"hello"
+        fs.setxattr(name, "user.other", bytearray(b"1"), os.XATTR_CREATE)
+        assert failure(fs.setxattr, name, "user.other", b"2", os.XATTR_CREATE) == errno.EEXIST
+        assert failure(fs.setxattr, name, "user.other", b"2", 77) == errno.EINVAL
+        fs.removexattr(name, "user.comment")
+        assert failure(fs.getxattr, name, "user.comment") == errno.ENODATA
+
+    async def asynchronous() -> None:
+        async with await fs3.connect_async(shared_cluster.url, shared_cluster.token) as fs:
+            await fs.setxattr(name, "user.async", b"3")
+            assert await fs.getxattr(name, "user.async") == b"3"
+            assert await fs.listxattr(name) == ["user.async", "user.other"]
+            await fs.removexattr(name, "user.async")
+
+    asyncio.run(asynchronous())
+
+
+def test_errors_have_the_errno_of_a_local_file_system(directory: Path) -> None:
+    path = directory / "f"
+    path.touch()
+    os.symlink("f", directory / "s")
+    assert failure(os.getxattr, path, "user.none") == errno.ENODATA
+    assert failure(os.removexattr, path, "user.none") == errno.ENODATA
+    assert failure(os.setxattr, path, "user.none", b"", os.XATTR_REPLACE) == errno.ENODATA
+    assert failure(os.setxattr, path, "unknown.name", b"") == errno.EOPNOTSUPP
+    assert failure(os.setxattr, path, "user." + "n" * 251, b"") == errno.ERANGE
+    assert failure(os.setxattr, path, "user.value", bytes(65537)) == errno.E2BIG
+    assert failure(lambda: os.setxattr(directory / "s", "user.a", b"", follow_symlinks=False)) == errno.EPERM
+    os.setxattr(directory / "s", "user.a", b"through")
+    assert os.getxattr(path, "user.a") == b"through"
+    assert failure(os.setxattr, path, "user.a", b"", os.XATTR_CREATE) == errno.EEXIST
+
+
+@as_root
+def test_permissions_are_those_of_linux(directory: Path) -> None:
+    path = directory / "f"
+    path.touch(mode=0o644)
+    os.setxattr(path, "user.a", b"1")
+    os.setxattr(path, "trusted.a", b"2")
+    assert failure(os.getxattr, path, "user.a", uid=NOBODY) == 0
+    assert failure(os.setxattr, path, "user.a", b"x", uid=NOBODY) == errno.EACCES
+    assert failure(os.getxattr, path, "trusted.a", uid=NOBODY) == errno.ENODATA
+    assert failure(os.setxattr, path, "trusted.a", b"x", uid=NOBODY) == errno.EPERM
+    path.chmod(0o600)
+    assert failure(os.getxattr, path, "user.a", uid=NOBODY) == errno.EACCES
+    path.chmod(0o666)
+    assert failure(os.setxattr, path, "user.a", b"x", uid=NOBODY) == 0
+    directory.chmod(0o1777)
+    assert failure(os.setxattr, directory, "user.a", b"x", uid=NOBODY) == errno.EPERM
+    directory.chmod(0o777)
+    assert failure(os.setxattr, directory, "user.a", b"x", uid=NOBODY) == 0
+
+
+def write(path: Path) -> None:
+    """Write through a descriptor, without truncating."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, b"written")
+    finally:
+        os.close(fd)
+
+
+@as_root
+def test_a_write_takes_capabilities_away_and_none_takes_others(directory: Path) -> None:
+    path = directory / "program"
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY)
+    os.write(fd, b"program")
+    os.setxattr(path, "security.capability", NET_RAW)
+    os.setxattr(path, "user.a", b"kept")
+    os.close(fd)
+    # What was written before it was set has no effect on it.
+    assert os.getxattr(path, "security.capability") == NET_RAW
+    write(path)
+    assert os.listxattr(path) == ["user.a"]
+    os.setxattr(path, "security.capability", NET_RAW)
+    os.chown(path, 1, 1)
+    assert os.listxattr(path) == ["user.a"]
+
+
+@as_root
+@pytest.mark.parametrize(("mode", "left"), [(0o6777, 0o777), (0o4767, 0o767)])
+def test_a_write_by_another_user_takes_set_id_bits_away(directory: Path, mode: int, left: int) -> None:
+    path = directory / "program"
+    path.touch()
+    path.chmod(mode)
+    write(path)
+    assert path.stat().st_mode & 0o7777 == mode
+    assert failure(write, path, uid=NOBODY) == 0
+    assert path.stat().st_mode & 0o7777 == left
+    # Also while it is open, and when the bits come back.
+    with path.open("r+b", buffering=0):
+        path.chmod(mode)
+        assert failure(write, path, uid=NOBODY) == 0
+        assert path.stat().st_mode & 0o7777 == left
+
+
+def test_copies_keep_attributes(directory: Path, tmp_path: Path) -> None:
+    (directory / "tree" / "sub").mkdir(parents=True)
+    (directory / "tree" / "f").write_bytes(b"data")
+    for path in (directory / "tree" / "f", directory / "tree" / "sub"):
+        os.setxattr(path, "user.a", str(path.name).encode())
+    subprocess.run(["cp", "-a", "--preserve=xattr", directory / "tree", directory / "copy"], check=True)
+    shutil.copy2(directory / "tree" / "f", directory / "copied")
+    assert os.getxattr(directory / "copy" / "f", "user.a") == b"f"
+    assert os.getxattr(directory / "copy" / "sub", "user.a") == b"sub"
+    assert os.getxattr(directory / "copied", "user.a") == b"f"
