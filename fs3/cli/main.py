@@ -32,6 +32,7 @@ COMMANDS = {
     "du": "files",
     "layout": "layout",
     "cp": "copy",
+    "admin": "admin",
     "doctor": "doctor",
     "rdma": "rdma",
     "bench": "bench",

@@ -325,6 +325,21 @@ def prepare(directory: Path, durable: bool, open_tree: OpenTree) -> int:
     return users
 
 
+def in_use(directory: Path) -> bool:
+    """Whether any process has the store open."""
+    try:
+        users = os.open(directory / "users", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(users)
+    return False
+
+
 def _prepare_durable(directory: Path, open_tree: OpenTree) -> None:
     boot = directory / "boot"
     known = boot.read_text(encoding="ascii") if boot.exists() else None

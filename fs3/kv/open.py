@@ -32,6 +32,12 @@ def open_store(url: str) -> KvStore:
     raise KvError(f"{url!r} is not a store URL: use memory:, lmdb:/path[?durable=0] or fdb:[/cluster/file]")
 
 
+def lmdb_directory(url: str) -> str | None:
+    """Return the directory of an ``lmdb:`` URL, None for other URLs."""
+    parts = urlsplit(url)
+    return parts.netloc + parts.path if parts.scheme == "lmdb" else None
+
+
 def _open_lmdb(url: str, path: str, options: dict[str, str]) -> KvStore:
     from fs3.kv.lmdb import MAP_BYTES, LmdbKv
 
