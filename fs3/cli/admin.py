@@ -1,4 +1,4 @@
-"""`fs3 admin`: what an operator does rarely, with the services stopped."""
+"""`fs3 admin`: what an operator does rarely."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from fs3.cli.fsck import fsck_command
 from fs3.cli.output import human_bytes, json_option, print_json
 from fs3.core.errors import error
 from fs3.kv import migrate, retry
@@ -31,7 +32,10 @@ PROGRESS_S: Final = 1.0
 
 @click.group("admin")
 def admin_command() -> None:
-    """Rare work of an operator, with the services stopped."""
+    """Rare work of an operator."""
+
+
+admin_command.add_command(fsck_command)
 
 
 @admin_command.command("migrate-kv")

@@ -9,10 +9,12 @@ import grpc
 from google.protobuf.message import Message
 
 from fs3.meta.engine import Engine
+from fs3.meta.fsck.jobs import FsckJobs
 from fs3.meta.registry import OPERATIONS, Operation
 from fs3.meta.routing import RoutingHolder
 from fs3.rpc.server import Context, HandlerFn
 from fs3.v1.frame_pb2 import GetRoutingRequest, Method
+from fs3.v1.meta_pb2 import FsckCancelRequest, FsckPollRequest, FsckStartRequest
 from fs3.v1.routing_pb2 import GetRoutingResponse
 
 SERVICE: Final = "fs3.v1.Meta"
@@ -32,7 +34,9 @@ async def get_routing(holder: RoutingHolder, request: GetRoutingRequest, left_s:
     return GetRoutingResponse(version=view.version, routing=view.routing)
 
 
-def frame_handlers(engine: Engine, holder: RoutingHolder) -> dict[int, tuple[type[Message], HandlerFn]]:
+def frame_handlers(
+    engine: Engine, holder: RoutingHolder, audits: FsckJobs
+) -> dict[int, tuple[type[Message], HandlerFn]]:
     """Handlers by method for :class:`fs3.rpc.server.FrameServer`."""
 
     def handler(operation: Operation) -> HandlerFn:
@@ -49,7 +53,26 @@ def frame_handlers(engine: Engine, holder: RoutingHolder) -> dict[int, tuple[typ
         operation.method: (operation.request, handler(operation)) for operation in OPERATIONS
     }
     handlers[Method.METHOD_GET_ROUTING] = (GetRoutingRequest, routing)
-    return handlers
+    return handlers | fsck_handlers(audits)
+
+
+def fsck_handlers(audits: FsckJobs) -> dict[int, tuple[type[Message], HandlerFn]]:
+    """Handlers of audits."""
+
+    async def start(ctx: Context, request: FsckStartRequest) -> Message:
+        return await audits.start(request)
+
+    async def poll(ctx: Context, request: FsckPollRequest) -> Message:
+        return await audits.poll(request, ctx.remaining_s() - MARGIN_S)
+
+    async def cancel(ctx: Context, request: FsckCancelRequest) -> Message:
+        return await audits.cancel(request)
+
+    return {
+        Method.METHOD_META_FSCK_START: (FsckStartRequest, start),
+        Method.METHOD_META_FSCK_POLL: (FsckPollRequest, poll),
+        Method.METHOD_META_FSCK_CANCEL: (FsckCancelRequest, cancel),
+    }
 
 
 def grpc_handlers(engine: Engine, holder: RoutingHolder) -> Any:

@@ -172,3 +172,19 @@ def piece_ids(number: int) -> range:
         raise ValueError("the inode id pieces are used up")
     first = _reverse(block) * BLOCK_IDS + number % PIECES_PER_BLOCK * PIECE_IDS
     return range(first, first + PIECE_IDS)
+
+
+def allocation_of(ino: int) -> tuple[bytes, int]:
+    """Allocator and number of the block or piece that an inode id, not the root's, belongs to."""
+    block = _reverse(ino // BLOCK_IDS)
+    if block % 2:
+        return b"p", block // 2 * PIECES_PER_BLOCK + ino % BLOCK_IDS // PIECE_IDS
+    return b"b", block // 2 - 1
+
+
+def is_handed_out(ino: int, blocks: int, pieces: int) -> bool:
+    """Whether an id may be in use; `blocks` and `pieces` are the next numbers of the allocators."""
+    if ino == ROOT_INODE:
+        return True
+    kind, number = allocation_of(ino)
+    return number < (pieces if kind == b"p" else blocks)

@@ -21,9 +21,9 @@ from fs3.core.service import run_service, write_ready
 from fs3.kv.api import KvError, KvStore
 from fs3.kv.open import open_store
 from fs3.meta.background import Background
-from fs3.meta.chunks import ChunkStore
 from fs3.meta.doors import frame_handlers, grpc_handlers
 from fs3.meta.engine import Engine
+from fs3.meta.fsck.jobs import FsckJobs
 from fs3.meta.placement import RoutingPlacement
 from fs3.meta.routing import RoutingHolder
 from fs3.meta.storage_client import StorageClient
@@ -147,16 +147,15 @@ def node_uuid(config: MetaConfig) -> bytes:
 class MetaServer:
     """Both doors and the workers over one engine, without membership. Belongs to one event loop."""
 
-    def __init__(self, config: MetaConfig, store: KvStore, chunk_store: ChunkStore, holder: RoutingHolder) -> None:
+    def __init__(self, config: MetaConfig, store: KvStore, storage: StorageClient, holder: RoutingHolder) -> None:
         self._config = config
         self._holder = holder
         placement = RoutingPlacement(
             holder, chunk_bytes=config.chunk_bytes, stripe=config.stripe, seed=secrets.randbelow(1 << 16)
         )
-        self.engine = Engine(
-            store, chunk_store, placement, session_ms=config.session_ms, gc_delay_ms=config.gc_delay_ms
-        )
+        self.engine = Engine(store, storage, placement, session_ms=config.session_ms, gc_delay_ms=config.gc_delay_ms)
         self._background = Background(self.engine, holder)
+        self._audits = FsckJobs(self.engine, storage)
         self._frames: FrameServer | None = None
         self._grpc: grpc.aio.Server | None = None
         self.frame_port = 0
@@ -167,7 +166,7 @@ class MetaServer:
         config = self._config
         await self.engine.bootstrap()
         identity = Identity(config.cluster_id, Role.ROLE_META, token=token, version=__version__)
-        frames = self._frames = FrameServer(identity, frame_handlers(self.engine, self._holder))
+        frames = self._frames = FrameServer(identity, frame_handlers(self.engine, self._holder, self._audits))
         self.frame_port = await frames.start(config.host, config.frame_port)
         self._grpc = make_server(token=token, cluster_id=config.cluster_id)
         self._grpc.add_generic_rpc_handlers((grpc_handlers(self.engine, self._holder),))
@@ -182,6 +181,7 @@ class MetaServer:
 
     async def stop(self) -> None:
         """Stop the workers, let running requests finish for a short while, close both doors."""
+        await self._audits.stop()
         await self._background.stop()
         if self._frames is not None:
             await self._frames.stop()

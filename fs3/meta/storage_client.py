@@ -17,6 +17,9 @@ from fs3.v1.frame_pb2 import Code, Method
 from fs3.v1.meta_pb2 import Layout
 from fs3.v1.routing_pb2 import Chain
 from fs3.v1.storage_pb2 import (
+    ChunkInfo,
+    ListChunksRequest,
+    ListChunksResponse,
     QueryLastRequest,
     QueryLastResponse,
     RemoveRequest,
@@ -135,6 +138,27 @@ class StorageClient:
         method = Method.METHOD_STORAGE_QUERY_LAST
         reply = await self._call(chain_id, method, request, QueryLastResponse, ends_s, any_replica=True)
         return (reply.index, reply.length) if reply is not None and reply.found else None
+
+    def chains(self) -> list[int]:
+        """See :class:`fs3.meta.fsck.chunks.ChunkLister`."""
+        return sorted(self._holder.view.chains)
+
+    def replicas(self, chain_id: int) -> list[int]:
+        """See ChunkLister."""
+        view = self._holder.view
+        chain = view.chains.get(chain_id)
+        return [] if chain is None else view.serving(chain)
+
+    async def list_chunks(
+        self, chain_id: int, target_id: int, after: bytes, limit: int, *, ends_s: float
+    ) -> list[ChunkInfo]:
+        """See ChunkLister."""
+        address = self._holder.view.address_of(target_id)
+        if address is None:
+            raise error(Code.CODE_UNAVAILABLE, f"target {target_id} of chain {chain_id} has no address")
+        request = ListChunksRequest(chain_id=chain_id, target_id=target_id, after=after, limit=limit)
+        method, left_s = Method.METHOD_STORAGE_LIST_CHUNKS, max(0.001, ends_s - monotonic_s(self._clock))
+        return list((await self._peers.call(address, method, request, ListChunksResponse, left_s))[0].chunks)
 
     async def _update(
         self,

@@ -28,16 +28,22 @@ class Sweeper:
 
     async def step(self) -> int:
         """One pass over all clients; returns how many records went."""
-        removed = 0
-        position, end = keys.table(keys.IDEMPOTENCY)
-        before_ns = self._clock.wall_ns() - self._keep_ns
-        while position < end:
-            count, position = await self._page(position, end, before_ns)
-            removed += count
-        return removed
+        return await self._pass(self._clock.wall_ns() - self._keep_ns, remove=True)
 
-    async def _page(self, position: bytes, end: bytes, before_ns: int) -> tuple[int, bytes]:
-        """Remove the expired records of the first client at or after `position`; returns where to go on."""
+    async def overdue(self, slack_s: float) -> int:
+        """How many records are there that should have gone `slack_s` seconds ago."""
+        return await self._pass(self._clock.wall_ns() - self._keep_ns - int(slack_s * 1e9), remove=False)
+
+    async def _pass(self, before_ns: int, *, remove: bool) -> int:
+        found = 0
+        position, end = keys.table(keys.IDEMPOTENCY)
+        while position < end:
+            count, position = await self._page(position, end, before_ns, remove)
+            found += count
+        return found
+
+    async def _page(self, position: bytes, end: bytes, before_ns: int, remove: bool) -> tuple[int, bytes]:
+        """Count, or remove, expired records of the first client at or after `position`; returns where to go on."""
 
         async def sweep(tr: Transaction) -> tuple[int, bytes]:
             rows = await tr.get_range(position, end, limit=SCAN_ROWS, snapshot=True)
@@ -51,7 +57,8 @@ class Sweeper:
                 if model.decode_idempotency(value).time_ns >= before_ns:
                     break
                 # One by one: a range could cover a record that was written since the snapshot.
-                tr.clear(key)
+                if remove:
+                    tr.clear(key)
                 count += 1
             if count == len(rows) == SCAN_ROWS:
                 return count, rows[-1][0] + b"\x00"

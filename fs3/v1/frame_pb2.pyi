@@ -75,6 +75,10 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_META_SETXATTR: _Method.ValueType  # 276
     METHOD_META_LISTXATTR: _Method.ValueType  # 277
     METHOD_META_REMOVEXATTR: _Method.ValueType  # 278
+    METHOD_META_FSCK_START: _Method.ValueType  # 280
+    """The audit of the cluster; by frames only."""
+    METHOD_META_FSCK_POLL: _Method.ValueType  # 281
+    METHOD_META_FSCK_CANCEL: _Method.ValueType  # 282
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
     METHOD_STORAGE_REMOVE: _Method.ValueType  # 514
@@ -122,6 +126,10 @@ METHOD_META_GETXATTR: Method.ValueType  # 275
 METHOD_META_SETXATTR: Method.ValueType  # 276
 METHOD_META_LISTXATTR: Method.ValueType  # 277
 METHOD_META_REMOVEXATTR: Method.ValueType  # 278
+METHOD_META_FSCK_START: Method.ValueType  # 280
+"""The audit of the cluster; by frames only."""
+METHOD_META_FSCK_POLL: Method.ValueType  # 281
+METHOD_META_FSCK_CANCEL: Method.ValueType  # 282
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513
 METHOD_STORAGE_REMOVE: Method.ValueType  # 514

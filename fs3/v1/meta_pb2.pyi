@@ -1386,6 +1386,225 @@ class KeepaliveResponse(_message.Message):
 Global___KeepaliveResponse: _TypeAlias = KeepaliveResponse  # noqa: Y015
 
 @_typing.final
+class FsckStartRequest(_message.Message):
+    """An audit runs in the metadata service that was asked, one at a time. It ends when nobody has polled it for a while."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    REPAIR_CHUNKS_FIELD_NUMBER: _builtins.int
+    SKIP_CHUNKS_FIELD_NUMBER: _builtins.int
+    ORPHAN_AGE_MS_FIELD_NUMBER: _builtins.int
+    LOOK_PAUSE_MS_FIELD_NUMBER: _builtins.int
+    repair: _builtins.bool
+    """of what cannot lose data"""
+    repair_chunks: _builtins.bool
+    """remove chunks of inodes that have been gone for orphan_age_ms"""
+    skip_chunks: _builtins.bool
+    """the namespace only"""
+    orphan_age_ms: _builtins.int
+    look_pause_ms: _builtins.int
+    """between two looks at the same thing; 0: the server's choice"""
+    @_builtins.property
+    def caller(self) -> Global___Caller:
+        """root"""
+
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        repair: _builtins.bool = ...,
+        repair_chunks: _builtins.bool = ...,
+        skip_chunks: _builtins.bool = ...,
+        orphan_age_ms: _builtins.int = ...,
+        look_pause_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "look_pause_ms", b"look_pause_ms", "orphan_age_ms", b"orphan_age_ms", "repair", b"repair", "repair_chunks", b"repair_chunks", "skip_chunks", b"skip_chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FsckStartRequest: _TypeAlias = FsckStartRequest  # noqa: Y015
+
+@_typing.final
+class FsckStartResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        job: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FsckStartResponse: _TypeAlias = FsckStartResponse  # noqa: Y015
+
+@_typing.final
+class FsckFinding(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    inode: _builtins.int
+    """0: none"""
+    where: _builtins.str
+    """a path, or what there is instead"""
+    problem: _builtins.str
+    repair: _builtins.str
+    """what a repair does; empty: nothing can be done here"""
+    repaired: _builtins.bool
+    bytes: _builtins.int
+    """of chunks that nobody can read"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        inode: _builtins.int = ...,
+        where: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        repair: _builtins.str = ...,
+        repaired: _builtins.bool = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "inode", b"inode", "kind", b"kind", "problem", b"problem", "repair", b"repair", "repaired", b"repaired", "where", b"where"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FsckFinding: _TypeAlias = FsckFinding  # noqa: Y015
+
+@_typing.final
+class FsckPollRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    job: _builtins.bytes
+    known: _builtins.int
+    """findings that the caller has"""
+    wait_ms: _builtins.int
+    """answer later if there is nothing new"""
+    def __init__(
+        self,
+        *,
+        job: _builtins.bytes = ...,
+        known: _builtins.int = ...,
+        wait_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "known", b"known", "wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FsckPollRequest: _TypeAlias = FsckPollRequest  # noqa: Y015
+
+@_typing.final
+class FsckPollResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CountsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    LOOKED_AT_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    UNREPAIRED_FIELD_NUMBER: _builtins.int
+    UNSETTLED_FIELD_NUMBER: _builtins.int
+    ended: _builtins.bool
+    """and all findings that are kept have been told"""
+    error: _builtins.str
+    """why it ended early; empty: it did not"""
+    step: _builtins.str
+    looked_at: _builtins.int
+    """in this step"""
+    unrepaired: _builtins.int
+    unsettled: _builtins.int
+    """things that changed too often to be judged"""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___FsckFinding]:
+        """from `known` on, some of them"""
+
+    @_builtins.property
+    def counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """findings by kind, also of those that are not kept"""
+
+    def __init__(
+        self,
+        *,
+        findings: _abc.Iterable[Global___FsckFinding] | None = ...,
+        ended: _builtins.bool = ...,
+        error: _builtins.str = ...,
+        step: _builtins.str = ...,
+        looked_at: _builtins.int = ...,
+        counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        unrepaired: _builtins.int = ...,
+        unsettled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "ended", b"ended", "error", b"error", "findings", b"findings", "looked_at", b"looked_at", "step", b"step", "unrepaired", b"unrepaired", "unsettled", b"unsettled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FsckPollResponse: _TypeAlias = FsckPollResponse  # noqa: Y015
+
+@_typing.final
+class FsckCancelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        job: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FsckCancelRequest: _TypeAlias = FsckCancelRequest  # noqa: Y015
+
+@_typing.final
 class Empty(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import struct
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from fs3.meta.routing import RoutingHolder
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import ChainTable, Disk, Routing
+from fs3.v1.storage_pb2 import ChunkInfo
 
 from .engines import new_store
 
@@ -52,6 +54,8 @@ class FakeChunks:
         self.down: set[int] = set()
         self.calls: list[tuple[Any, ...]] = []
         self.before_call: Any = None
+        # (target, inode, index) -> committed version, where it is not 1
+        self.versions: dict[tuple[int, int, int], int] = {}
 
     def stripe(self, layout: pb.Layout) -> list[int]:
         return chains_of(layout, self.table)
@@ -82,6 +86,26 @@ class FakeChunks:
     async def query_last(self, chain_id: int, inode: int, *, ends_s: float) -> tuple[int, int] | None:
         await self._answer(chain_id, "query", inode)
         return max(((k[2], v) for k, v in self.chunks.items() if k[:2] == (chain_id, inode)), default=None)
+
+    def chains(self) -> list[int]:
+        return self.table
+
+    def replicas(self, chain_id: int) -> list[int]:
+        return [chain_id * 10 + i for i in range(2)]
+
+    async def list_chunks(
+        self, chain_id: int, target_id: int, after: bytes, limit: int, *, ends_s: float
+    ) -> list[ChunkInfo]:
+        """Every replica holds the same, but for what `versions` says."""
+        await self._answer(chain_id, "list", target_id)
+        found = []
+        for (chain, ino, index), length in sorted(self.chunks.items()):
+            chunk_id = struct.pack(">IQI", 0, ino, index)
+            version = self.versions.get((target_id, ino, index), 1)
+            if chain == chain_id and chunk_id > after:
+                info = ChunkInfo(chunk_id=chunk_id, committed_version=version, length=length, chunk_bytes=CHUNK)
+                found.append(info)
+        return found[:limit]
 
     def write(self, attr: pb.Attr, end: int, start: int = 0) -> None:
         """Put the chunks of bytes [start, end) of a file where its layout says."""

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.frame_pb2 import Code
+from meta.fsck.harness import kinds
 from meta.harness import Meta, audit
 
 NAMES = ("a", "b", "c")
@@ -132,6 +133,7 @@ class Namespace(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.loop.run_until_complete(self.meta.collect())
         self.loop.run_until_complete(audit(self.meta))
+        assert self.loop.run_until_complete(kinds(self.meta)) == []
         self.loop.close()
 
     def both(self, expected: Any, name: str, path: tuple[str, ...] | None = None, **fields: Any) -> None:

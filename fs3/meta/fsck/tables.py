@@ -1,0 +1,169 @@
+"""Sessions, the gc queue, truncations and stored answers belong to something; inodes are as many as counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from fs3.kv.api import Transaction
+from fs3.meta import keys, model, tree
+from fs3.meta.context import OpContext
+from fs3.meta.fsck.audit import LOOKS, SUSPECTS_MAX, Audit, Look, Unsettled
+from fs3.meta.fsck.report import Finding
+from fs3.meta.scan import Rows
+from fs3.meta.sweeper import Sweeper
+
+# Stored answers go this much after their time at the latest.
+SWEEP_SLACK_S: Final = 1200.0
+# Inode keys that are counted in one transaction.
+COUNT_ROWS: Final = 4096
+
+
+async def check_tables(audit: Audit) -> None:
+    """Look at every session, queued inode and truncation."""
+    for step, prefix, look_at in (
+        ("sessions", keys.SESSION, session_look),
+        ("gc queue", keys.GC, queued_look),
+        ("truncations", keys.TRUNCATION, truncation_look),
+    ):
+        audit.report.begin(step)
+        await _check_table(audit, prefix, look_at)
+
+
+async def _check_table(audit: Audit, prefix: bytes, look_at: Callable[[bytes], Look]) -> None:
+    async def visit(tr: Transaction, rows: Rows) -> list[Look]:
+        looks = [look_at(key) for key, _ in rows]
+        return [look for look in looks if await look(tr, None) is not None]
+
+    suspects: list[Look] = []
+    async for wrong in audit.pages(keys.table(prefix), visit):
+        suspects += wrong
+        if len(suspects) >= SUSPECTS_MAX:
+            await audit.confirm(suspects)
+    await audit.confirm(suspects)
+
+
+def session_look(key: bytes) -> Look:
+    """A look at a session."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        ino = keys.inode_of(key)
+        if await tr.get(key) is None or await tree.load(tr, ino) is not None:
+            return None
+        if ctx is not None:
+            tr.clear(key)
+        where = f"session {keys.session_id(key).hex()}"
+        return Finding("stray-session", ino, where, f"of inode {ino:#x}, which is gone", "remove it")
+
+    return look
+
+
+def queued_look(key: bytes) -> Look:
+    """A look at an entry of the gc queue."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        ino = keys.inode_of(key)
+        if await tr.get(key) is None:
+            return None
+        problem = await _not_collectable(tr, ino)
+        if problem is None:
+            return None
+        if ctx is not None:
+            tr.clear(key)
+        return Finding("queued-in-use", ino, f"inode {ino:#x}", problem, "take it off the queue")
+
+    return look
+
+
+async def _not_collectable(tr: Transaction, ino: int) -> str | None:
+    record = await tree.load(tr, ino)
+    if record is None:
+        return "is queued for removal and gone"
+    if not record.detached if record.attr.type == model.DIRECTORY else record.attr.nlink:
+        return "is queued for removal and has a name"
+    if await tree.has_sessions(tr, ino):
+        return "is queued for removal and open"
+    return None
+
+
+def truncation_look(key: bytes) -> Look:
+    """A look at a pending truncation."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        ino = keys.inode_of(key)
+        if await tr.get(key) is None:
+            return None
+        record = await tree.load(tr, ino)
+        if record is not None and record.attr.type == model.FILE and record.truncating:
+            return None
+        if ctx is not None:
+            tr.clear(key)
+        problem = "is gone" if record is None else "waits for none"
+        return Finding("stray-truncation", ino, f"truncation of inode {ino:#x}", f"the inode {problem}", "remove it")
+
+    return look
+
+
+async def check_answers(audit: Audit, sweeper: Sweeper) -> None:
+    """Stored answers that nobody will ask for have been removed."""
+    audit.report.begin("stored answers")
+    old = await sweeper.overdue(SWEEP_SLACK_S)
+    if not old:
+        return
+    if audit.options.repair:
+        await sweeper.step()
+    finding = Finding("old-answers", 0, "stored answers", f"{old} are kept for longer than they may be", "remove them")
+    audit.report.add(finding, repaired=audit.options.repair)
+
+
+async def check_inode_counter(audit: Audit) -> None:
+    """As many inodes exist as are counted. A look during which the counter changes says nothing."""
+    audit.report.begin("inode counter")
+    seen: set[tuple[int, int] | None] = set()
+    for turn in range(LOOKS):
+        if turn:
+            await audit.pause()
+        found, counted = await _count(audit)
+        if counted is not None and found == counted:
+            return
+        seen.add(None if counted is None else (found, counted))
+    look = seen.pop()
+    if seen or look is None:
+        audit.report.unsettled += 1
+        return
+    found, counted = look
+    problem = f"says {counted}, there are {found} inodes"
+    finding = Finding("inode-counter", 0, "counter of inodes", problem, "set the counter")
+    await audit.settle(_counter_look(finding, counted, found), finding)
+
+
+async def _count(audit: Audit) -> tuple[int, int | None]:
+    """(inodes, what their counter says, None when it changed while they were counted)."""
+    found = 0
+    counters: set[tuple[int, ...]] = set()
+    async for count, shards in audit.pages(keys.table(keys.INODE), _count_page, limit=COUNT_ROWS):
+        found += count
+        counters.add(shards)
+    return found, sum(counters.pop()) if len(counters) == 1 else None
+
+
+async def _count_page(tr: Transaction, rows: Rows) -> tuple[int, tuple[int, ...]]:
+    return sum(len(key) == keys.INODE_KEY_BYTES for key, _ in rows), await _counters(tr, snapshot=True)
+
+
+async def _counters(tr: Transaction, *, snapshot: bool) -> tuple[int, ...]:
+    rows = await tr.get_range(*keys.table(keys.COUNTER), snapshot=snapshot)
+    return tuple(model.decode_count(value) for _, value in rows)
+
+
+def _counter_look(finding: Finding, counted: int, found: int) -> Look:
+    """Sets the counter if it still says `counted`. Which shard does it does not matter: their sum counts."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        if sum(await _counters(tr, snapshot=False)) != counted:
+            raise Unsettled
+        if ctx is not None:
+            tr.add(keys.counter(0), found - counted)
+        return finding
+
+    return look
