@@ -9,11 +9,10 @@ import random
 import pytest
 
 from fs3.core.errors import Fs3Error
-from fs3.kv.memory import MemoryKv
 from fs3.meta.fsck import audit, links, tables
 from fs3.v1 import meta_pb2 as pb
 from meta.fsck.harness import fsck, kinds
-from meta.harness import CHUNK, Meta, faults, run
+from meta.harness import CHUNK, Meta, faults, memory_of, run
 
 DIRECTORIES = ("", "/a", "/b", "/a/c", "/b/c", "/a/c/d")
 NAMES = ("f", "g", "h", "i", "j", "k", "a", "b", "c", "d")
@@ -64,7 +63,9 @@ def test_a_sound_file_system_is_sound_while_it_is_used(seed: int, monkeypatch: p
     monkeypatch.setattr(tables, "COUNT_ROWS", 5)
 
     async def main() -> None:
-        meta = await Meta.start(store=MemoryKv(faults=faults(seed, rate=0.02 * (seed % 2))), seed=seed)
+        meta = await Meta.start(seed=seed)
+        if seed % 2:
+            memory_of(meta).faults = faults(seed, rate=0.02)
         peer = await meta.peer(seed=seed + 100)
         done = asyncio.Event()
         users = [
