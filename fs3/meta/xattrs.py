@@ -129,6 +129,20 @@ def _count(record: InodeRecord, name: bytes, old: bytes | None, new: bytes | Non
         raise error(Code.CODE_NO_SPACE, message)
 
 
+async def recount(tr: Transaction, record: InodeRecord) -> bool:
+    """Count what there is and let the record tell it; returns whether it told something else. The caller stores it."""
+    before = (record.xattr_name_bytes, record.xattr_bytes, record.attr.xattrs)
+    found = {
+        keys.xattr_name(key): model.decode_xattr(v) for key, v in await tr.get_range(*keys.xattrs(record.attr.inode))
+    }
+    if record.capability:
+        found[CAPABILITY] = record.capability
+    record.xattr_name_bytes = sum(len(name) + 1 for name in found)
+    record.xattr_bytes = sum(len(name) + len(value) for name, value in found.items())
+    _mark(record)
+    return before != (record.xattr_name_bytes, record.xattr_bytes, record.attr.xattrs)
+
+
 def _mark(record: InodeRecord) -> None:
     """Let the attributes tell which extended ones there are."""
     bits = 0

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error
 from fs3.kv import retry
-from fs3.kv.api import KvStore, Transaction, TransactionFn
+from fs3.kv.api import Conflict, KvStore, TooOld, Transaction, TransactionFn
 from fs3.meta.clock import monotonic_s
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.report import Finding, Report
@@ -21,6 +21,8 @@ T = TypeVar("T")
 LOOKS: Final = 3
 LOOK_PAUSE_S: Final = 2.0
 SUSPECTS_MAX: Final = 10_000
+# An audit outlives a restart of the store.
+PATIENCE_S: Final = 60.0
 PAGE_ROWS: Final = 256
 # A page during which clients were served is followed by a rest of so many times its duration.
 REST_FACTOR: Final = 1.0
@@ -70,8 +72,8 @@ class Audit:
         self._served = served
 
     async def read(self, fn: TransactionFn[T]) -> T:
-        """Run a transaction that may be repeated."""
-        return await retry.run(self.store, fn, idempotent=True)
+        """Run a transaction that may be repeated. Raises KvError when the store is not there for PATIENCE_S."""
+        return await retry.run(self.store, fn, idempotent=True, deadline_ms=PATIENCE_S * 1000)
 
     async def pages(
         self, span: tuple[bytes, bytes], visit: Callable[[Transaction, Rows], Awaitable[T]], *, limit: int | None = None
@@ -111,7 +113,11 @@ class Audit:
                 ctx.begin()
             return await look(tr, ctx)
 
-        return await self.read(attempt)
+        try:
+            return await retry.run(self.store, attempt, idempotent=True)
+        except (Conflict, TooOld):
+            # Too much to be seen at once, or too busy to be changed.
+            raise Unsettled from None
 
     async def confirm(self, suspects: list[Look]) -> None:
         """Look again at `suspects`; report and, if told to, repair what is wrong every time. Empties the list."""

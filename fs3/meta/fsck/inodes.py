@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from fs3.kv.api import Transaction
-from fs3.meta import keys, model, tree
+from fs3.meta import keys, model, tree, xattrs
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import SUSPECTS_MAX, Audit, Look
 from fs3.meta.fsck.entries import subdirs_look
@@ -110,6 +110,9 @@ async def _record(tr: Transaction, page: _Page, record: InodeRecord, known: set[
     page.records.append(record)
     if record.truncating and await tr.get(keys.truncation(attr.inode)) is None:
         page.suspects.append(truncating_look(attr.inode))
+    # What has none is not looked at here: an attribute it does not tell of shows in the table of attributes.
+    if attr.xattrs and await xattrs_look(attr.inode)(tr, None) is not None:
+        page.suspects.append(xattrs_look(attr.inode))
     if not keys.is_handed_out(attr.inode, *limits):
         kind, number = keys.allocation_of(attr.inode)
         page.beyond[kind] = max(page.beyond.get(kind, (0, 0)), (number, attr.inode))
@@ -149,7 +152,8 @@ def cycle_look(ino: int) -> Look:
         name = await name_in(tr, parent, ino)
         where = f"directory {ino:#x}" if name is None else await path_of(tr, parent, name)
         if ctx is not None:
-            if name is not None:
+            # Read once more, so that a rename at the same time conflicts.
+            if name is not None and await tr.get(keys.dirent(parent, name)) is not None:
                 tree.remove_entry(tr, parent, name, model.DIRECTORY)
             await adopt(tr, ctx, record)
             tree.store(tr, record)
@@ -201,6 +205,21 @@ def truncating_look(ino: int) -> Look:
             tree.store(tr, record)
         problem = "waits for a truncation that does not exist, and cannot be opened for writing"
         return Finding("truncating", ino, f"inode {ino:#x}", problem, "let it be opened")
+
+    return look
+
+
+def xattrs_look(ino: int) -> Look:
+    """A look at what an inode tells of its extended attributes."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        record = await tree.load(tr, ino)
+        if record is None or not await xattrs.recount(tr, record):
+            return None
+        if ctx is not None:
+            tree.store(tr, record)
+        problem = "tells of other extended attributes than it has"
+        return Finding("xattrs", ino, f"inode {ino:#x}", problem, "count them")
 
     return look
 

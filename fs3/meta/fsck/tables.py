@@ -1,4 +1,4 @@
-"""Sessions, the gc queue, truncations and stored answers belong to something; inodes are as many as counted."""
+"""What belongs to inodes belongs to ones that exist, stored answers are not too old, and inodes are counted right."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fs3.kv.api import Transaction
 from fs3.meta import keys, model, tree
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import LOOKS, SUSPECTS_MAX, Audit, Look, Unsettled
+from fs3.meta.fsck.inodes import xattrs_look
 from fs3.meta.fsck.report import Finding
 from fs3.meta.scan import Rows
 from fs3.meta.sweeper import Sweeper
@@ -20,11 +21,12 @@ COUNT_ROWS: Final = 4096
 
 
 async def check_tables(audit: Audit) -> None:
-    """Look at every session, queued inode and truncation."""
+    """Look at every session, queued inode, truncation and extended attribute."""
     for step, prefix, look_at in (
         ("sessions", keys.SESSION, session_look),
         ("gc queue", keys.GC, queued_look),
         ("truncations", keys.TRUNCATION, truncation_look),
+        ("extended attributes", keys.XATTR, xattr_look),
     ):
         audit.report.begin(step)
         await _check_table(audit, prefix, look_at)
@@ -100,6 +102,24 @@ def truncation_look(key: bytes) -> Look:
             tr.clear(key)
         problem = "is gone" if record is None else "waits for none"
         return Finding("stray-truncation", ino, f"truncation of inode {ino:#x}", f"the inode {problem}", "remove it")
+
+    return look
+
+
+def xattr_look(key: bytes) -> Look:
+    """A look at an extended attribute."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        ino = keys.inode_of(key)
+        record = await tree.load(tr, ino)
+        if await tr.get(key) is None:
+            return None
+        if record is not None:
+            return None if record.attr.xattrs else await xattrs_look(ino)(tr, ctx)
+        if ctx is not None:
+            tr.clear(key)
+        where = f"attribute {keys.xattr_name(key).decode(errors='backslashreplace')}"
+        return Finding("stray-xattr", ino, where, f"of inode {ino:#x}, which is gone", "remove it")
 
     return look
 

@@ -200,6 +200,24 @@ async def keys_of_a_directory_are_left(meta: Meta) -> None:
     )
 
 
+@damage("stray-xattr")
+async def an_extended_attribute_belongs_to_nothing(meta: Meta) -> None:
+    await change(meta, sets={keys.xattr(77 << 12, b"user.a"): model.encode_xattr(b"value")})
+
+
+@damage("xattrs")
+async def an_inode_does_not_tell_of_its_extended_attributes(meta: Meta) -> None:
+    await change(meta, sets={keys.xattr(await inode(meta, "/g"), b"user.a"): model.encode_xattr(b"value")})
+
+
+@damage("xattrs")
+async def extended_attributes_are_counted_wrong(meta: Meta) -> None:
+    await meta.do("Setxattr", "/g", name=b"user.a", value=b"value")
+    found = await record(meta, await inode(meta, "/g"))
+    found.xattr_bytes += 1
+    await store(meta, found)
+
+
 @damage("inode-counter")
 async def the_counter_of_inodes_is_wrong(meta: Meta) -> None:
     await change(meta, sets={keys.counter(3): model.encode_count(7)})
