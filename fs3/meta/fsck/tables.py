@@ -180,7 +180,11 @@ def _counter_look(finding: Finding, counted: int, found: int) -> Look:
     """Sets the counter if it still says `counted`. Which shard does it does not matter: their sum counts."""
 
     async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
-        if sum(await _counters(tr, snapshot=False)) != counted:
+        now = sum(await _counters(tr, snapshot=False))
+        if now == found:
+            # An earlier attempt, whose outcome was not known, has set it.
+            return None
+        if now != counted:
             raise Unsettled
         if ctx is not None:
             tr.add(keys.counter(0), found - counted)

@@ -10,7 +10,7 @@ from fs3.meta import keys, model
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.disk_meta_pb2 import GcRecord, IdempotencyRecord, PendingTruncation, SessionRecord
 from meta.fsck.harness import change, fsck, kinds, record, store
-from meta.harness import Meta, audit, run
+from meta.harness import Meta, audit, faults, memory_of, run
 
 Damage = Callable[[Meta], Awaitable[None]]
 DAMAGES: dict[str, tuple[Damage, list[str]]] = {}
@@ -262,6 +262,23 @@ def test_damage_is_found_and_repaired(name: str) -> None:
         assert await kinds(meta) == []
 
     run(main())
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_repairs_take_effect_once_whatever_the_store_says(name: str) -> None:
+    async def main(seed: int) -> None:
+        meta = await populated()
+        await DAMAGES[name][0](meta)
+        memory_of(meta).faults = faults(seed, rate=0.12)
+        report = await fsck(meta, repair=True)
+        memory_of(meta).faults = None
+        assert report.findings
+        assert report.unrepaired == report.unsettled == 0
+        assert await kinds(meta) == []
+        await audit(meta)
+
+    for seed in range(3):
+        run(main(seed))
 
 
 def test_what_lost_its_name_is_in_lost_and_found_with_all_it_has() -> None:
