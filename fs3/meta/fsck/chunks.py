@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from fs3.core.errors import Fs3Error
+from fs3.core.errors import Fs3Error, error
 from fs3.kv.api import Transaction
 from fs3.meta import keys, model, tree
 from fs3.meta.clock import monotonic_s
@@ -22,12 +22,15 @@ from fs3.meta.fsck.inodes import handed_out
 from fs3.meta.fsck.report import Finding
 from fs3.meta.ops.list import attributes
 from fs3.v1.disk_meta_pb2 import InodeRecord
+from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Layout
 from fs3.v1.storage_pb2 import ChunkInfo
 
 PAGE_CHUNKS: Final = 1024
 BATCH_CHUNKS: Final = 512
 CALL_S: Final = 30.0
+# With the pauses between them longer than a lease, so that a replica that failed is not asked any more.
+CHAIN_TURNS: Final = 8
 SPACE_FILES: Final = 0
 REPLICAS: Final = "replicas"
 LAYOUT: Final = "chunk-layout"
@@ -86,24 +89,38 @@ class ChunkAudit:
         self._audit = audit
         self._lister = lister
         self._orphans: dict[int, _Orphan] = {}
-        self._suspects: list[_Suspect] = []
+        # By kind and chunk: a chain may be looked at more than once.
+        self._suspects: dict[tuple[str, int, bytes], _Suspect] = {}
 
     async def run(self) -> None:
         """Look at every chain. One that cannot be listed is a finding."""
         report = self._audit.report
         for chain_id in self._lister.chains():
-            report.begin(f"chunks of chain {chain_id}")
-            try:
-                await self._chain(chain_id)
-            except Fs3Error as exc:
-                problem = f"cannot be looked at: {exc.message}"
+            problem = await self._chain_in_time(chain_id)
+            if problem is not None:
                 report.add(Finding("chain", 0, f"chain {chain_id}", problem), repaired=False)
         await self._confirm()
         await self._confirm_orphans()
 
+    async def _chain_in_time(self, chain_id: int) -> str | None:
+        """Look at a chain, again from its beginning when a replica leaves it; why that was not possible."""
+        problem = None
+        for turn in range(CHAIN_TURNS):
+            self._audit.report.begin(f"chunks of chain {chain_id}")
+            if turn:
+                await self._audit.pause()
+            try:
+                await self._chain(chain_id)
+                return None
+            except Fs3Error as exc:
+                problem = f"cannot be looked at: {exc.message}"
+        return problem
+
     async def _chain(self, chain_id: int) -> None:
         batch: list[tuple[bytes, Held]] = []
         replicas = self._lister.replicas(chain_id)
+        if not replicas:
+            raise error(Code.CODE_UNAVAILABLE, "no replica serves")
         async for chunk_id, held in self._merged(chain_id, replicas):
             batch.append((chunk_id, held))
             if len(batch) == BATCH_CHUNKS:
@@ -158,7 +175,7 @@ class ChunkAudit:
             await self._confirm()
 
     def _suspect(self, kind: str, chain_id: int, chunk_id: bytes, held: Held) -> None:
-        self._suspects.append(_Suspect(kind, chain_id, chunk_id, _frozen(held)))
+        self._suspects[kind, chain_id, chunk_id] = _Suspect(kind, chain_id, chunk_id, _frozen(held))
 
     def _orphan(self, ino: int, chain_id: int, held: Held) -> None:
         orphan = self._orphans.get(ino)
@@ -183,7 +200,8 @@ class ChunkAudit:
 
     async def _confirm(self) -> None:
         """Look again at single chunks; report what was wrong every time and did not change."""
-        suspects, self._suspects = self._suspects, []
+        suspects = list(self._suspects.values())
+        self._suspects.clear()
         for turn in range(1, LOOKS):
             if not suspects:
                 return
@@ -252,7 +270,11 @@ class ChunkAudit:
                 return
             await self._audit.pause()
             for ino in list(self._orphans):
-                await self._recount(ino, self._orphans[ino])
+                try:
+                    await self._recount(ino, self._orphans[ino])
+                except Fs3Error:
+                    del self._orphans[ino]
+                    self._audit.report.unsettled += 1
         limits = await self._audit.read(handed_out)
         for ino, orphan in sorted(self._orphans.items()):
             await self._report_orphan(ino, orphan, foreign=not keys.is_handed_out(ino, *limits))

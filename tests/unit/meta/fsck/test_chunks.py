@@ -137,6 +137,27 @@ def test_replicas_that_differ_for_a_moment_are_right() -> None:
     run(main())
 
 
+def test_a_chain_that_answers_later_is_looked_at_then() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        attr = await written(meta, "/f", 10)
+        (chain,) = [chain for chain, _, _ in meta.chunks.chunks]
+        meta.chunks.versions[meta.chunks.replicas(chain)[1], attr.inode, 0] = 2
+        meta.chunks.down = {chain}
+        asked = 0
+
+        async def recover(call: str, target: int) -> None:
+            nonlocal asked
+            asked += target in meta.chunks.replicas(chain)
+            if asked == 3:
+                meta.chunks.down = set()
+
+        meta.chunks.before_call = recover
+        assert await kinds(meta) == ["replicas"]
+
+    run(main())
+
+
 def test_a_chain_that_does_not_answer_is_told_of() -> None:
     async def main() -> None:
         meta = await Meta.start()
