@@ -182,6 +182,7 @@ class Client:
         *,
         inode: int = 1,
         mode: int = 0o644,
+        umask: int = 0,
         exclusive: bool = False,
         truncate: bool = False,
         read: bool = True,
@@ -203,7 +204,14 @@ class Client:
         self, path: bytes, *, inode: int = 1, mode: int = 0o644, kind: int = 1, rdev: int = 0
     ) -> Operation[Attr]: ...
     def mkdir(
-        self, path: bytes, *, inode: int = 1, mode: int = 0o755, parents: bool = False, chunk_bytes: int = 0
+        self,
+        path: bytes,
+        *,
+        inode: int = 1,
+        mode: int = 0o755,
+        umask: int = 0,
+        parents: bool = False,
+        chunk_bytes: int = 0,
     ) -> Operation[Attr]: ...
     def symlink(self, path: bytes, target: bytes, *, inode: int = 1) -> Operation[Attr]: ...
     def link(self, source: bytes, destination: bytes, *, inode: int = 1, follow: bool = False) -> Operation[Attr]: ...

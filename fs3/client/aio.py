@@ -315,7 +315,7 @@ class AsyncFileSystem:
     async def mkdir(self, path: StrPath, mode: int = 0o777, *, chunk_bytes: int = 0) -> None:
         """Make a directory. `mode` before umask; `chunk_bytes`: what new files in it get (0: as its parent)."""
         where = self._connection.path(path)
-        await self.client.mkdir(where, mode=self._connection.mode(mode), chunk_bytes=chunk_bytes)
+        await self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, chunk_bytes=chunk_bytes)
 
     async def layout(self, path: StrPath) -> native.Layout | None:
         """How a file lies on the chains, or what a directory passes on to new files (0: the cluster's default)."""
@@ -334,7 +334,8 @@ class AsyncFileSystem:
         if not exist_ok and await self.lexists(path):
             await self.mkdir(path, mode)
             return
-        await self.client.mkdir(self._connection.path(path), mode=self._connection.mode(mode), parents=True)
+        where = self._connection.path(path)
+        await self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, parents=True)
 
     # ---- names
 

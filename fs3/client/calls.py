@@ -32,7 +32,8 @@ def open_operation(
     exclusive = mode.action == "x"
     return client.create(
         where,
-        mode=connection.mode(permissions),
+        mode=permissions & 0o7777,
+        umask=connection.umask,
         exclusive=exclusive,
         truncate=mode.action == "w",
         read=mode.reads,

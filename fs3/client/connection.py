@@ -118,9 +118,10 @@ class Connection:
         """`path` from the cluster's root."""
         return to_service(self.options.base, path)
 
-    def mode(self, mode: int) -> int:
-        """Permission bits of something new."""
-        return mode & 0o7777 & ~self.options.umask
+    @property
+    def umask(self) -> int:
+        """What the service takes from the mode of something new, unless a default access control list is there."""
+        return self.options.umask & 0o777
 
     def release(self) -> native.Client | None:
         """The client to close, once; None when there is none of this process."""

@@ -371,7 +371,7 @@ class FileSystem:
     def mkdir(self, path: StrPath, mode: int = 0o777, *, chunk_bytes: int = 0) -> None:
         """Make a directory. `mode` before umask; `chunk_bytes`: what new files in it get (0: as its parent)."""
         where = self._connection.path(path)
-        self.client.mkdir(where, mode=self._connection.mode(mode), chunk_bytes=chunk_bytes).wait()
+        self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, chunk_bytes=chunk_bytes).wait()
 
     def layout(self, path: StrPath) -> native.Layout | None:
         """How a file lies on the chains, or what a directory passes on to new files (0: the cluster's default)."""
@@ -391,7 +391,8 @@ class FileSystem:
             # Lets the service say it in its own words.
             self.mkdir(path, mode)
             return
-        self.client.mkdir(self._connection.path(path), mode=self._connection.mode(mode), parents=True).wait()
+        where = self._connection.path(path)
+        self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, parents=True).wait()
 
     # ---- names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fs3.core.errors import Fs3Error, error
-from fs3.meta import model
+from fs3.meta import acl, model
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Attr, Caller
 
@@ -20,10 +20,19 @@ def in_group(caller: Caller, gid: int) -> bool:
 
 
 def allowed(attr: Attr, caller: Caller, want: int) -> bool:
-    """Whether the permission bits grant all of `want` (READ | WRITE | SEARCH)."""
+    """Whether the permission bits or the access control list grant all of `want` (READ | WRITE | SEARCH)."""
     uid = caller.uid
     if uid == 0:
         return True
+    if attr.access_acl:
+        return acl.allowed(
+            acl.decode(attr.access_acl),
+            owner=uid == attr.uid,
+            group=in_group(caller, attr.gid),
+            uid=uid,
+            groups={caller.gid, *caller.groups},
+            want=want,
+        )
     mode = attr.mode
     if uid == attr.uid:
         mode >>= 6

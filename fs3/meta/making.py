@@ -30,19 +30,22 @@ async def new_inode(
     *,
     file_type: int,
     mode: int,
+    umask: int = 0,
     layout: Layout | None = None,
     symlink_target: bytes = b"",
     rdev: int = 0,
 ) -> InodeRecord:
     """Make an inode and its entry `name` in `parent`. The caller has checked that the name is free.
 
-    Raises ACCESS when the caller may not write the parent.
+    A default access control list of `parent` is inherited, and takes the place of `umask`. Raises ACCESS when the
+    caller may not write the parent.
     """
     walk.check_name(name)
     above = parent.attr
     access.require(above, caller, access.WRITE)
     directory = file_type == model.DIRECTORY
-    gid, mode = access.inherited(above, caller, mode, directory=directory)
+    inherits = bool(parent.default_acl) and file_type != model.SYMLINK
+    gid, mode = access.inherited(above, caller, mode if inherits else mode & ~umask, directory=directory)
     now_ns = ctx.now_ns
     ino = await ctx.new_inode(above.inode)
     record = InodeRecord(
@@ -64,6 +67,8 @@ async def new_inode(
             parent=above.inode if directory else 0,
         ),
     )
+    if inherits:
+        xattrs.inherit_acl(record, parent.default_acl)
     tree.store(tr, record)
     if directory:
         tree.touch_directory(tr, ino, now_ns)

@@ -1,6 +1,7 @@
 """Extended attributes: their names, who may touch them, and where they are kept. The rules are those of Linux.
 
-``security.capability`` lies in the inode's record, because every write drops it; the others under keys of their own.
+``security.capability`` and access control lists lie in the inode's record, because writes drop the one and permission
+checks need the other; everything else lies under keys of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Final
 
 from fs3.core.errors import Fs3Error, error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, tree
+from fs3.meta import access, acl, keys, model, tree
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Attr, Caller, XattrBit
@@ -25,6 +26,11 @@ USER: Final = b"user."
 TRUSTED: Final = b"trusted."
 SECURITY: Final = b"security."
 CAPABILITY: Final = b"security.capability"
+ACCESS_ACL: Final = b"system.posix_acl_access"
+DEFAULT_ACL: Final = b"system.posix_acl_default"
+ACLS: Final = (ACCESS_ACL, DEFAULT_ACL)
+# Those that lie in the record.
+RECORD: Final = (CAPABILITY, ACCESS_ACL, DEFAULT_ACL)
 # What the kernel stores, in its second and third version.
 CAPABILITY_BYTES: Final = (20, 24)
 
@@ -34,8 +40,10 @@ def check_name(name: bytes) -> None:
     if not 0 < len(name) <= NAME_BYTES_MAX:
         message = f"the name of an extended attribute has 1 to {NAME_BYTES_MAX} bytes, not {len(name)}"
         raise error(Code.CODE_OUT_OF_RANGE, message)
+    if name in ACLS:
+        return
     if not name.startswith((USER, TRUSTED, SECURITY)):
-        raise error(Code.CODE_NOT_SUPPORTED, "extended attributes begin with user., trusted. or security.")
+        raise error(Code.CODE_NOT_SUPPORTED, "there are user.*, trusted.*, security.* and access control lists")
     if name in (USER, TRUSTED, SECURITY) or b"\0" in name:
         raise error(Code.CODE_INVALID_ARGUMENT, "a name goes on behind its prefix and has no zero bytes")
 
@@ -62,6 +70,11 @@ def require_read(attr: Attr, caller: Caller, name: bytes) -> None:
 
 def require_write(attr: Attr, caller: Caller, name: bytes) -> None:
     """Raise NOT_PERMITTED or ACCESS unless the caller may set and remove the attribute."""
+    if name in ACLS:
+        if attr.type == model.SYMLINK:
+            raise error(Code.CODE_NOT_SUPPORTED, "symbolic links have no access control lists")
+        access.require_owner(attr, caller)
+        return
     if not name.startswith(USER):
         if caller.uid != 0:
             raise error(Code.CODE_NOT_PERMITTED, "only root changes extended attributes other than user.*")
@@ -86,8 +99,8 @@ async def load(tr: Transaction, record: InodeRecord, name: bytes) -> bytes | Non
     """The value of an attribute, None when it is not there."""
     if not record.attr.xattrs:
         return None
-    if name == CAPABILITY:
-        return record.capability or None
+    if name in RECORD:
+        return _kept(record).get(name)
     stored = await tr.get(keys.xattr(record.attr.inode, name))
     return None if stored is None else model.decode_xattr(stored)
 
@@ -98,7 +111,54 @@ async def names(tr: Transaction, record: InodeRecord) -> list[bytes]:
         return []
     rows = await tr.get_range(*keys.xattrs(record.attr.inode))
     found = [keys.xattr_name(key) for key, _ in rows]
-    return sorted([*found, CAPABILITY]) if record.capability else found
+    return sorted([*found, *_kept(record)])
+
+
+def _kept(record: InodeRecord) -> dict[bytes, bytes]:
+    """What lies in the record."""
+    values = {CAPABILITY: record.capability, ACCESS_ACL: record.attr.access_acl, DEFAULT_ACL: record.default_acl}
+    return {name: value for name, value in values.items() if value}
+
+
+def set_acl(tr: Transaction, record: InodeRecord, name: bytes, value: bytes, caller: Caller) -> None:
+    """Set or, with an empty list, remove an access control list; the caller stores the record.
+
+    What the mode bits can say is kept in them alone. Raises INVALID_ARGUMENT, ACCESS (a default list of what is no
+    directory), NO_SPACE.
+    """
+    attr = record.attr
+    entries = acl.decode(value)
+    if name == DEFAULT_ACL:
+        if entries and attr.type != model.DIRECTORY:
+            raise error(Code.CODE_ACCESS, "only directories have a default access control list")
+        put(tr, record, name, record.default_acl or None, acl.encode(entries) if entries else None)
+        return
+    if entries:
+        attr.mode = attr.mode & ~0o777 | acl.mode_of(entries)
+        if caller.uid != 0 and not access.in_group(caller, attr.gid):
+            attr.mode &= ~model.SET_GID
+    kept = None if acl.is_minimal(entries) else acl.encode(entries)
+    put(tr, record, name, attr.access_acl or None, kept)
+
+
+def chmod_acl(record: InodeRecord) -> None:
+    """The mode was changed: the access list follows."""
+    if record.attr.access_acl:
+        record.attr.access_acl = acl.encode(acl.with_mode(acl.decode(record.attr.access_acl), record.attr.mode))
+
+
+def inherit_acl(record: InodeRecord, default: bytes) -> None:
+    """Give a new inode, made with its creator's mode, what a directory with the default list `default` passes on."""
+    attr = record.attr
+    entries, bits = acl.inherited(acl.decode(default), attr.mode)
+    attr.mode = attr.mode & ~0o777 | bits
+    if not acl.is_minimal(entries):
+        attr.access_acl = acl.encode(entries)
+        _count(record, ACCESS_ACL, None, attr.access_acl)
+    if attr.type == model.DIRECTORY:
+        record.default_acl = default
+        _count(record, DEFAULT_ACL, None, default)
+    _mark(record)
 
 
 def put(tr: Transaction, record: InodeRecord, name: bytes, old: bytes | None, new: bytes | None) -> None:
@@ -109,6 +169,10 @@ def put(tr: Transaction, record: InodeRecord, name: bytes, old: bytes | None, ne
     _count(record, name, old, new)
     if name == CAPABILITY:
         record.capability = new or b""
+    elif name == ACCESS_ACL:
+        record.attr.access_acl = new or b""
+    elif name == DEFAULT_ACL:
+        record.default_acl = new or b""
     elif new is None:
         tr.clear(keys.xattr(record.attr.inode, name))
     else:
@@ -135,8 +199,7 @@ async def recount(tr: Transaction, record: InodeRecord) -> bool:
     found = {
         keys.xattr_name(key): model.decode_xattr(v) for key, v in await tr.get_range(*keys.xattrs(record.attr.inode))
     }
-    if record.capability:
-        found[CAPABILITY] = record.capability
+    found |= _kept(record)
     record.xattr_name_bytes = sum(len(name) + 1 for name in found)
     record.xattr_bytes = sum(len(name) + len(value) for name, value in found.items())
     _mark(record)
@@ -150,6 +213,10 @@ def _mark(record: InodeRecord) -> None:
         bits |= XattrBit.XATTR_BIT_ANY
     if record.capability:
         bits |= XattrBit.XATTR_BIT_CAPABILITY
+    if record.attr.access_acl:
+        bits |= XattrBit.XATTR_BIT_ACCESS_ACL
+    if record.default_acl:
+        bits |= XattrBit.XATTR_BIT_DEFAULT_ACL
     record.attr.xattrs = bits
 
 

@@ -32,6 +32,7 @@ class InodeRecord(_message.Message):
     XATTR_NAME_BYTES_FIELD_NUMBER: _builtins.int
     XATTR_BYTES_FIELD_NUMBER: _builtins.int
     CAPABILITY_FIELD_NUMBER: _builtins.int
+    DEFAULT_ACL_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     truncating: _builtins.bool
@@ -47,6 +48,8 @@ class InodeRecord(_message.Message):
     xattr_bytes: _builtins.int
     capability: _builtins.bytes
     """The value of security.capability. It is kept here, the others under keys of their own, as writes drop it."""
+    default_acl: _builtins.bytes
+    """system.posix_acl_default of a directory; the access list is in `attr`"""
     @_builtins.property
     def attr(self) -> _meta_pb2.Attr:
         """Of a directory, nlink, mtime_ns and ctime_ns are not kept here but under keys of their own, so that
@@ -65,10 +68,11 @@ class InodeRecord(_message.Message):
         xattr_name_bytes: _builtins.int = ...,
         xattr_bytes: _builtins.int = ...,
         capability: _builtins.bytes = ...,
+        default_acl: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

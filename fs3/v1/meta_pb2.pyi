@@ -62,6 +62,10 @@ class _XattrBitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_XattrBit.Val
     """at least one"""
     XATTR_BIT_CAPABILITY: _XattrBit.ValueType  # 2
     """security.capability"""
+    XATTR_BIT_ACCESS_ACL: _XattrBit.ValueType  # 4
+    """system.posix_acl_access"""
+    XATTR_BIT_DEFAULT_ACL: _XattrBit.ValueType  # 8
+    """system.posix_acl_default"""
 
 class XattrBit(_XattrBit, metaclass=_XattrBitEnumTypeWrapper):
     """Which extended attributes an inode has, in Attr.xattrs: who knows the attributes need not ask for what is not there."""
@@ -71,6 +75,10 @@ XATTR_BIT_ANY: XattrBit.ValueType  # 1
 """at least one"""
 XATTR_BIT_CAPABILITY: XattrBit.ValueType  # 2
 """security.capability"""
+XATTR_BIT_ACCESS_ACL: XattrBit.ValueType  # 4
+"""system.posix_acl_access"""
+XATTR_BIT_DEFAULT_ACL: XattrBit.ValueType  # 8
+"""system.posix_acl_default"""
 Global___XattrBit: _TypeAlias = XattrBit  # noqa: Y015
 
 @_typing.final
@@ -129,6 +137,7 @@ class Attr(_message.Message):
     TRUNCATE_VERSION_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
     XATTRS_FIELD_NUMBER: _builtins.int
+    ACCESS_ACL_FIELD_NUMBER: _builtins.int
     inode: _builtins.int
     type: Global___FileType.ValueType
     mode: _builtins.int
@@ -149,6 +158,8 @@ class Attr(_message.Message):
     """directories: the parent's inode"""
     xattrs: _builtins.int
     """bits of XattrBit"""
+    access_acl: _builtins.bytes
+    """system.posix_acl_access, when it says more than the mode; the two always agree."""
     @_builtins.property
     def layout(self) -> Global___Layout:
         """files; directories: what new files inherit"""
@@ -172,10 +183,11 @@ class Attr(_message.Message):
         truncate_version: _builtins.int = ...,
         parent: _builtins.int = ...,
         xattrs: _builtins.int = ...,
+        access_acl: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["atime_ns", b"atime_ns", "ctime_ns", b"ctime_ns", "gid", b"gid", "inode", b"inode", "layout", b"layout", "length", b"length", "mode", b"mode", "mtime_ns", b"mtime_ns", "nlink", b"nlink", "parent", b"parent", "rdev", b"rdev", "symlink_target", b"symlink_target", "truncate_version", b"truncate_version", "type", b"type", "uid", b"uid", "xattrs", b"xattrs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_acl", b"access_acl", "atime_ns", b"atime_ns", "ctime_ns", b"ctime_ns", "gid", b"gid", "inode", b"inode", "layout", b"layout", "length", b"length", "mode", b"mode", "mtime_ns", b"mtime_ns", "nlink", b"nlink", "parent", b"parent", "rdev", b"rdev", "symlink_target", b"symlink_target", "truncate_version", b"truncate_version", "type", b"type", "uid", b"uid", "xattrs", b"xattrs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -507,8 +519,8 @@ class CreateRequest(_message.Message):
     RDEV_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     OPEN_READ_FIELD_NUMBER: _builtins.int
+    UMASK_FIELD_NUMBER: _builtins.int
     mode: _builtins.int
-    """umask already applied"""
     exclusive: _builtins.bool
     """O_EXCL"""
     truncate: _builtins.bool
@@ -520,6 +532,8 @@ class CreateRequest(_message.Message):
     rdev: _builtins.int
     open_read: _builtins.bool
     """with exclusive=false on an existing file: check read permission"""
+    umask: _builtins.int
+    """taken from the mode, unless the directory has a default access control list"""
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -546,10 +560,11 @@ class CreateRequest(_message.Message):
         rdev: _builtins.int = ...,
         layout: Global___Layout | None = ...,
         open_read: _builtins.bool = ...,
+        umask: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "layout", b"layout", "op", b"op"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "exclusive", b"exclusive", "layout", b"layout", "mode", b"mode", "op", b"op", "open_read", b"open_read", "open_write", b"open_write", "rdev", b"rdev", "truncate", b"truncate", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "exclusive", b"exclusive", "layout", b"layout", "mode", b"mode", "op", b"op", "open_read", b"open_read", "open_write", b"open_write", "rdev", b"rdev", "truncate", b"truncate", "type", b"type", "umask", b"umask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -742,9 +757,12 @@ class MkdirRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    UMASK_FIELD_NUMBER: _builtins.int
     mode: _builtins.int
     parents: _builtins.bool
     """like mkdir -p: missing parents are made, an existing directory is fine"""
+    umask: _builtins.int
+    """as in CreateRequest"""
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -762,10 +780,11 @@ class MkdirRequest(_message.Message):
         mode: _builtins.int = ...,
         parents: _builtins.bool = ...,
         layout: Global___Layout | None = ...,
+        umask: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "layout", b"layout", "op", b"op"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "layout", b"layout", "mode", b"mode", "op", b"op", "parents", b"parents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "layout", b"layout", "mode", b"mode", "op", b"op", "parents", b"parents", "umask", b"umask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1123,7 +1142,7 @@ Global___TruncateRequest: _TypeAlias = TruncateRequest  # noqa: Y015
 
 @_typing.final
 class GetxattrRequest(_message.Message):
-    """Names are those of Linux with their prefix: user., trusted. or security."""
+    """Names are those of Linux: user.*, trusted.*, security.*, system.posix_acl_access and system.posix_acl_default."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

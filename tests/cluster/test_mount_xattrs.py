@@ -1,4 +1,4 @@
-"""Extended attributes at a mount, by system calls, commands and the Python client."""
+"""Extended attributes and access control lists at a mount, by system calls, commands and the Python client."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import fs3
+from fs3.meta import acl
+from fs3.meta.acl import GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, Entry
 from fs3.testing.cluster import LocalCluster
 from tests.cluster.mounts import mounted
 
 # Version 2, cap_net_raw permitted and effective, as the kernel keeps it.
 NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
 NOBODY = 65534
+ACCESS = "system.posix_acl_access"
+DEFAULT = "system.posix_acl_default"
+# user::rwx user:nobody:rwx group::r-x mask::rwx other::---
+SHARED = [
+    Entry(USER_OBJ, 7),
+    Entry(USER, 7, NOBODY),
+    Entry(GROUP_OBJ, 5),
+    Entry(MASK, 7),
+    Entry(OTHER, 0),
+]
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -188,3 +201,99 @@ def test_copies_keep_attributes(directory: Path, tmp_path: Path) -> None:
     assert os.getxattr(directory / "copy" / "f", "user.a") == b"f"
     assert os.getxattr(directory / "copy" / "sub", "user.a") == b"sub"
     assert os.getxattr(directory / "copied", "user.a") == b"f"
+
+
+def kept(path: Path, name: str = ACCESS) -> list[Entry]:
+    """The access control list of a path, none if there is none."""
+    return acl.decode(os.getxattr(path, name)) if name in os.listxattr(path) else []
+
+
+def make(path: Path) -> None:
+    """Make a file with a umask that leaves nothing to others."""
+    os.umask(0o077)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+@as_root
+def test_access_lists_let_in_who_is_named_and_follow_the_mode(directory: Path) -> None:
+    path = directory / "f"
+    path.touch()
+    path.chmod(0o600)
+    assert failure(os.getxattr, path, ACCESS) == errno.ENODATA
+    assert failure(write, path, uid=NOBODY) == errno.EACCES
+    os.setxattr(path, ACCESS, acl.encode(SHARED))
+    assert path.stat().st_mode & 0o777 == 0o770
+    assert kept(path) == SHARED
+    assert failure(write, path, uid=NOBODY) == 0
+    assert failure(write, path, uid=NOBODY - 1) == errno.EACCES
+    path.chmod(0o740)
+    assert kept(path)[3] == Entry(MASK, 4)
+    assert failure(write, path, uid=NOBODY) == errno.EACCES
+    assert failure(path.read_bytes, uid=NOBODY) == 0
+    assert failure(os.setxattr, path, ACCESS, acl.encode(SHARED), uid=NOBODY) == errno.EPERM
+    os.removexattr(path, ACCESS)
+    assert kept(path) == []
+    assert failure(os.setxattr, path, DEFAULT, acl.encode(SHARED)) == errno.EACCES
+    assert failure(os.setxattr, path, ACCESS, acl.encode(SHARED[1:])) == errno.EINVAL
+
+
+@as_root
+def test_a_list_that_another_client_set_counts_here_soon(
+    directory: Path, mountpoint: Path, shared_cluster: LocalCluster
+) -> None:
+    path = directory / "f"
+    path.touch()
+    path.chmod(0o600)
+    assert failure(write, path, uid=NOBODY) == errno.EACCES
+    name = "/" + str(path.relative_to(mountpoint))
+    with fs3.connect(shared_cluster.url, shared_cluster.token, uid=0) as fs:
+        fs.setxattr(name, ACCESS, acl.encode(SHARED))
+    deadline_s = time.monotonic() + 20
+    while failure(write, path, uid=NOBODY) != 0:
+        assert time.monotonic() < deadline_s
+    with fs3.connect(shared_cluster.url, shared_cluster.token, uid=NOBODY, gid=NOBODY, groups=[]) as fs:
+        assert fs.open(name, "rb").read() == b"written"
+
+
+@as_root
+def test_default_lists_are_inherited_in_place_of_the_umask(
+    directory: Path, mountpoint: Path, shared_cluster: LocalCluster
+) -> None:
+    umask = os.umask(0o077)
+    try:
+        make(directory / "before")
+        assert (directory / "before").stat().st_mode & 0o777 == 0o600
+        os.setxattr(directory, DEFAULT, acl.encode(SHARED))
+        make(directory / "f")
+        (directory / "sub").mkdir()
+        os.mkfifo(directory / "sub" / "fifo", 0o666)
+    finally:
+        os.umask(umask)
+    with fs3.connect(shared_cluster.url, shared_cluster.token, umask=0o077) as fs:
+        fs.open("/" + str((directory / "sub" / "g").relative_to(mountpoint)), "w").close()
+    for path in (directory / "f", directory / "sub" / "g", directory / "sub" / "fifo"):
+        assert path.stat().st_mode & 0o777 == 0o660
+        assert [entry.perm for entry in kept(path)] == [6, 7, 5, 6, 0]
+        assert kept(path, DEFAULT) == []
+    assert kept(directory / "sub") == kept(directory / "sub", DEFAULT) == SHARED
+    directory.chmod(0o755)
+    assert failure(write, directory / "f", uid=NOBODY) == 0
+    assert failure(make, directory / "sub" / "theirs", uid=NOBODY) == 0
+    assert failure(make, directory / "sub" / "others", uid=NOBODY - 1) == errno.EACCES
+
+
+@as_root
+@pytest.mark.skipif(shutil.which("setfacl") is None, reason="needs the package acl")
+def test_setfacl_and_getfacl_work(directory: Path) -> None:
+    path = directory / "f"
+    path.touch()
+    path.chmod(0o640)
+    subprocess.run(["setfacl", "-m", f"u:{NOBODY}:rw,d:u:{NOBODY}:rwx", directory], check=True)
+    subprocess.run(["setfacl", "-m", f"u:{NOBODY}:rw", path], check=True)
+    shown = subprocess.run(["getfacl", "-nc", path], check=True, capture_output=True, text=True).stdout
+    assert shown.split() == ["user::rw-", f"user:{NOBODY}:rw-", "group::r--", "mask::rw-", "other::---"]
+    subprocess.run(["cp", "-a", path, directory / "copy"], check=True)
+    assert kept(directory / "copy") == kept(path)
+    subprocess.run(["setfacl", "-R", "-b", directory], check=True)
+    assert kept(path) == kept(directory) == kept(directory, DEFAULT) == []
+    assert path.stat().st_mode & 0o777 == 0o640

@@ -65,6 +65,7 @@ async def run(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenRe
         caller,
         file_type=file_type,
         mode=request.mode,
+        umask=request.umask,
         layout=layout,
         rdev=request.rdev,
     )

@@ -32,6 +32,7 @@ async def _make(tr: Transaction, request: MkdirRequest, ctx: OpContext, found: w
         request.caller,
         file_type=model.DIRECTORY,
         mode=request.mode,
+        umask=request.umask,
         layout=ctx.placement.directory_layout(requested, found.parent.attr.layout),
     )
 

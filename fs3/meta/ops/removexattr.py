@@ -14,7 +14,8 @@ async def run(tr: Transaction, request: RemovexattrRequest, ctx: OpContext) -> A
     record = await walk.target(tr, request.at, request.caller)
     xattrs.require_write(record.attr, request.caller, request.name)
     old = await xattrs.load(tr, record, request.name)
-    if old is None:
+    # A list that is not there says what the mode does, so that its removal has nothing to do.
+    if old is None and request.name not in xattrs.ACLS:
         raise xattrs.missing(request.name)
     xattrs.put(tr, record, request.name, old, None)
     return AttrResponse(attr=await xattrs.changed(tr, record, ctx.now_ns))

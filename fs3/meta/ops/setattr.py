@@ -70,6 +70,7 @@ def _change_mode(record: InodeRecord, mode: int, caller: Caller) -> None:
     if caller.uid != 0 and not access.in_group(caller, attr.gid):
         mode &= ~model.SET_GID
     attr.mode = mode
+    xattrs.chmod_acl(record)
 
 
 def _change_layout(record: InodeRecord, request: SetattrRequest, ctx: OpContext) -> None:

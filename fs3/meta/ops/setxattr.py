@@ -25,5 +25,8 @@ async def run(tr: Transaction, request: SetxattrRequest, ctx: OpContext) -> Attr
         raise xattrs.missing(name)
     if old is not None and request.create:
         raise error(Code.CODE_EXISTS, f"there is an extended attribute {name!r}")
-    xattrs.put(tr, record, name, old, request.value)
+    if name in xattrs.ACLS:
+        xattrs.set_acl(tr, record, name, request.value, request.caller)
+    else:
+        xattrs.put(tr, record, name, old, request.value)
     return AttrResponse(attr=await xattrs.changed(tr, record, ctx.now_ns))

@@ -158,7 +158,7 @@ class FakeClient:
     def create(self, path: bytes, **options: Any) -> Done[FakeFile]:
         self.calls.append(("create", options))
         if path not in self.nodes or options["exclusive"]:
-            self._make(path, FileType.FILE_TYPE_FILE, mode=options["mode"])
+            self._make(path, FileType.FILE_TYPE_FILE, mode=options["mode"] & ~options["umask"])
         return self._open(self._node(path), options["truncate"])
 
     def open(self, path: bytes, **options: Any) -> Done[FakeFile]:
@@ -174,7 +174,10 @@ class FakeClient:
         self.files.append(file)
         return Done(file)
 
-    def mkdir(self, path: bytes, *, mode: int, parents: bool = False, chunk_bytes: int = 0) -> Done[FakeNode]:
+    def mkdir(
+        self, path: bytes, *, mode: int, umask: int, parents: bool = False, chunk_bytes: int = 0
+    ) -> Done[FakeNode]:
+        mode &= ~umask
         if parents:
             for end in [i for i, byte in enumerate(path) if byte == ord("/")]:
                 self.nodes.setdefault(path[:end], FakeNode(FileType.FILE_TYPE_DIRECTORY))

@@ -17,7 +17,7 @@ from fs3.core.layout import chains_of
 from fs3.kv.api import KvStore
 from fs3.kv.faults import KvFaults
 from fs3.kv.memory import MemoryKv
-from fs3.meta import keys, model
+from fs3.meta import acl, keys, model
 from fs3.meta.engine import Engine
 from fs3.meta.placement import RoutingPlacement
 from fs3.meta.registry import OPERATIONS
@@ -333,7 +333,15 @@ async def audit(meta: Meta) -> None:
 
 async def _audit_xattrs(meta: Meta, inodes: dict[int, Any]) -> None:
     """Extended attributes belong to inodes, whose records count them and tell which there are."""
-    kept = {ino: {b"security.capability": r.capability} for ino, r in inodes.items() if r.capability}
+    kept: dict[int, dict[bytes, bytes]] = {}
+    for ino, record in inodes.items():
+        in_record = {
+            b"security.capability": record.capability,
+            b"system.posix_acl_access": record.attr.access_acl,
+            b"system.posix_acl_default": record.default_acl,
+        }
+        if found := {name: value for name, value in in_record.items() if value}:
+            kept[ino] = found
     for key, value in await meta.rows(keys.XATTR):
         kept.setdefault(keys.inode_of(key), {})[keys.xattr_name(key)] = model.decode_xattr(value)
     assert kept.keys() <= inodes.keys()
@@ -343,6 +351,10 @@ async def _audit_xattrs(meta: Meta, inodes: dict[int, Any]) -> None:
         assert record.xattr_bytes == sum(len(name) + len(value) for name, value in found.items())
         assert bool(record.attr.xattrs & pb.XATTR_BIT_ANY) == bool(found)
         assert bool(record.attr.xattrs & pb.XATTR_BIT_CAPABILITY) == bool(record.capability)
+        assert bool(record.attr.xattrs & pb.XATTR_BIT_ACCESS_ACL) == bool(record.attr.access_acl)
+        assert bool(record.attr.xattrs & pb.XATTR_BIT_DEFAULT_ACL) == bool(record.default_acl)
+        if record.attr.access_acl:
+            assert acl.mode_of(acl.decode(record.attr.access_acl)) == record.attr.mode & 0o777
 
 
 __all__ = [

@@ -203,6 +203,7 @@ impl Client {
             op: self.inner().op_id(),
             at: Some(at),
             mode: options.mode,
+            umask: options.umask,
             exclusive: options.exclusive,
             truncate: options.truncate,
             open_write: options.write,
@@ -216,7 +217,15 @@ impl Client {
     }
 
     /// Make a file, fifo, socket or device without opening it. Errors: Exists.
-    pub async fn mknod(&self, caller: &Caller, at: PathAt, mode: u32, kind: FileType, rdev: u64) -> Result<Attr> {
+    pub async fn mknod(
+        &self,
+        caller: &Caller,
+        at: PathAt,
+        mode: u32,
+        umask: u32,
+        kind: FileType,
+        rdev: u64,
+    ) -> Result<Attr> {
         if !is_special(kind) {
             return Err(Error::new(Code::InvalidArgument, "mknod makes files, fifos, sockets and devices"));
         }
@@ -225,6 +234,7 @@ impl Client {
             op: self.inner().op_id(),
             at: Some(at),
             mode,
+            umask,
             exclusive: true,
             r#type: kind as i32,
             rdev,
@@ -248,17 +258,18 @@ impl Client {
         self.opened(caller, response, options.write)
     }
 
-    /// Make a directory; with `parents` also the missing ones above, an existing directory being fine.
+    /// Make a directory, `umask` as in [`CreateOptions`]; with `parents` also the missing ones above, an existing directory being fine.
     pub async fn mkdir(
         &self,
         caller: &Caller,
         at: PathAt,
         mode: u32,
+        umask: u32,
         parents: bool,
         layout: Option<Layout>,
     ) -> Result<Attr> {
         let op = self.inner().op_id();
-        let request = MkdirRequest { caller: some(caller), op, at: Some(at), mode, parents, layout };
+        let request = MkdirRequest { caller: some(caller), op, at: Some(at), mode, umask, parents, layout };
         self.attr(Method::MetaMkdir, &request).await
     }
 

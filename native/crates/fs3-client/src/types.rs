@@ -34,8 +34,10 @@ pub struct OpenOptions {
 /// How to create a file (and open it).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CreateOptions {
-    /// Permission bits, umask applied.
+    /// Permission bits.
     pub mode: u32,
+    /// Taken from the mode, unless the directory has a default access control list.
+    pub umask: u32,
     /// Fail with Exists when the name is taken.
     pub exclusive: bool,
     /// Cut an existing file to length 0.

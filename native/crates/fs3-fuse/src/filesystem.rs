@@ -18,7 +18,7 @@ use fuser::{
 use crate::attrs::{file_attr, kind, set_times};
 use crate::caller::{Who, superuser};
 use crate::core::{Core, errno};
-use crate::names::{Change, Listed};
+use crate::names::{Change, Listed, NewMode};
 
 /// Largest write that the kernel sends, in bytes.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
@@ -91,6 +91,9 @@ impl Filesystem for Fs {
             | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
             // Set-id bits are dropped by writes here; else the kernel would ask for security.capability before each.
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2;
+        // Together they let the service apply default access control lists. The kernel then checks permissions in any case.
+        let lists = InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK;
+        let wanted = if self.core.options.default_permissions { wanted | lists } else { wanted };
         let offered = config.capabilities();
         let _ = config.add_capabilities(wanted & offered);
         let _ = config.set_max_write(WRITE_BYTES_MAX);
@@ -167,21 +170,21 @@ impl Filesystem for Fs {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
         let who = Who::of(request);
         self.named(name, |core, name| async move {
-            let result = core.mknod(who, parent.0, &name, mode, rdev).await;
+            let result = core.mknod(who, parent.0, &name, NewMode::of(mode, umask), rdev).await;
             answer_entry(&core, reply, result);
         });
     }
 
-    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let who = Who::of(request);
         self.named(name, |core, name| async move {
-            let result = core.mkdir(who, parent.0, &name, mode).await;
+            let result = core.mkdir(who, parent.0, &name, NewMode::of(mode, umask)).await;
             answer_entry(&core, reply, result);
         });
     }
@@ -249,13 +252,13 @@ impl Filesystem for Fs {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
         let who = Who::of(request);
         self.named(name, |core, name| async move {
-            match core.create(who, parent.0, &name, mode, flags).await {
+            match core.create(who, parent.0, &name, NewMode::of(mode, umask), flags).await {
                 Ok((attr, opened)) => {
                     let life = core.options.attr_timeout.min(core.options.entry_timeout);
                     reply.created(&life, &attr, GENERATION, FileHandle(opened.handle), opened.flags);

@@ -22,6 +22,25 @@ pub(crate) struct Opened {
     pub flags: FopenFlags,
 }
 
+/// The mode of something new.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewMode {
+    mode: u32,
+    /// Taken from the mode by the service, unless the directory has a default access control list.
+    umask: u32,
+}
+
+impl NewMode {
+    /// Of a request; a kernel that takes the umask from the mode by itself does no harm.
+    pub fn of(mode: u32, umask: u32) -> Self {
+        Self { mode, umask: umask & 0o777 }
+    }
+
+    fn bits(self) -> u32 {
+        self.mode & 0o7777
+    }
+}
+
 /// One entry of a listing: offset behind it, name, attributes (or just inode and type).
 pub(crate) struct Listed<'a> {
     pub next: u64,
@@ -180,20 +199,22 @@ impl Core {
         Ok(())
     }
 
-    pub async fn mknod(&self, who: Who, parent: u64, name: &[u8], mode: u32, rdev: u32) -> Result<FileAttr> {
-        let kind = type_of_mode(mode);
+    pub async fn mknod(&self, who: Who, parent: u64, name: &[u8], new: NewMode, rdev: u32) -> Result<FileAttr> {
+        let kind = type_of_mode(new.mode);
         let attr = who
             .run(|c| async move {
-                self.client.mknod(&c, at_child(parent, name), mode & 0o7777, kind, u64::from(rdev)).await
+                self.client.mknod(&c, at_child(parent, name), new.bits(), new.umask, kind, u64::from(rdev)).await
             })
             .await;
         self.entry_changed(parent, &attr);
         Ok(self.tell_entry(parent, name, attr?))
     }
 
-    pub async fn mkdir(&self, who: Who, parent: u64, name: &[u8], mode: u32) -> Result<FileAttr> {
-        let attr = who
-            .run(|c| async move { self.client.mkdir(&c, at_child(parent, name), mode & 0o7777, false, None).await })
+    pub async fn mkdir(&self, who: Who, parent: u64, name: &[u8], new: NewMode) -> Result<FileAttr> {
+        let attr =
+            who.run(|c| async move {
+                self.client.mkdir(&c, at_child(parent, name), new.bits(), new.umask, false, None).await
+            })
             .await;
         self.dir_attrs.forget(parent);
         Ok(self.tell_entry(parent, name, attr?))
@@ -314,12 +335,12 @@ impl Core {
         who: Who,
         parent: u64,
         name: &[u8],
-        mode: u32,
+        new: NewMode,
         flags: i32,
     ) -> Result<(FileAttr, Opened)> {
         let OpenOptions { read, write, truncate } = access(flags);
-        let (mode, exclusive) = (mode & 0o7777, flags & libc::O_EXCL != 0);
-        let options = CreateOptions { mode, exclusive, truncate, read, write, layout: None };
+        let (mode, umask, exclusive) = (new.bits(), new.umask, flags & libc::O_EXCL != 0);
+        let options = CreateOptions { mode, umask, exclusive, truncate, read, write, layout: None };
         let options = &options;
         let file =
             who.run(|c| async move { self.client.create(&c, at_child(parent, name), options.clone()).await }).await;

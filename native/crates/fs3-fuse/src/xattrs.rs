@@ -11,18 +11,32 @@ use crate::core::Core;
 
 const USER: &[u8] = b"user.";
 const CAPABILITY: &[u8] = b"security.capability";
+const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
+const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 
-/// Errors: NotSupported for a name with another prefix than those that are kept.
-fn check_prefix(name: &[u8]) -> Result<()> {
-    if [USER, b"trusted.", b"security."].iter().any(|prefix| name.starts_with(prefix)) {
+fn is_acl(name: &[u8]) -> bool {
+    name == ACCESS_ACL || name == DEFAULT_ACL
+}
+
+/// Errors: NotSupported for a name of a kind that is not kept.
+fn check_kind(name: &[u8]) -> Result<()> {
+    if is_acl(name) || [USER, b"trusted.", b"security."].iter().any(|prefix| name.starts_with(prefix)) {
         return Ok(());
     }
-    Err(Error::new(Code::NotSupported, "extended attributes begin with user., trusted. or security."))
+    Err(Error::new(
+        Code::NotSupported,
+        "there are extended attributes user.*, trusted.*, security.* and access control lists",
+    ))
 }
 
 /// The bit that an inode with this attribute has.
 fn bit_of(name: &[u8]) -> XattrBit {
-    if name == CAPABILITY { XattrBit::Capability } else { XattrBit::Any }
+    match name {
+        CAPABILITY => XattrBit::Capability,
+        ACCESS_ACL => XattrBit::AccessAcl,
+        DEFAULT_ACL => XattrBit::DefaultAcl,
+        _ => XattrBit::Any,
+    }
 }
 
 impl Core {
@@ -38,7 +52,7 @@ impl Core {
 
     /// Errors: NoData, Access, NotSupported.
     pub async fn getxattr(&self, who: Who, inode: u64, name: &[u8]) -> Result<Bytes> {
-        check_prefix(name)?;
+        check_kind(name)?;
         if !self.has_xattr(inode, bit_of(name)).await? {
             return Err(Error::new(Code::NoData, "there is no such extended attribute"));
         }
@@ -60,7 +74,7 @@ impl Core {
 
     /// Errors: Exists, NoData, Access, NotPermitted, NotSupported, NoSpace, TooLarge.
     pub async fn setxattr(&self, who: Who, inode: u64, name: &[u8], value: &[u8], flags: i32) -> Result<()> {
-        check_prefix(name)?;
+        check_kind(name)?;
         let mode = SetxattrMode::from_flags(flags)?;
         if name == CAPABILITY {
             // What was written before must not take it away when it is published.
@@ -68,6 +82,9 @@ impl Core {
         }
         let result = if name.starts_with(USER) {
             who.run(|c| async move { self.client.setxattr(&c, at_inode(inode), name, value, mode).await }).await
+        } else if is_acl(name) {
+            // Without its groups the service would take a set-group-id bit away from a member of the group.
+            self.client.setxattr(&who.caller_with_groups(), at_inode(inode), name, value, mode).await
         } else {
             self.client.setxattr(&superuser(), at_inode(inode), name, value, mode).await
         };
@@ -78,8 +95,8 @@ impl Core {
 
     /// Errors: NoData, Access, NotPermitted, NotSupported.
     pub async fn removexattr(&self, who: Who, inode: u64, name: &[u8]) -> Result<()> {
-        check_prefix(name)?;
-        let result = if name.starts_with(USER) {
+        check_kind(name)?;
+        let result = if name.starts_with(USER) || is_acl(name) {
             who.run(|c| async move { self.client.removexattr(&c, at_inode(inode), name).await }).await
         } else {
             // The kernel removes capabilities before a write, in the name of who writes.
@@ -96,12 +113,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_kept_prefixes_are_asked_for() {
-        for name in [&b"user.x"[..], b"trusted.x", b"security.selinux"] {
-            assert!(check_prefix(name).is_ok());
+    fn only_the_kept_kinds_are_asked_for() {
+        for name in [&b"user.x"[..], b"trusted.x", b"security.selinux", ACCESS_ACL, DEFAULT_ACL] {
+            assert!(check_kind(name).is_ok());
         }
-        for name in [&b"system.posix_acl_access"[..], b"users.x", b"user", b""] {
-            assert_eq!(check_prefix(name).unwrap_err().code, Code::NotSupported);
+        for name in [&b"system.nfs4_acl"[..], b"users.x", b"user", b""] {
+            assert_eq!(check_kind(name).unwrap_err().code, Code::NotSupported);
         }
     }
 }

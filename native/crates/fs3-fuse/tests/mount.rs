@@ -607,7 +607,7 @@ fn nobody_is_asked_for_attributes_that_are_not_there() {
         let log = bed.cluster.state.log.lock();
         log.count(Method::MetaGetxattr) + log.count(Method::MetaListxattr)
     };
-    for name in ["security.capability", "security.selinux", "user.a"] {
+    for name in ["security.capability", "security.selinux", "system.posix_acl_access", "user.a"] {
         assert_eq!(xattr::get(&path, name, 10), Err(libc::ENODATA));
     }
     xattr::list(&path, 10).unwrap();

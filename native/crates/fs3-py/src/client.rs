@@ -189,8 +189,9 @@ impl Client {
         }))
     }
 
-    /// Create and open a file; without `exclusive` an existing one is opened.
-    #[pyo3(signature = (path, *, inode=1, mode=0o644, exclusive=false, truncate=false, read=true, write=true,
+    /// Create and open a file; without `exclusive` an existing one is opened. `umask` is taken from the mode unless the
+    /// directory has a default access control list.
+    #[pyo3(signature = (path, *, inode=1, mode=0o644, umask=0, exclusive=false, truncate=false, read=true, write=true,
         chunk_bytes=0, follow=true))]
     #[allow(clippy::too_many_arguments)]
     fn create(
@@ -198,6 +199,7 @@ impl Client {
         path: Vec<u8>,
         inode: u64,
         mode: u32,
+        umask: u32,
         exclusive: bool,
         truncate: bool,
         read: bool,
@@ -206,7 +208,7 @@ impl Client {
         follow: bool,
     ) -> PyResult<Operation> {
         let layout = layout(chunk_bytes);
-        let options = CreateOptions { mode, exclusive, truncate, read, write, layout };
+        let options = CreateOptions { mode, umask, exclusive, truncate, read, write, layout };
         let (client, caller) = (self.native()?, self.caller.clone());
         let work = async move { client.create(&caller, at(inode, &path, follow), options).await };
         Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
@@ -234,16 +236,24 @@ impl Client {
     fn mknod(&self, path: Vec<u8>, inode: u64, mode: u32, kind: i32, rdev: u64) -> PyResult<Operation> {
         let kind = FileType::try_from(kind).map_err(|_| PyValueError::new_err("kind is no FileType"))?;
         self.attr(move |client, caller| async move {
-            client.mknod(&caller, at(inode, &path, false), mode, kind, rdev).await
+            client.mknod(&caller, at(inode, &path, false), mode, 0, kind, rdev).await
         })
     }
 
     /// Make a directory; with `parents` also those above, an existing one being fine. `chunk_bytes`: what new files
     /// in it inherit, 0: from its parent.
-    #[pyo3(signature = (path, *, inode=1, mode=0o755, parents=false, chunk_bytes=0))]
-    fn mkdir(&self, path: Vec<u8>, inode: u64, mode: u32, parents: bool, chunk_bytes: u32) -> PyResult<Operation> {
+    #[pyo3(signature = (path, *, inode=1, mode=0o755, umask=0, parents=false, chunk_bytes=0))]
+    fn mkdir(
+        &self,
+        path: Vec<u8>,
+        inode: u64,
+        mode: u32,
+        umask: u32,
+        parents: bool,
+        chunk_bytes: u32,
+    ) -> PyResult<Operation> {
         self.attr(move |client, caller| async move {
-            client.mkdir(&caller, at(inode, &path, false), mode, parents, layout(chunk_bytes)).await
+            client.mkdir(&caller, at(inode, &path, false), mode, umask, parents, layout(chunk_bytes)).await
         })
     }
 

@@ -33,7 +33,7 @@ def test_what_is_not_there_is_no_data() -> None:
         assert await meta.code("Getxattr", "/f", name=b"user.b") == Code.CODE_NO_DATA
         assert await meta.code("Getxattr", "/d", name=b"security.capability") == Code.CODE_NO_DATA
         assert await meta.code("Getxattr", "/fifo", name=b"user.a") == Code.CODE_NO_DATA
-        assert await meta.code("Getxattr", "/f", name=b"system.posix_acl_access") == Code.CODE_NOT_SUPPORTED
+        assert await meta.code("Getxattr", "/f", name=b"system.nfs4_acl") == Code.CODE_NOT_SUPPORTED
         assert await meta.code("Getxattr", "/f", name=b"user." + b"n" * 251) == Code.CODE_OUT_OF_RANGE
         assert await meta.code("Getxattr", "/absent", name=b"user.a") == Code.CODE_NOT_FOUND
 

@@ -264,7 +264,7 @@ impl Fake {
                 }
                 let kind = if r.r#type() == FileType::Unspecified { FileType::File } else { r.r#type() };
                 let c = r.caller.unwrap_or_default();
-                let new = Attr { mode: r.mode, uid: c.uid, gid: c.gid, rdev: r.rdev, ..attr(kind) };
+                let new = Attr { mode: r.mode & !r.umask, uid: c.uid, gid: c.gid, rdev: r.rdev, ..attr(kind) };
                 let made = names.add(parent, name, new)?;
                 names.open(made.inode, &session);
                 reply(OpenResponse { attr: Some(made), session, created: true })
@@ -296,7 +296,11 @@ impl Fake {
             Method::MetaMkdir => {
                 let r = MkdirRequest::decode(body).unwrap();
                 let (parent, name) = place(r.at.as_ref().unwrap());
-                done(names.add(parent, name, Attr { mode: r.mode, nlink: 2, parent, ..attr(FileType::Directory) })?)
+                done(names.add(
+                    parent,
+                    name,
+                    Attr { mode: r.mode & !r.umask, nlink: 2, parent, ..attr(FileType::Directory) },
+                )?)
             }
             Method::MetaSymlink => {
                 let r = SymlinkRequest::decode(body).unwrap();
