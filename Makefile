@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign torture test-rdma test-fdb proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign torture test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -60,11 +60,13 @@ torture: build ## writers and readers under kill -9, partitions, bad disks, powe
 test-rdma: build ## tests over real RDMA verbs, in a kernel with soft-RoCE and soft-iWARP that it builds once
 	@$(PY) -m tests.rdma
 
-test-fdb: build ## conformance, metadata tests and the demo on FoundationDB: make test-fdb FDB_CLUSTER_FILE=…; ERASE=1 erases what it holds
-	@: $${FDB_CLUSTER_FILE:?is the cluster file of a FoundationDB server for tests: make test-fdb FDB_CLUSTER_FILE=/path/to/fdb.cluster}
+test-fdb: need-fdb build ## tests and demo on FoundationDB: make test-fdb FDB_CLUSTER_FILE=…; ERASE=1 erases what it holds
 	@export FS3_TEST_FDB_ERASE=$(ERASE); $(VENV)/bin/pytest tests/conformance/kv/test_fdb.py tests/conformance/kv/test_fdb_fake.py
 	@export FS3_TEST_FDB_ERASE=$(ERASE) FS3_TEST_KV=fdb; $(VENV)/bin/pytest tests/unit/meta
 	@$(PY) tools/demo.py --kv fdb:$$FDB_CLUSTER_FILE
+
+need-fdb:
+	@: $${FDB_CLUSTER_FILE:?is not given: make test-fdb FDB_CLUSTER_FILE=/path/to/fdb.cluster}
 
 proto: setup ## regenerate fs3/v1 from proto/
 	@$(PY) tools/gen_proto.py

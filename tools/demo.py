@@ -9,6 +9,7 @@ limits of this machine measured in the same run. Exits with status 1 at the firs
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
@@ -26,6 +27,9 @@ from pathlib import Path
 import fs3
 from fs3.client import FileSystem
 from fs3.fuse import MountOptions, mount, umount
+from fs3.kv import retry
+from fs3.kv.api import Transaction
+from fs3.kv.open import open_store
 from fs3.testing import measure
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 from fs3.testing.measure import GIB, MIB, Measured, Meter
@@ -347,13 +351,38 @@ def table(figures: dict[str, Measured], limits: dict[str, Measured]) -> list[str
     return lines
 
 
+async def first_row(kv: str) -> list[tuple[bytes, bytes]]:
+    """One record of a key-value store, or none. Raises KvError."""
+    store = open_store(kv)
+    try:
+        return await retry.run(store, lambda txn: txn.get_range(b"", b"\xff", limit=1))
+    finally:
+        await store.close()
+
+
+async def erase(kv: str) -> None:
+    """Remove everything from a key-value store, which was empty when the demo began."""
+
+    async def clear(txn: Transaction) -> None:
+        txn.clear_range(b"", b"\xff")
+
+    store = open_store(kv)
+    try:
+        await retry.run(store, clear, idempotent=True)
+    finally:
+        await store.close()
+
+
 def main() -> int:
     """Run all steps in a temporary directory that is removed afterwards."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large files")
     parser.add_argument("--dir", help="where to work; needs about 12 x the size")
-    parser.add_argument("--kv", default="", metavar="URL", help="an empty key-value store; without it one is made")
+    parser.add_argument("--kv", default="", metavar="URL", help="an empty key-value store, emptied again at the end")
     arguments = parser.parse_args()
+    if arguments.kv and asyncio.run(first_row(arguments.kv)):
+        print(f"the demo needs an empty key-value store, and {arguments.kv} holds data", file=sys.stderr)
+        return 1
     progress = Progress()
     directory = Path(tempfile.mkdtemp(prefix="fs3-demo-", dir=arguments.dir))
     demo = Demo(directory, arguments.size_mib * MIB, arguments.kv, progress)
@@ -372,6 +401,8 @@ def main() -> int:
         return 1
     finally:
         demo.close()
+        if arguments.kv:
+            asyncio.run(erase(arguments.kv))
         shutil.rmtree(directory, ignore_errors=True)
     print("\n".join(["", *table(demo.figures, limits), ""]))
     print(f"  every byte was right; nothing is left running or mounted ({time.monotonic() - progress.start:.0f} s)")

@@ -1,6 +1,8 @@
-"""Every test begins with an empty store."""
+"""Every test begins with an empty store, and leaves one that outlives it empty."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,5 +10,7 @@ from . import engines
 
 
 @pytest.fixture(autouse=True)
-def _empty_store() -> None:
-    engines.prepare()
+def _empty_store() -> Iterator[None]:
+    engines.empty()
+    yield
+    engines.empty()

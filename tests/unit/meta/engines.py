@@ -17,8 +17,8 @@ from tests.conformance.kv.fdb_server import erase
 ENGINE = os.environ.get("FS3_TEST_KV", "memory")
 
 
-def prepare() -> None:
-    """Before each test."""
+def empty() -> None:
+    """Empty what outlives a test."""
     if ENGINE == "fdb":
         erase()
 
