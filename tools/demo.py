@@ -108,6 +108,12 @@ def copy_tree(source: Path, files: list[Path], target: Path, update: Callable[[f
     update(1.0, f"{len(files)} files")
 
 
+def by_rdma(stats: dict[str, int]) -> str:
+    """Name the RDMA devices that data came by, if any."""
+    devices = [name.split(".")[1] for name, count in stats.items() if name.endswith(".peer_write_bytes") and count]
+    return f" by RDMA on {' and '.join(devices)}" if devices else ""
+
+
 class Demo:
     """The steps, in order, on one cluster."""
 
@@ -224,9 +230,10 @@ class Demo:
                     raise Wrong(f"{name} ends at {offset + count} instead of {self.size}")
                 digest.update(piece)
                 update(offset / self.size, f"{offset // MIB} MiB")
+            way = by_rdma(fs.stats())
         if digest.hexdigest() != self.digests[name]:
             raise Wrong(f"{name} read natively differs from what was written")
-        update(1.0, f"{self.size / 1e6 / meter.seconds:.0f} MB/s, SHA-256 equal")
+        update(1.0, f"{self.size / 1e6 / meter.seconds:.0f} MB/s{way}, SHA-256 equal")
         return meter.result(bytes_=self.size)
 
     def verify_tree(self, label: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,27 @@ def numbers() -> Iterator[dict[str, float]]:
     yield found
     text = json.dumps(found, indent=1)
     Path(os.environ["RIG_OUT"], "numbers.json").write_text(f"{text}\n")
+
+
+def set_roce_port(state: str) -> None:
+    """Bring the port of rxe0 up or down."""
+    subprocess.run(["ip", "link", "set", "rd0", state], check=True)
+
+
+@pytest.fixture
+def port_up_again() -> Iterator[None]:
+    """Leave the port as it was found."""
+    yield
+    set_roce_port("up")
+
+
+@pytest.fixture(params=["rxe0", "siw0"])
+def device(request: pytest.FixtureRequest, port_up_again: None) -> str:
+    """Give the device that clusters use from here on: soft-RoCE, or soft-iWARP while the other one is down."""
+    name: str = request.param
+    if name == "siw0":
+        set_roce_port("down")
+    return name
 
 
 @pytest.fixture(scope="session")

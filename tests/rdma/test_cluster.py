@@ -7,7 +7,6 @@ import random
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +20,7 @@ from fs3.testing.replicas import compare_replicas
 from fs3.testing.storage_status import engine_statuses
 from tests.cluster.conftest import cluster, make_cluster
 from tests.cluster.kills import kill_cycles, write_load
+from tests.rdma.conftest import set_roce_port
 
 __all__ = ["cluster", "make_cluster"]
 
@@ -48,27 +48,6 @@ def read(fs: FileSystem, path: str) -> bytes:
     """All of a file."""
     with fs.open(path, "rb") as file:
         return file.read()
-
-
-def set_roce_port(state: str) -> None:
-    """Bring the port of rxe0 up or down."""
-    subprocess.run(["ip", "link", "set", "rd0", state], check=True)
-
-
-@pytest.fixture
-def port_up_again() -> Iterator[None]:
-    """Leave the port as it was found."""
-    yield
-    set_roce_port("up")
-
-
-@pytest.fixture(params=["rxe0", "siw0"])
-def device(request: pytest.FixtureRequest, port_up_again: None) -> str:
-    """Give the device that clusters use from here on: soft-RoCE, or soft-iWARP while the other one is down."""
-    name: str = request.param
-    if name == "siw0":
-        set_roce_port("down")
-    return name
 
 
 def test_file_data_moves_by_rdma_between_clients_and_storage_and_along_the_chains(
