@@ -182,6 +182,23 @@ impl OpenFile {
         }
     }
 
+    /// Make the file at least `length` bytes long, without writing: what is added reads as zeros. Others see it as they
+    /// see a write; it never makes a file shorter, whatever they do meanwhile. Errors: InvalidArgument when not open
+    /// for writing, FileTooLarge.
+    pub async fn extend(&self, length: u64) -> Result<()> {
+        self.check_open()?;
+        if !self.writable() {
+            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
+        }
+        let state = self.state();
+        let _shared = state.gate.read().await;
+        if length > self.length() {
+            drop(crate::plan::pieces(state.inode, self.layout().chunk_bytes, length - 1, 1)?);
+            state.acknowledge_write(length, fs3_rt::wall_ns());
+        }
+        Ok(())
+    }
+
     /// Write all of `data` at the end of the file, as this client knows it; returns the end afterwards. Appends of
     /// one client to one inode never overlap, through whichever open files; those of different clients may.
     /// Otherwise like [`OpenFile::write`].

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fs3_client::{Code, Error, OpenFile, Region, Result};
+use fs3_client::{Code, Error, OpenFile, Region, Result, at_inode};
 use fuser::{ReplyData, ReplyWrite};
 
 use crate::blocks::Block;
 use crate::buffers::LARGE;
+use crate::caller::superuser;
 use crate::core::{Core, Handle, errno};
 use crate::inode::{Accepted, Place};
 use crate::readahead::{BLOCK, Plan};
@@ -186,6 +187,40 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// `fallocate(2)`: longer files, holes, zeros. Space is not reserved; a cluster that has less free refuses.
+    pub async fn fallocate(&self, handle: &Arc<Handle>, mode: i32, offset: u64, length: u64) -> Result<()> {
+        let (keep, zero) = (mode & libc::FALLOC_FL_KEEP_SIZE != 0, mode & !libc::FALLOC_FL_KEEP_SIZE);
+        let clears = match zero {
+            0 => false,
+            libc::FALLOC_FL_ZERO_RANGE => true,
+            libc::FALLOC_FL_PUNCH_HOLE if keep => true,
+            _ => return Err(Error::new(Code::NotSupported, "fallocate makes longer files, holes and zeros")),
+        };
+        if zero == 0 {
+            let space = self.client.statfs(&superuser(), at_inode(handle.inode.id)).await?;
+            if space.free_bytes < length {
+                return Err(Error::new(Code::NoSpace, "the cluster has less free space"));
+            }
+        }
+        if keep && !clears {
+            return Ok(());
+        }
+        // What was written before is cleared, not what waits here.
+        handle.inode.flush(&self.io).await;
+        if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
+            return Err(error);
+        }
+        let changed = self.with_file(handle, |file| async move {
+            if clears {
+                file.punch(offset, length).await?;
+            }
+            if keep { Ok(()) } else { file.extend(offset.saturating_add(length)).await }
+        });
+        let changed = changed.await;
+        handle.inode.reshaped(&self.io);
+        changed
     }
 
     /// Make everything written to the file survive power loss.

@@ -493,14 +493,15 @@ impl Filesystem for Fs {
         &self,
         _request: &Request,
         _inode: INodeNo,
-        _fh: FileHandle,
-        _offset: u64,
-        _length: u64,
-        _mode: i32,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
         reply: ReplyEmpty,
     ) {
-        // Space is not reserved, so nothing is promised; posix_fallocate then writes.
-        reply.error(Errno::EOPNOTSUPP);
+        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let core = self.core.clone();
+        self.core.spawn(async move { answer_empty(reply, core.fallocate(&handle, mode, offset, length).await) });
     }
 }
 

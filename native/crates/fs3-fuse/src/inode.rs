@@ -227,6 +227,20 @@ impl<F: FileIo> Inode<F> {
         (!pending).then_some(state.changes)
     }
 
+    /// Holes were made, or the file was made longer, through a file that is open here: what was read before is stale,
+    /// and the service has to be told of it.
+    pub fn reshaped(self: &Arc<Self>, io: &Arc<Io<F>>) {
+        self.truncated();
+        let mut state = self.state.lock();
+        state.unpublished = true;
+        state.written_ns = now_ns();
+        if state.dirty_since.is_none() {
+            state.dirty_since = Some(Instant::now());
+            drop(state);
+            io.list_dirty(self);
+        }
+    }
+
     /// The file was cut or extended: what was read before is stale.
     pub fn truncated(&self) {
         let mut state = self.state.lock();
