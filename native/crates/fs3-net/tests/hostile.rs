@@ -219,7 +219,8 @@ async fn the_pool_opens_another_connection_when_all_are_busy_up_to_its_limit() {
         })
         .collect();
     service.waiting.acquire_many(20).await.unwrap().forget();
-    assert_eq!(peers.connections(&addr), 3);
+    // One connection by RDMA moves all that there is.
+    assert_eq!(peers.connections(&addr), if transport().has_rdma() { 1 } else { 3 });
     service.gate.add_permits(20);
     for call in calls {
         call.await.unwrap().unwrap();
@@ -235,12 +236,14 @@ proptest! {
         fields in any::<[u8; 20]>(),
         valid in any::<bool>(),
     ) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let service = Scripted::new(1 << 20);
             let (server, addr) = serve(&service).await;
             let good = connect(&addr).await;
             let mut bad = RawPeer::greeted(&addr).await;
+            // A server that waits for the rest of a message gives up at once. Calls and connections by RDMA take real time.
+            tokio::time::pause();
             let mut bytes = garbage;
             if valid {
                 // A readable header with arbitrary lengths, method and deadline.
@@ -261,6 +264,7 @@ proptest! {
             while let Some((header, _)) = bad.receive().await {
                 assert_ne!(header.status, 0);
             }
+            tokio::time::resume();
             good.call(Method::Ping, body(0), Vec::new(), Sink::none(), LONG).await.unwrap();
             assert_eq!(service.pool.usage().0, 0);
             server.shutdown(LONG).await;
