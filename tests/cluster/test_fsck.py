@@ -55,16 +55,16 @@ def test_damage_is_found_while_the_cluster_is_used_and_repaired(cluster: LocalCl
 
 def work(fs: fs3.FileSystem, stop: threading.Event) -> None:
     """Make, write, move and remove until told to stop."""
-    fs.mkdir("/work")
+    fs.mkdir("/busy")
     i = 0
     while not stop.is_set():
         i += 1
-        with fs.open(f"/work/{i}", "wb") as file:
+        with fs.open(f"/busy/{i}", "wb") as file:
             file.write(DATA[: i % 3 * 70_000])
-        fs.replace(f"/work/{i}", "/work/moved")
-        fs.mkdir(f"/work/d{i}")
-        fs.rmtree(f"/work/d{i}")
-    fs.rmtree("/work")
+        fs.replace(f"/busy/{i}", "/busy/moved")
+        fs.mkdir(f"/busy/d{i}")
+        fs.rmtree(f"/busy/d{i}")
+    fs.rmtree("/busy")
 
 
 async def damage(cluster: LocalCluster, upper: int, top: int, file: int) -> None:
