@@ -34,6 +34,15 @@ def store(tr: Transaction, record: InodeRecord) -> None:
     tr.set(keys.inode(record.attr.inode), record.SerializeToString())
 
 
+def store_changed(tr: Transaction, record: InodeRecord, now_ns: int) -> None:
+    """Write the record, completed by :func:`complete`, of an inode whose attributes changed now."""
+    attr = record.attr
+    attr.ctime_ns = now_ns
+    if attr.type == model.DIRECTORY:
+        tr.set(keys.directory_times(attr.inode), model.encode_times(attr.mtime_ns, now_ns))
+    store(tr, record)
+
+
 async def complete(tr: Transaction, record: InodeRecord) -> Attr:
     """The attributes as callers see them: directories get their times and link count."""
     attr = record.attr

@@ -231,8 +231,5 @@ def drop_capability(record: InodeRecord) -> None:
 async def changed(tr: Transaction, record: InodeRecord, now_ns: int) -> Attr:
     """Store the record of an inode whose attributes changed now; returns it as callers see it."""
     attr = await tree.complete(tr, record)
-    attr.ctime_ns = now_ns
-    if attr.type == model.DIRECTORY:
-        tr.set(keys.directory_times(attr.inode), model.encode_times(attr.mtime_ns, now_ns))
-    tree.store(tr, record)
+    tree.store_changed(tr, record, now_ns)
     return attr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, tree, walk, xattrs
+from fs3.meta import access, model, tree, walk, xattrs
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -38,10 +38,7 @@ async def run(tr: Transaction, request: SetattrRequest, ctx: OpContext) -> AttrR
         return AttrResponse(attr=attr)
     if explicit or now:
         _change_times(record, request, ctx.now_ns)
-    attr.ctime_ns = ctx.now_ns
-    if attr.type == model.DIRECTORY:
-        tr.set(keys.directory_times(attr.inode), model.encode_times(attr.mtime_ns, attr.ctime_ns))
-    tree.store(tr, record)
+    tree.store_changed(tr, record, ctx.now_ns)
     return AttrResponse(attr=attr)
 
 

@@ -207,7 +207,7 @@ impl Core {
         if keep && !clears {
             return Ok(());
         }
-        // What was written before is cleared, not what waits here.
+        // Writes that were accepted before come first: what they wrote is cleared too, and the file is as long as they make it.
         handle.inode.flush(&self.io).await;
         if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
             return Err(error);
