@@ -191,6 +191,26 @@ def test_a_write_by_another_user_takes_set_id_bits_away(directory: Path, mode: i
         assert path.stat().st_mode & 0o7777 == left
 
 
+def make_longer(path: Path) -> None:
+    """Allocate through a descriptor."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.posix_fallocate(fd, 0, 8192)
+    finally:
+        os.close(fd)
+
+
+@as_root
+def test_an_allocation_by_another_user_takes_set_id_bits_away(directory: Path) -> None:
+    path = directory / "program"
+    path.touch()
+    path.chmod(0o6777)
+    make_longer(path)
+    assert path.stat().st_mode & 0o7777 == 0o6777
+    assert failure(make_longer, path, uid=NOBODY) == 0
+    assert (path.stat().st_mode & 0o7777, path.stat().st_size) == (0o777, 8192)
+
+
 def test_copies_keep_attributes(directory: Path, tmp_path: Path) -> None:
     (directory / "tree" / "sub").mkdir(parents=True)
     (directory / "tree" / "f").write_bytes(b"data")

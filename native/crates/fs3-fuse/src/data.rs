@@ -8,7 +8,7 @@ use fuser::{ReplyData, ReplyWrite};
 
 use crate::blocks::Block;
 use crate::buffers::LARGE;
-use crate::caller::superuser;
+use crate::caller::{Who, superuser};
 use crate::core::{Core, Handle, errno};
 use crate::inode::{Accepted, Place};
 use crate::readahead::{BLOCK, Plan};
@@ -190,7 +190,7 @@ impl Core {
     }
 
     /// `fallocate(2)`: longer files, holes, zeros. Space is not reserved; a cluster that has less free refuses.
-    pub async fn fallocate(&self, handle: &Arc<Handle>, mode: i32, offset: u64, length: u64) -> Result<()> {
+    pub async fn fallocate(&self, who: &Who, handle: &Arc<Handle>, mode: i32, offset: u64, length: u64) -> Result<()> {
         let (keep, zero) = (mode & libc::FALLOC_FL_KEEP_SIZE != 0, mode & !libc::FALLOC_FL_KEEP_SIZE);
         let clears = match zero {
             0 => false,
@@ -206,6 +206,9 @@ impl Core {
         }
         if keep && !clears {
             return Ok(());
+        }
+        if who.uid != 0 && handle.inode.has_set_id() {
+            self.drop_set_id(handle.inode.id).await?;
         }
         // Writes that were accepted before come first: what they wrote is cleared too, and the file is as long as they make it.
         handle.inode.flush(&self.io).await;

@@ -491,7 +491,7 @@ impl Filesystem for Fs {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -500,8 +500,10 @@ impl Filesystem for Fs {
         reply: ReplyEmpty,
     ) {
         let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
-        let core = self.core.clone();
-        self.core.spawn(async move { answer_empty(reply, core.fallocate(&handle, mode, offset, length).await) });
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            answer_empty(reply, core.fallocate(&who, &handle, mode, offset, length).await);
+        });
     }
 }
 
