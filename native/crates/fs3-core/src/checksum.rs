@@ -1,4 +1,4 @@
-use crate::{Code, Error, Result};
+use crate::{Code, Error, Region, Result};
 
 /// Bytes that one stored checksum covers.
 pub const CRC_BLOCK_BYTES: usize = 4096;
@@ -31,6 +31,53 @@ pub fn verify_crcs(offset: usize, data: &[u8], crcs: &[u32]) -> Result<()> {
     }
 }
 
+/// Bytes of a chunk that match the checksums of their pieces. Only a check makes one, so that whoever is handed
+/// one need not read the bytes again.
+#[derive(Clone)]
+pub struct CheckedBytes {
+    offset: u32,
+    data: Region,
+    crcs: Vec<u32>,
+}
+
+impl CheckedBytes {
+    /// Check `data`, beginning at `offset` of its chunk. The bytes must not change from now on.
+    ///
+    /// Errors: PayloadChecksum.
+    pub fn check(offset: u32, data: Region, crcs: Vec<u32>) -> Result<Self> {
+        match verify_crcs(offset as usize, &data, &crcs) {
+            Ok(()) => Ok(Self { offset, data, crcs }),
+            Err(_) => Err(Error::new(Code::PayloadChecksum, "the bytes arrived damaged; send them again")),
+        }
+    }
+
+    /// Bytes that were made here, with their checksums.
+    pub fn new(offset: u32, data: Region) -> Self {
+        let crcs = crc_blocks(offset as usize, &data);
+        Self { offset, data, crcs }
+    }
+
+    /// Where they begin, in bytes from the start of the chunk.
+    pub fn offset(&self) -> u32 {
+        self.offset
+    }
+
+    /// Where they end, in bytes from the start of the chunk.
+    pub fn end(&self) -> u32 {
+        self.offset + self.data.len() as u32
+    }
+
+    /// The bytes.
+    pub fn data(&self) -> &Region {
+        &self.data
+    }
+
+    /// Checksums of the pieces cut at the crc-block borders of the chunk.
+    pub fn crcs(&self) -> &[u32] {
+        &self.crcs
+    }
+}
+
 /// The wire form of checksums: little-endian u32 one after another.
 pub fn pack_crcs(crcs: &[u32]) -> Vec<u8> {
     crcs.iter().flat_map(|c| c.to_le_bytes()).collect()
@@ -47,6 +94,18 @@ pub fn unpack_crcs(bytes: &[u8]) -> Option<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_bytes_that_match_count_as_checked() {
+        let data = Region::from_vec((0..10_000u32).map(|i| (i * 7) as u8).collect());
+        let made = CheckedBytes::new(100, data.clone());
+        let mut crcs = made.crcs().to_vec();
+        assert_eq!(CheckedBytes::check(100, data.clone(), crcs.clone()).unwrap().end(), 10_100);
+        assert!(CheckedBytes::check(101, data.clone(), crcs.clone()).is_err());
+        crcs[1] ^= 1;
+        let code = CheckedBytes::check(100, data, crcs).err().map(|e| e.code);
+        assert_eq!(code, Some(Code::PayloadChecksum));
+    }
 
     #[test]
     fn crc32c_is_castagnoli() {

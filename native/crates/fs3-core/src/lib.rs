@@ -8,7 +8,7 @@ mod mapped;
 mod pool;
 
 pub use buffer::{AlignedBuf, Region, RegionMut};
-pub use checksum::{CRC_BLOCK_BYTES, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
+pub use checksum::{CRC_BLOCK_BYTES, CheckedBytes, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
 pub use error::{Code, Error, Result};
 pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
 pub use mapped::{DmaBuf, ForeignMapping, MappingWatcher, mapping_of, watch_mappings};

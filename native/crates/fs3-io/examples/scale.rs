@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use fs3_core::{AlignedBuf, BufferPool, ChainVersion, ChunkId, ClientId, InodeId, Region, UpdateVersion, crc_blocks};
+use fs3_core::{AlignedBuf, BufferPool, ChainVersion, CheckedBytes, ChunkId, ClientId, InodeId, Region, UpdateVersion};
 use fs3_io::{Access, Change, Disk, DiskFile, ReadCache, RealDisk, StoreOptions, TargetStore, Update, WriterRecord};
 
 const WRITERS: u64 = 8;
@@ -71,20 +71,19 @@ fn fill(dir: &Path, chunks: u64, bytes: usize) {
     let (before, start) = (resident_bytes(), Instant::now());
     let store = open_store(dir);
     let data = Region::from_aligned(AlignedBuf::new(bytes), bytes);
-    let crcs = crc_blocks(0, &data);
+    let whole = CheckedBytes::new(0, data);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().expect("a runtime");
     let next = Arc::new(AtomicU64::new(0));
     let writers: Vec<_> = (0..WRITERS)
         .map(|_| {
-            let (store, data, crcs, next) = (store.clone(), data.clone(), crcs.clone(), next.clone());
+            let (store, whole, next) = (store.clone(), whole.clone(), next.clone());
             runtime.spawn(async move {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     if i >= chunks {
                         return;
                     }
-                    let change = Change::Write { offset: 0, data: data.clone(), crcs: crcs.clone() };
-                    put(&store, i, change).await;
+                    put(&store, i, Change::Write(whole.clone())).await;
                 }
             })
         })

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fs3_core::{AlignedBuf, BufferPool, ChainVersion, ChunkId, InodeId, Region, UpdateVersion, crc_blocks};
+use fs3_core::{AlignedBuf, BufferPool, ChainVersion, CheckedBytes, ChunkId, InodeId, Region, UpdateVersion};
 use fs3_io::{Change, ReadCache, StoreOptions, TargetStore, Update};
 
 const CHUNK: u32 = 1 << 20;
@@ -21,18 +21,17 @@ fn main() {
     let options = StoreOptions::new(cache.clone(), BufferPool::new(64 << 20));
     let store = TargetStore::open(&dir, options.clone()).expect("the directory is usable");
     let bench = Bench { store, duration: Duration::from_secs_f64(seconds) };
-    let data = region(CHUNK as usize);
-    let crcs = Arc::new(crc_blocks(0, &data));
+    let whole = CheckedBytes::new(0, region(CHUNK as usize));
     for round in ["first writes", "warm writes"] {
         for depth in [1, 4] {
-            let (data, crcs) = (data.clone(), crcs.clone());
+            let whole = whole.clone();
             bench.run(&runtime, &format!("1 MiB {round}, depth {depth}"), depth, 1 << 20, move |store, i| {
-                let (data, crcs) = (data.clone(), crcs.to_vec());
-                async move { put(&store, i as u32 % CHUNKS, Change::Write { offset: 0, data, crcs }).await }
+                let whole = whole.clone();
+                async move { put(&store, i as u32 % CHUNKS, Change::Write(whole)).await }
             });
         }
     }
-    fill(&runtime, &bench.store, &data, &crcs);
+    fill(&runtime, &bench.store, &whole);
     for (name, depth) in [("cold", 1), ("cold", 4), ("cached", 1), ("cached", 4)] {
         let cold = name == "cold";
         let cache = cache.clone();
@@ -65,14 +64,12 @@ fn main() {
         });
     }
     let small = region(4096);
-    let small_crcs = crc_blocks(0, &small);
     let before = disk_writes();
     let mut total = 0;
     for depth in [1, 32] {
-        let (small, crcs) = (small.clone(), small_crcs.clone());
+        let small = small.clone();
         total += bench.run(&runtime, &format!("4 KiB overwrites, depth {depth}"), depth, 4096, move |store, i| {
-            let change =
-                Change::Write { offset: (scatter(i) as u32 & 255) * 4096, data: small.clone(), crcs: crcs.clone() };
+            let change = Change::Write(CheckedBytes::new((scatter(i) as u32 & 255) * 4096, small.clone()));
             async move { put(&store, i as u32 % CHUNKS, change).await }
         });
     }
@@ -83,16 +80,15 @@ fn main() {
     if let (Some(before), Some(after)) = (before, disk_writes()) {
         println!("{:<34} {:>9.2} x", "4 KiB overwrite amplification", (after - before) as f64 / (total * 4096) as f64);
     }
-    let (new, crcs) = (small.clone(), small_crcs.clone());
+    let new = CheckedBytes::new(0, small.clone());
     bench.run(&runtime, "4 KiB new chunks, depth 4", 4, 4096, move |store, i| {
-        let change = Change::Write { offset: 0, data: new.clone(), crcs: crcs.clone() };
+        let change = Change::Write(new.clone());
         async move { put(&store, 1_000_000 + i as u32 % 20_000, change).await }
     });
     bench.run(&runtime, "sync after a 4 KiB write, depth 1", 1, 4096, {
-        let (small, crcs) = (small.clone(), small_crcs.clone());
-        move |store, i| {
-            let change = Change::Write { offset: 4096, data: small.clone(), crcs: crcs.clone() };
-            let _ = i;
+        let second = CheckedBytes::new(4096, small.clone());
+        move |store, _| {
+            let change = Change::Write(second.clone());
             async move {
                 put(&store, 0, change).await;
                 store.sync().await.expect("sync");
@@ -100,10 +96,9 @@ fn main() {
         }
     });
     for depth in [1, 32] {
-        let (small, crcs) = (small.clone(), small_crcs.clone());
+        let small = small.clone();
         bench.run(&runtime, &format!("durable 4 KiB overwrites, depth {depth}"), depth, 4096, move |store, i| {
-            let change =
-                Change::Write { offset: (scatter(i) as u32 & 255) * 4096, data: small.clone(), crcs: crcs.clone() };
+            let change = Change::Write(CheckedBytes::new((scatter(i) as u32 & 255) * 4096, small.clone()));
             async move {
                 put(&store, i as u32 % CHUNKS, change).await;
                 store.sync().await.expect("sync");
@@ -175,10 +170,10 @@ async fn put(store: &Arc<TargetStore>, index: u32, change: Change) {
     store.commit(id, update_version).await.expect("commit");
 }
 
-fn fill(runtime: &tokio::runtime::Runtime, store: &Arc<TargetStore>, data: &Region, crcs: &[u32]) {
+fn fill(runtime: &tokio::runtime::Runtime, store: &Arc<TargetStore>, whole: &CheckedBytes) {
     runtime.block_on(async {
         for i in 0..CHUNKS {
-            put(store, i, Change::Write { offset: 0, data: data.clone(), crcs: crcs.to_vec() }).await;
+            put(store, i, Change::Write(whole.clone())).await;
         }
     });
 }

@@ -6,7 +6,7 @@ use fs3_chunk::{
     Allocator, BLOCK_BYTES, Block, Blocks, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, ChunkMeta, Record, Table, Version,
     VersionInfo, WriterRecord,
 };
-use fs3_core::{BufferPool, ChainVersion, ChunkId, Code, Error, Region, Result, UpdateVersion};
+use fs3_core::{BufferPool, ChainVersion, CheckedBytes, ChunkId, Code, Error, Region, Result, UpdateVersion};
 use parking_lot::{Mutex, RwLock};
 
 use crate::cache::ReadCache;
@@ -71,21 +71,12 @@ impl StoreOptions {
 /// What an update does to a chunk.
 #[derive(Clone)]
 pub enum Change {
-    /// Write `data` at `offset`; a gap after the old end reads as zeros.
-    Write {
-        /// Bytes from the start of the chunk.
-        offset: u32,
-        /// The bytes. They must not change while the update runs.
-        data: Region,
-        /// Checksums of the pieces of `data` cut at crc-block borders of the chunk.
-        crcs: Vec<u32>,
-    },
-    /// The chunk is `data`, whatever it was before.
+    /// Write the bytes at their offset; a gap after the old end reads as zeros.
+    Write(CheckedBytes),
+    /// The chunk is `bytes`, whatever it was before.
     Replace {
-        /// The bytes. They must not change while the update runs.
-        data: Region,
-        /// Checksums of its crc blocks.
-        crcs: Vec<u32>,
+        /// From offset 0.
+        bytes: CheckedBytes,
         /// Replace the chunk's exactly-once records.
         writers: Vec<WriterRecord>,
     },
@@ -207,8 +198,7 @@ impl TargetStore {
 
     /// Make `update` the chunk's pending version, replacing one that is there.
     ///
-    /// Errors: PayloadChecksum when the data do not match their crcs; ChecksumMismatch when old bytes it has
-    /// to be merged with are rotten; NoSpace; ChunkNotFound for a truncate or punch of a missing chunk;
+    /// Errors: ChecksumMismatch when old bytes it has to be merged with are rotten; NoSpace; ChunkNotFound for a truncate or punch of a missing chunk;
     /// InvalidArgument; DiskError. After an error the chunk is as it was.
     pub async fn prepare(self: &Arc<Self>, update: Update) -> Result<VersionInfo> {
         result_of(|done| self.prepare_then(update, done)).await
@@ -433,8 +423,7 @@ pub(crate) fn check_update(update: &Update) -> Result<()> {
         return invalid("update version 0 means never written".into());
     }
     let end = match &update.change {
-        Change::Write { offset, data, .. } => u64::from(*offset) + data.len() as u64,
-        Change::Replace { data, .. } => data.len() as u64,
+        Change::Write(bytes) | Change::Replace { bytes, .. } => u64::from(bytes.offset()) + bytes.data().len() as u64,
         Change::Truncate { length } => u64::from(*length),
         Change::Punch { offset, length } => u64::from(*offset) + u64::from(*length),
         Change::Remove => 0,

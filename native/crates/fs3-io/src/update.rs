@@ -5,7 +5,7 @@ use fs3_chunk::{
     BLOCK_BYTES, Block, Body, Plan, Prepare, Record, Version, VersionInfo, WRITERS_MAX, block_count, class_of,
     plan_write,
 };
-use fs3_core::{Code, Error, Region, RegionMut, Result, crc32c, verify_crcs};
+use fs3_core::{CheckedBytes, Code, Error, RegionMut, Result, crc32c};
 
 use crate::cache::PAGE_BLOCKS;
 use crate::store::{Change, TargetStore, Update, check_update};
@@ -15,32 +15,6 @@ struct Built {
     body: Body,
     length: u32,
     block: Option<Arc<Block>>,
-}
-
-/// New bytes with the checksums of their pieces.
-struct Input {
-    offset: u32,
-    data: Region,
-    crcs: Vec<u32>,
-}
-
-impl Input {
-    fn end(&self) -> u32 {
-        self.offset + self.data.len() as u32
-    }
-
-    fn verified(offset: u32, data: Region, crcs: Vec<u32>) -> Result<Self> {
-        verify_crcs(offset as usize, &data, &crcs).map_err(|_| {
-            Error::new(Code::PayloadChecksum, "the data do not match the writer's checksums; send them again")
-        })?;
-        Ok(Self { offset, data, crcs })
-    }
-
-    /// The writer's checksum of `block` in a chunk of `length` bytes, if it covers all of it.
-    fn crc_of(&self, block: u32, length: u32) -> Option<u32> {
-        let (start, end) = (block * BLOCK_BYTES, ((block + 1) * BLOCK_BYTES).min(length));
-        (self.offset <= start && end <= self.end()).then(|| self.crcs[(block - self.offset / BLOCK_BYTES) as usize])
-    }
 }
 
 impl TargetStore {
@@ -64,13 +38,11 @@ impl TargetStore {
         let base = committed.filter(|v| !v.info.removed);
         let mut writers = None;
         let built = match update.change {
-            Change::Write { offset, data, crcs } => {
-                self.build_write(base.as_deref(), Input::verified(offset, data, crcs)?)
-            }
-            Change::Replace { data, crcs, writers: mut records } => {
+            Change::Write(bytes) => self.build_write(base.as_deref(), &bytes),
+            Change::Replace { bytes, writers: mut records } => {
                 records.drain(..records.len().saturating_sub(WRITERS_MAX));
                 writers = Some(records);
-                self.build_whole(Input::verified(0, data, crcs)?)
+                self.build_whole(&bytes)
             }
             Change::Truncate { length } => self.build_cut(base.as_deref(), length),
             Change::Punch { offset, length } => self.build_punch(base.as_deref(), offset, length),
@@ -97,20 +69,20 @@ impl TargetStore {
         pending.ok_or_else(|| Error::new(Code::Internal, "a prepared version vanished; updates of a chunk raced"))
     }
 
-    fn build_write(&self, base: Option<&Version>, input: Input) -> Result<Built> {
+    fn build_write(&self, base: Option<&Version>, input: &CheckedBytes) -> Result<Built> {
         let old = base.map_or(0, |b| b.info.length);
-        if input.data.is_empty() {
+        if input.data().is_empty() {
             return match base {
                 Some(_) => Ok(Built { body: Body::Cut { tail_crc: None }, length: old, block: None }),
                 None => Ok(Built { body: Body::Whole { at: None, crcs: vec![] }, length: 0, block: None }),
             };
         }
         let length = old.max(input.end());
-        match plan_write(base, input.offset, input.data.len() as u32) {
-            Plan::Whole { .. } if input.offset == 0 && input.end() >= old => self.build_whole(input),
+        match plan_write(base, input.offset(), input.data().len() as u32) {
+            Plan::Whole { .. } if input.offset() == 0 && input.end() >= old => self.build_whole(input),
             Plan::Whole { class } => {
-                let bytes = self.assemble(base, &input, 0, block_count(length))?;
-                let crcs = merged_crcs(base, &input, 0, block_count(length), &bytes);
+                let bytes = self.assemble(base, input, 0, block_count(length))?;
+                let crcs = merged_crcs(base, input, 0, block_count(length), &bytes);
                 let block = self.take_block(class)?;
                 self.write_padded(&block, &bytes[..length as usize])?;
                 let body = Body::Whole { at: Some(block.location), crcs };
@@ -118,14 +90,14 @@ impl TargetStore {
             }
             Plan::Append { first } => {
                 let base = base.expect("an append has a base");
-                let bytes = self.assemble(Some(base), &input, first, block_count(length))?;
-                let crcs = merged_crcs(Some(base), &input, first, block_count(length), &bytes);
+                let bytes = self.assemble(Some(base), input, first, block_count(length))?;
+                let crcs = merged_crcs(Some(base), input, first, block_count(length), &bytes);
                 self.write_in_place(base, first, &bytes)?;
                 Ok(Built { body: Body::Append { first, crcs }, length, block: None })
             }
             Plan::Patch { first, end } => {
-                let bytes = self.assemble(base, &input, first, end)?;
-                let crcs = merged_crcs(base, &input, first, end, &bytes);
+                let bytes = self.assemble(base, input, first, end)?;
+                let crcs = merged_crcs(base, input, first, end, &bytes);
                 let all = bytes.freeze();
                 let block = BLOCK_BYTES as usize;
                 let blocks = (0..(end - first) as usize).map(|b| all.slice(b * block, block)).collect();
@@ -135,14 +107,18 @@ impl TargetStore {
     }
 
     /// All bytes are new: they go to disk straight from the caller's memory.
-    fn build_whole(&self, input: Input) -> Result<Built> {
+    fn build_whole(&self, input: &CheckedBytes) -> Result<Built> {
         let length = input.end();
         if length == 0 {
             return Ok(Built { body: Body::Whole { at: None, crcs: vec![] }, length, block: None });
         }
         let block = self.take_block(class_of(length))?;
-        self.write_padded(&block, &input.data)?;
-        Ok(Built { body: Body::Whole { at: Some(block.location), crcs: input.crcs }, length, block: Some(block) })
+        self.write_padded(&block, input.data())?;
+        Ok(Built {
+            body: Body::Whole { at: Some(block.location), crcs: input.crcs().to_vec() },
+            length,
+            block: Some(block),
+        })
     }
 
     fn build_cut(&self, base: Option<&Version>, length: u32) -> Result<Built> {
@@ -187,11 +163,11 @@ impl TargetStore {
 
     /// The bytes of the crc blocks `first..end` after the write: verified old bytes, zeros in gaps and
     /// padding, and the new bytes.
-    fn assemble(&self, base: Option<&Version>, input: &Input, first: u32, end: u32) -> Result<RegionMut> {
+    fn assemble(&self, base: Option<&Version>, input: &CheckedBytes, first: u32, end: u32) -> Result<RegionMut> {
         let (from, to) = (first * BLOCK_BYTES, end * BLOCK_BYTES);
         let mut buf = self.options.pool.take((to - from) as usize);
         let old_end = base.map_or(0, |b| b.info.length).min(to);
-        let head_end = input.offset.min(old_end).max(from);
+        let head_end = input.offset().min(old_end).max(from);
         let tail_start = (input.end() / BLOCK_BYTES * BLOCK_BYTES).max(from);
         if let Some(base) = base {
             if from < head_end {
@@ -202,8 +178,8 @@ impl TargetStore {
             }
         }
         let at = |offset: u32| (offset - from) as usize;
-        buf[at(head_end)..at(input.offset.max(head_end))].fill(0);
-        buf[at(input.offset)..at(input.end())].copy_from_slice(&input.data);
+        buf[at(head_end)..at(input.offset().max(head_end))].fill(0);
+        buf[at(input.offset())..at(input.end())].copy_from_slice(input.data());
         buf[at(input.end().max(old_end))..].fill(0);
         Ok(buf)
     }
@@ -253,15 +229,15 @@ impl TargetStore {
 
 /// Checksums of the blocks `first..end` after the write, whose bytes are `bytes`. Old checksums are kept for
 /// blocks that stay as they are, the writer's are used for blocks it covers.
-fn merged_crcs(base: Option<&Version>, input: &Input, first: u32, end: u32, bytes: &[u8]) -> Vec<u32> {
+fn merged_crcs(base: Option<&Version>, input: &CheckedBytes, first: u32, end: u32, bytes: &[u8]) -> Vec<u32> {
     let old = base.map_or(0, |b| b.info.length);
     let length = old.max(input.end());
-    let changed_from = input.offset.min(old);
+    let changed_from = input.offset().min(old);
     (first..end)
         .map(|block| {
             let (start, stop) = (block * BLOCK_BYTES, ((block + 1) * BLOCK_BYTES).min(length));
             let kept = (stop <= changed_from || start >= input.end()) && stop.min(old) == stop;
-            match (kept, base, input.crc_of(block, length)) {
+            match (kept, base, whole_crc(input, block, length)) {
                 (true, Some(base), _) => base.crcs[block as usize],
                 (_, _, Some(crc)) => crc,
                 _ => {
@@ -271,4 +247,11 @@ fn merged_crcs(base: Option<&Version>, input: &Input, first: u32, end: u32, byte
             }
         })
         .collect()
+}
+
+/// The writer's checksum of `block` in a chunk of `length` bytes, if it covers all of it.
+fn whole_crc(input: &CheckedBytes, block: u32, length: u32) -> Option<u32> {
+    let (start, end) = (block * BLOCK_BYTES, ((block + 1) * BLOCK_BYTES).min(length));
+    let covered = input.offset() <= start && end <= input.end();
+    covered.then(|| input.crcs()[(block - input.offset() / BLOCK_BYTES) as usize])
 }

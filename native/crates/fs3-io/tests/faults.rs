@@ -6,21 +6,10 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use common::{Bed, CHUNK, bytes_of, code, id, options, pattern, runtime, update, write};
-use fs3_core::{Code, Region, UpdateVersion, crc_blocks};
+use common::{Bed, CHUNK, bytes_of, code, id, options, pattern, replace, runtime, update, write};
+use fs3_core::{Code, UpdateVersion};
 use fs3_io::fault::Fault;
 use fs3_io::{Change, Disk, IoThreads, TargetStore};
-
-#[test]
-fn damaged_payloads_are_refused_and_change_nothing() {
-    let bed = Bed::new();
-    let data = pattern(1, 0, 10_000);
-    let mut crcs = crc_blocks(0, &data);
-    crcs[1] ^= 1;
-    let change = Change::Write { offset: 0, data: Region::from_vec(data), crcs };
-    assert_eq!(code(bed.prepare(0, 1, change)), Some(Code::PayloadChecksum));
-    assert!(bed.store.chunk(id(0)).is_none());
-}
 
 #[test]
 fn rotten_bytes_are_never_returned_nor_merged_into_a_new_version() {
@@ -213,9 +202,7 @@ fn writer_records_are_committed_with_the_version_and_survive() {
     assert_eq!(meta.writers, vec![common::writer(2)]);
     assert!(meta.committed.unwrap().removed);
     let records = vec![common::writer(77)];
-    let data = vec![5; 5000];
-    let crcs = crc_blocks(0, &data);
-    bed.put(0, 3, Change::Replace { data: Region::from_vec(data), crcs, writers: records });
+    bed.put(0, 3, replace(vec![5; 5000], records));
     assert_eq!(bed.store.chunk(id(0)).unwrap().writers.last().unwrap().sequence, 3);
     assert_eq!(bed.store.list(None, 10).len(), 1);
     assert_eq!(bed.store.inode_chunks(0, 7, 0, u32::MAX).len(), 1);

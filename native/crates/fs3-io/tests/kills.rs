@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use common::{bytes_of, id, options, runtime, update, write};
-use fs3_core::{Code, Region, Result, UpdateVersion, crc_blocks, verify_crcs};
+use common::{bytes_of, id, options, replace, runtime, update, write};
+use fs3_core::{Code, Result, UpdateVersion, crc_blocks, verify_crcs};
 use fs3_io::fault::{Fault, FaultDisk};
 use fs3_io::{Change, IoThreads, StoreOptions, TargetStore, Update, VersionInfo};
 use rand::rngs::StdRng;
@@ -81,7 +81,7 @@ impl Rig {
         let change = match random.random_range(0..20) {
             0 => {
                 bytes = data.clone();
-                Change::Replace { crcs: crc_blocks(0, &data), data: Region::from_vec(data), writers: vec![] }
+                replace(data, vec![])
             }
             1 if old > 0 => {
                 let length = random.random_range(0..=old);

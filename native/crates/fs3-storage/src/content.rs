@@ -1,7 +1,7 @@
 //! What an update carries, and whole chunks made of it.
 
 use fs3_chain::Content;
-use fs3_core::{BufferPool, CRC_BLOCK_BYTES, ChunkId, Code, Error, Region, Result, crc_blocks};
+use fs3_core::{BufferPool, CRC_BLOCK_BYTES, CheckedBytes, ChunkId, Code, Error, Region, Result, crc_blocks};
 use fs3_io::{Change, TargetStore, WriterRecord};
 
 /// The payload of one update, kept from its arrival until the machine is done with it.
@@ -14,14 +14,9 @@ pub(crate) struct Job {
 }
 
 pub(crate) enum Body {
-    Write {
-        offset: u32,
-        data: Region,
-        crcs: Vec<u32>,
-    },
+    Write(CheckedBytes),
     Replace {
-        data: Region,
-        crcs: Vec<u32>,
+        bytes: CheckedBytes,
         writers: Vec<WriterRecord>,
     },
     Truncate {
@@ -53,15 +48,13 @@ impl Job {
     /// The local change for `content` if nothing has to be read for it.
     pub fn given_change(&self, content: Content) -> Option<Change> {
         match (&self.body, content) {
-            (Body::Write { offset, data, crcs }, Content::Update) => {
-                Some(Change::Write { offset: *offset, data: data.clone(), crcs: crcs.clone() })
-            }
+            (Body::Write(bytes), Content::Update) => Some(Change::Write(bytes.clone())),
             (Body::Truncate { length }, Content::Update) => Some(Change::Truncate { length: *length }),
             (Body::Punch { offset, length }, Content::Update) => {
                 Some(Change::Punch { offset: *offset, length: *length })
             }
-            (Body::Replace { data, crcs, writers }, Content::Update | Content::Whole) => {
-                Some(Change::Replace { data: data.clone(), crcs: crcs.clone(), writers: writers.clone() })
+            (Body::Replace { bytes, writers }, Content::Update | Content::Whole) => {
+                Some(Change::Replace { bytes: bytes.clone(), writers: writers.clone() })
             }
             _ => None,
         }
@@ -82,8 +75,8 @@ impl Job {
             return Ok(Some((change, self.chunk_bytes)));
         }
         let Some(whole) = self.whole(store, pool, content).await? else { return Ok(None) };
-        let data = contiguous(whole.data, whole.length, pool);
-        Ok(Some((Change::Replace { data, crcs: whole.crcs, writers: whole.writers }, whole.chunk_bytes)))
+        let bytes = CheckedBytes::check(0, contiguous(whole.data, whole.length, pool), whole.crcs)?;
+        Ok(Some((Change::Replace { bytes, writers: whole.writers }, whole.chunk_bytes)))
     }
 
     /// The whole chunk for `content` (not `Update`); `None` when there is no such chunk.
@@ -93,11 +86,11 @@ impl Job {
         pool: &BufferPool,
         content: Content,
     ) -> Result<Option<Whole>> {
-        if let (Body::Replace { data, crcs, writers }, Content::Whole) = (&self.body, content) {
+        if let (Body::Replace { bytes, writers }, Content::Whole) = (&self.body, content) {
             return Ok(Some(Whole {
-                data: vec![data.clone()],
-                length: data.len() as u32,
-                crcs: crcs.clone(),
+                data: vec![bytes.data().clone()],
+                length: bytes.end(),
+                crcs: bytes.crcs().to_vec(),
                 chunk_bytes: self.chunk_bytes,
                 writers: writers.clone(),
             }));
@@ -115,7 +108,7 @@ impl Job {
             None => (Vec::new(), 0, self.chunk_bytes, Vec::new()),
         };
         let length = match &self.body {
-            Body::Write { offset, data, .. } => old_length.max(offset + data.len() as u32),
+            Body::Write(bytes) => old_length.max(bytes.end()),
             Body::Truncate { length } => old_length.min(*length),
             Body::Punch { .. } => old_length,
             _ => return Err(Error::new(Code::Internal, "an update without content")),
@@ -129,8 +122,8 @@ impl Job {
         }
         buffer[at..].fill(0);
         match &self.body {
-            Body::Write { offset, data, .. } => {
-                buffer[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+            Body::Write(bytes) => {
+                buffer[bytes.offset() as usize..bytes.end() as usize].copy_from_slice(bytes.data());
             }
             Body::Punch { offset, length: hole } => {
                 let at = |byte: u32| byte.min(length) as usize;
@@ -145,14 +138,16 @@ impl Job {
 
     /// The chunk after a write that leaves nothing of the old bytes: those may even be rotten.
     fn overwritten(&self, store: &TargetStore) -> Option<Whole> {
-        let Body::Write { offset: 0, data, crcs } = &self.body else { return None };
+        let Body::Write(bytes) = &self.body else { return None };
+        if bytes.offset() != 0 {
+            return None;
+        }
         let meta = store.chunk(self.chunk)?;
-        let old = meta.committed.filter(|v| !v.removed && v.length as usize <= data.len())?;
-        let (data, length) = (data.clone(), data.len() as u32);
+        let old = meta.committed.filter(|v| !v.removed && v.length <= bytes.end())?;
         Some(Whole {
-            data: vec![data],
-            length,
-            crcs: crcs.clone(),
+            data: vec![bytes.data().clone()],
+            length: bytes.end(),
+            crcs: bytes.crcs().to_vec(),
             chunk_bytes: old.chunk_bytes,
             writers: meta.writers,
         })

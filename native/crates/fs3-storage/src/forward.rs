@@ -36,14 +36,14 @@ impl Target {
             (Body::Punch { offset, length }, Content::Update) => {
                 self.forward_punch(job, forward, *offset, *length).await
             }
-            (Body::Write { offset, data, crcs }, Content::Update) => {
+            (Body::Write(bytes), Content::Update) => {
                 let request = WriteRequest {
-                    offset: *offset,
-                    length: data.len() as u32,
-                    crcs: pack_crcs(crcs).into(),
+                    offset: bytes.offset(),
+                    length: bytes.data().len() as u32,
+                    crcs: pack_crcs(bytes.crcs()).into(),
                     ..self.write_request(job, forward)
                 };
-                self.write_call(forward.to, request, vec![data.clone()]).await
+                self.write_call(forward.to, request, vec![bytes.data().clone()]).await
             }
             (_, content) => {
                 let content = if content == Content::Update { Content::Whole } else { content };

@@ -10,7 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use fs3_chain::{Kind, Origin, Outcome, Role};
 use fs3_core::{
-    CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result, TargetId, crc32c, pack_crcs, unpack_crcs, verify_crcs,
+    CRC_BLOCK_BYTES, CheckedBytes, ChunkId, Code, Error, Region, RegionMut, Result, TargetId, crc32c, pack_crcs,
+    unpack_crcs,
 };
 use fs3_io::{BadBlock, Change};
 use fs3_net::Sink;
@@ -207,13 +208,15 @@ impl Target {
             }
         }
         let same = data.len() == outcome.length as usize && crc32c(&pack_crcs(&crcs)) == outcome.crc;
-        if !same || verify_crcs(0, &data, &crcs).is_err() {
+        if !same {
             return Err(unlike("its checksums"));
         }
+        let data = Region::from_vec(data);
+        let bytes = CheckedBytes::check(0, data.clone(), crcs).map_err(|_| unlike("its checksums"))?;
         // Versions name updates as long as not all replicas crash at once; then this tells them apart.
         let is_this = match &job.body {
-            Body::Write { offset, data: written, .. } => {
-                data.get(*offset as usize..*offset as usize + written.len()) == Some(&written[..])
+            Body::Write(written) => {
+                data.get(written.offset() as usize..written.end() as usize) == Some(&written.data()[..])
             }
             Body::Truncate { length } => outcome.length <= *length,
             Body::Punch { offset, length } => {
@@ -227,7 +230,7 @@ impl Target {
         let writers = self.store.chunk(job.chunk).map_or_else(Vec::new, |m| m.writers);
         tracing::warn!(target_id = self.id, chunk = %job.chunk, from = from.0, "a rotten chunk was replaced by its successor's");
         Counters::add(&self.core.counters.repaired_chunks, 1);
-        Ok(Change::Replace { data: fs3_core::Region::from_vec(data), crcs, writers })
+        Ok(Change::Replace { bytes, writers })
     }
 
     /// Ranges of a chunk from another replica, whatever that does with it. A range it cannot give is empty.

@@ -101,13 +101,12 @@ fn a_failed_sync_takes_all_targets_of_the_disk_offline_and_says_why() {
 
 fn update() -> fs3_io::Update {
     let data = vec![1; 4096];
-    let crcs = fs3_core::crc_blocks(0, &data);
     fs3_io::Update {
         id: common::chunk(0),
         chunk_bytes: common::CHUNK_BYTES,
         update_version: fs3_core::UpdateVersion(1),
         chain_version: fs3_core::ChainVersion(1),
         writer: None,
-        change: fs3_io::Change::Write { offset: 0, data: fs3_core::Region::from_vec(data), crcs },
+        change: fs3_io::Change::Write(fs3_core::CheckedBytes::new(0, fs3_core::Region::from_vec(data))),
     }
 }

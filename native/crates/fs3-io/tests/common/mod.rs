@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fs3_core::{
-    BufferPool, ChainVersion, ChunkId, ClientId, Code, InodeId, Region, Result, UpdateVersion, crc_blocks, verify_crcs,
+    BufferPool, ChainVersion, CheckedBytes, ChunkId, ClientId, Code, InodeId, Region, Result, UpdateVersion,
+    verify_crcs,
 };
 use fs3_io::fault::FaultDisk;
 use fs3_io::{Change, IoThreads, ReadCache, ReadOut, StoreOptions, TargetStore, Update, VersionInfo, WriterRecord};
@@ -50,8 +51,11 @@ pub fn update(index: u32, version: u64, change: Change) -> Update {
 }
 
 pub fn write(offset: u32, data: Vec<u8>) -> Change {
-    let crcs = crc_blocks(offset as usize, &data);
-    Change::Write { offset, data: Region::from_vec(data), crcs }
+    Change::Write(CheckedBytes::new(offset, Region::from_vec(data)))
+}
+
+pub fn replace(data: Vec<u8>, writers: Vec<WriterRecord>) -> Change {
+    Change::Replace { bytes: CheckedBytes::new(0, Region::from_vec(data)), writers }
 }
 
 pub fn bytes_of(out: &ReadOut) -> Vec<u8> {
@@ -205,8 +209,7 @@ impl Rig {
             }
             Op::Replace { chunk, len } => {
                 let data = pattern(self.model.get(&chunk).map_or(0, |m| m.next) + 1, 0, len);
-                let crcs = crc_blocks(0, &data);
-                let change = Change::Replace { data: Region::from_vec(data.clone()), crcs, writers: vec![] };
+                let change = replace(data.clone(), vec![]);
                 self.prepare(chunk, change, Some(data))
             }
             Op::Truncate { chunk, length } => {

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use fs3_chain::{Kind, Origin, Outcome};
-use fs3_core::{ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs, verify_crcs};
+use fs3_core::{CheckedBytes, ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs};
 use fs3_io::WriterRecord;
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{PunchChunkRequest, TruncateChunkRequest, WriteRequest, WriteResponse, WriterId};
@@ -30,16 +30,15 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
     }
     let crcs = unpack_crcs(&message.crcs).ok_or_else(|| invalid("the checksums are not packed u32"))?;
     // Before anything is forwarded: damage is the sender's to repair, not to be spread.
-    verify_crcs(message.offset as usize, &request.payload, &crcs)
-        .map_err(|_| Error::new(Code::PayloadChecksum, "the bytes arrived damaged; send them again"))?;
+    let bytes = CheckedBytes::check(message.offset, request.payload, crcs)?;
     Counters::add(&core.counters.writes, 1);
-    Counters::add(&core.counters.write_bytes, request.payload.len() as u64);
+    Counters::add(&core.counters.write_bytes, bytes.data().len() as u64);
     let body = if message.replace {
         let records = message.writers.iter().map(WriterRecord::from_proto).collect::<Option<Vec<_>>>();
         let writers = records.ok_or_else(|| invalid("a writer record is malformed"))?;
-        Body::Replace { data: request.payload, crcs, writers }
+        Body::Replace { bytes, writers }
     } else {
-        Body::Write { offset: message.offset, data: request.payload, crcs }
+        Body::Write(bytes)
     };
     let job = Job {
         chunk,
