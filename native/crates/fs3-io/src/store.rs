@@ -198,8 +198,8 @@ impl TargetStore {
 
     /// Make `update` the chunk's pending version, replacing one that is there.
     ///
-    /// Errors: ChecksumMismatch when old bytes it has to be merged with are rotten; NoSpace; ChunkNotFound for a truncate or punch of a missing chunk;
-    /// InvalidArgument; DiskError. After an error the chunk is as it was.
+    /// Errors: ChecksumMismatch when old bytes it has to be merged with are rotten; NoSpace; ChunkNotFound for a
+    /// truncate or punch of a missing chunk; InvalidArgument; DiskError. After an error the chunk is as it was.
     pub async fn prepare(self: &Arc<Self>, update: Update) -> Result<VersionInfo> {
         result_of(|done| self.prepare_then(update, done)).await
     }
