@@ -62,7 +62,8 @@ def _record(path: str, st: Any) -> dict[str, Any]:
     }
 
 
-def _date(ns: int) -> str:
+def format_date(ns: int) -> str:
+    """A time in nanoseconds since 1970, in local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9))
 
 
@@ -86,7 +87,10 @@ def ls_command(paths: tuple[str, ...], long_format: bool, as_json: bool, **where
     if as_json:
         print_json(listed)
     elif long_format:
-        rows = [[r["mode"], r["uid"], r["gid"], r["bytes"], _date(r["mtime_ns"]), r["kind"], r["name"]] for r in listed]
+        rows = [
+            [r["mode"], r["uid"], r["gid"], r["bytes"], format_date(r["mtime_ns"]), r["kind"], r["name"]]
+            for r in listed
+        ]
         print_table(["MODE", "UID", "GID", "BYTES", "MODIFIED", "KIND", "NAME"], rows)
     else:
         for record in listed:
@@ -114,7 +118,7 @@ def stat_command(paths: tuple[str, ...], follow: bool, as_json: bool, **where: A
         return
     for record in records:
         for key, value in record.items():
-            click.echo(f"{key:>10}: {_date(value) + f' ({value} ns)' if key.endswith('_ns') else value}")
+            click.echo(f"{key:>10}: {format_date(value) + f' ({value} ns)' if key.endswith('_ns') else value}")
 
 
 @click.command("cat")
@@ -155,16 +159,20 @@ def mv_command(source: str, destination: str, no_clobber: bool, **where: Any) ->
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("-r", "--recursive", is_flag=True, help="Directories and everything below them, in one atomic step.")
 @click.option("-f", "--force", is_flag=True, help="What does not exist is no error.")
+@click.option("--skip-trash", is_flag=True, help="For good, also where directories keep what is removed.")
 @cluster_options
-def rm_command(paths: tuple[str, ...], recursive: bool, force: bool, **where: Any) -> int:
+def rm_command(paths: tuple[str, ...], recursive: bool, force: bool, skip_trash: bool, **where: Any) -> int:
     """Remove files. Goes on after an error; the exit status is then 1."""
     parsed = parse_paths(paths, where)
     failed = False
     with connected(parsed) as fs:
         for remote in parsed:
             try:
-                if recursive and fs.isdir(remote.path) and not fs.islink(remote.path):
-                    fs.rmtree(remote.path)
+                directory = fs.isdir(remote.path) and not fs.islink(remote.path)
+                if directory and recursive:
+                    fs.rmtree(remote.path, skip_trash=skip_trash)
+                elif skip_trash and not directory:
+                    fs.rmtree(remote.path, skip_trash=True)
                 else:
                     fs.remove(remote.path)
             except FileNotFoundError as e:

@@ -31,6 +31,7 @@ COMMANDS = {
     "ln": "files",
     "du": "files",
     "layout": "layout",
+    "trash": "trash",
     "cp": "copy",
     "doctor": "doctor",
     "admin": "admin",

@@ -8,6 +8,8 @@ import stat as stat_module
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from google.protobuf.message import Message
+
 from fs3 import native
 from fs3.client.connection import Connection
 from fs3.client.file import Mode, RawFile
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 B = TypeVar("B")
+M = TypeVar("M", bound=Message)
 
 
 def open_operation(
@@ -42,6 +45,12 @@ def open_operation(
         # O_EXCL does not follow a symlink in the last place.
         follow=not exclusive,
     )
+
+
+def meta_call(client: native.Client, method: int, request: Message, response: type[M]) -> M:
+    """Run a metadata operation. The client fills in who calls and, for what changes something, which call it is."""
+    with_op = "op" in request.DESCRIPTOR.fields_by_name
+    return response.FromString(client.meta_call(method, request.SerializeToString(), with_op).wait())
 
 
 def native_reads(reads: Iterable[tuple[Any, int, WriteableBuffer]]) -> list[tuple[native.File, int, WriteableBuffer]]:

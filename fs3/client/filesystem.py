@@ -15,6 +15,7 @@ from fs3.client.file import RawFile, check_arguments, parse_mode, wrap
 from fs3.client.paths import StrPath, join
 from fs3.client.records import DirEntry, stat_result, statvfs_result
 from fs3.client.scan import Scan
+from fs3.client.trash import Trash
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -97,6 +98,11 @@ class FileSystem:
     def list_replicas(self) -> list[native.Replica]:
         """What every target of every chain holds, for comparing replicas. Large."""
         return self.client.list_replicas().wait()
+
+    @property
+    def trash(self) -> Trash:
+        """What was removed from directories with trash."""
+        return Trash(self._connection)
 
     # ---- files
 
@@ -406,10 +412,14 @@ class FileSystem:
         """Remove an empty directory."""
         self.client.rmdir(self._connection.path(path)).wait()
 
-    def rmtree(self, path: StrPath, ignore_errors: bool = False) -> None:
-        """Remove a directory and everything below it in one atomic step."""
+    def rmtree(self, path: StrPath, ignore_errors: bool = False, *, skip_trash: bool = False) -> None:
+        """Remove a directory and everything below it in one atomic step.
+
+        `skip_trash`: for good, also where directories keep what is removed from them.
+        """
+        where = self._connection.path(path)
         try:
-            self.client.remove_all(self._connection.path(path)).wait()
+            self.client.remove_all(where, skip_trash=skip_trash).wait()
         except OSError:
             if not ignore_errors:
                 raise

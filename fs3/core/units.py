@@ -23,6 +23,7 @@ _BYTES = {
     "gb": 10**9,
     "tb": 10**12,
 }
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _NAMES = ("TiB", "GiB", "MiB", "KiB")
 
@@ -43,6 +44,23 @@ def parse_bytes(text: str) -> int:
     if rest:
         raise error(Code.CODE_INVALID_ARGUMENT, f"{text!r} is not a whole number of bytes")
     return value
+
+
+def parse_seconds(text: str) -> float:
+    """Parse "90", "90s", "30m", "12h", "7d" or "2w" to seconds. Raises Fs3Error INVALID_ARGUMENT for anything else."""
+    match = _NUMBER.fullmatch(text)
+    scale = _SECONDS.get(match.group(2).lower()) if match else None
+    if match is None or scale is None:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"{text!r} is not a time; write for example 90s, 30m, 12h or 7d")
+    return float(match.group(1)) * scale
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a time with the largest unit of parse_seconds that makes it a whole number, in seconds otherwise."""
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _SECONDS[unit] == 0:
+            return f"{seconds / _SECONDS[unit]:.0f}{unit}"
+    return f"{seconds:g}s"
 
 
 def format_bytes(count: int) -> str:

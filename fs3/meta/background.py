@@ -1,4 +1,4 @@
-"""The workers of a metadata server: garbage collector, truncations, sessions, stored answers."""
+"""The workers of a metadata server: garbage collector, truncations, sessions, stored answers, trash."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 
 from fs3.core.errors import Fs3Error
 from fs3.kv.api import KvError
+from fs3.meta import keys
 from fs3.meta.engine import Engine
 from fs3.meta.routing import RoutingHolder
 
@@ -21,6 +22,7 @@ GC_RETRY_S: Final = 0.5
 GC_GATHER_S: Final = 0.1
 TRUNCATION_S: Final = 3.0
 SWEEP_S: Final = 300.0
+EXPIRE_S: Final = 30.0
 REPORT_S: Final = 60.0
 ERROR_PAUSE_S: Final = 1.0
 
@@ -59,6 +61,7 @@ class Background:
             asyncio.create_task(_every(TRUNCATION_S, engine.truncator.step), name="fs3-meta-truncation"),
             asyncio.create_task(_every(engine.session_ms / 4000, engine.reaper.step), name="fs3-meta-reaper"),
             asyncio.create_task(_every(SWEEP_S, engine.sweeper.step), name="fs3-meta-sweeper"),
+            asyncio.create_task(_every(EXPIRE_S, self._expire), name="fs3-meta-expirer"),
         ]
 
     async def stop(self) -> None:
@@ -67,6 +70,10 @@ class Background:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+
+    async def _expire(self) -> None:
+        if self._owns(keys.TRASH_INODE):
+            await self._engine.expirer.step()
 
     async def _collect(self) -> None:
         collector = self._engine.collector

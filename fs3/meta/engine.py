@@ -23,6 +23,7 @@ from fs3.meta.ids import IdAllocator
 from fs3.meta.registry import Operation, Prepare
 from fs3.meta.sessions import Reaper
 from fs3.meta.sweeper import Sweeper
+from fs3.meta.trash import Expirer
 from fs3.meta.truncation import Truncator
 from fs3.v1.disk_meta_pb2 import IdempotencyRecord, InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -72,6 +73,7 @@ class Engine:
             store, chunk_store, clock, self.context, self.truncator, self.collector, session_ms=session_ms
         )
         self.sweeper = Sweeper(store, clock, keep_ms=idempotency_ms)
+        self.expirer = Expirer(store, clock, self.context)
 
     def context(self) -> OpContext:
         """A context for one request, or one step of a background worker."""

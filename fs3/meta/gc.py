@@ -235,9 +235,7 @@ async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:
         if child is None:
             continue
         if file_type == model.DIRECTORY:
-            child.detached = True
-            tree.store(tr, child)
-            tree.enqueue(tr, ctx, child)
+            tree.detach(tr, ctx, child)
         else:
             await tree.drop_link(tr, ctx, child, hold_session=b"", client_id=b"")
     if len(rows) == CHILDREN_MAX:

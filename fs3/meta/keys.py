@@ -14,6 +14,9 @@ import struct
 from typing import Final
 
 ROOT_INODE: Final = 1
+# The directory of what was removed and is kept. No entry names it.
+TRASH_INODE: Final = 2
+TOP_INODES: Final = (ROOT_INODE, TRASH_INODE)
 BLOCK_IDS: Final = 4096
 PIECE_IDS: Final = 64
 PIECES_PER_BLOCK: Final = BLOCK_IDS // PIECE_IDS
@@ -36,10 +39,12 @@ TRUNCATION: Final = b"Ft"
 ALLOCATOR: Final = b"Fa"
 COUNTER: Final = b"Fc"
 XATTR: Final = b"Fx"
+TRASH: Final = b"FT"
 
 TIMES_SUFFIX: Final = b"t"
 SUBDIRS_SUFFIX: Final = b"s"
 INODE_KEY_BYTES: Final = 10
+TRASH_NAME_BYTES: Final = 48
 
 
 def inode(ino: int) -> bytes:
@@ -137,6 +142,34 @@ def xattr_name(key: bytes) -> bytes:
     return key[10:]
 
 
+def trash_name(expires_ns: int, parent: int, ino: int) -> bytes:
+    """The name that `ino`, removed from `parent`, has in the trash directory: in the order of expiry."""
+    return b"%016x%016x%016x" % (expires_ns, parent, ino)
+
+
+def trash_parts(name: bytes) -> tuple[int, int, int]:
+    """(expires_ns, parent, inode) of a name in the trash directory. Raises ValueError."""
+    if len(name) != TRASH_NAME_BYTES:
+        raise ValueError(f"a name in the trash has {TRASH_NAME_BYTES} bytes")
+    return int(name[:16], 16), int(name[16:32], 16), int(name[32:], 16)
+
+
+def trash(name: bytes) -> bytes:
+    """The TrashRecord of an entry of the trash directory; those from one directory lie together."""
+    return _PREFIXED.pack(TRASH, trash_parts(name)[1]) + name
+
+
+def trash_from(parent: int, after: bytes = b"") -> tuple[bytes, bytes]:
+    """Records of what was removed from `parent`, behind the name `after`."""
+    prefix = _PREFIXED.pack(TRASH, parent)
+    return prefix + after + b"\x00" if after else prefix, _PREFIXED.pack(TRASH, parent + 1)
+
+
+def trash_entry_name(key: bytes) -> bytes:
+    """The name in the trash directory, of a TrashRecord's key."""
+    return key[10:]
+
+
 def allocator(kind: bytes) -> bytes:
     """Next block number (`b"b"`) or piece number (`b"p"`) that nobody has."""
     return ALLOCATOR + kind
@@ -184,7 +217,7 @@ def allocation_of(ino: int) -> tuple[bytes, int]:
 
 def is_handed_out(ino: int, blocks: int, pieces: int) -> bool:
     """Whether an id may be in use; `blocks` and `pieces` are the next numbers of the allocators."""
-    if ino == ROOT_INODE:
+    if ino in TOP_INODES:
         return True
     kind, number = allocation_of(ino)
     return number < (pieces if kind == b"p" else blocks)

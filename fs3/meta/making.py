@@ -65,7 +65,9 @@ async def new_inode(
             symlink_target=symlink_target,
             rdev=rdev,
             parent=above.inode if directory else 0,
+            trash_ms=above.trash_ms if directory else 0,
         ),
+        name=name if directory else b"",
     )
     if inherits:
         xattrs.inherit_acl(record, parent.default_acl)

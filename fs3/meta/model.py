@@ -14,6 +14,7 @@ from fs3.v1.disk_meta_pb2 import (
     KeepaliveRecord,
     PendingTruncation,
     SessionRecord,
+    TrashRecord,
 )
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import FileType
@@ -43,7 +44,16 @@ _DIRENT = struct.Struct(">BBQ")
 _TIMES = struct.Struct(">Bqq")
 _COUNT = struct.Struct("<q")
 
-_R = TypeVar("_R", InodeRecord, SessionRecord, KeepaliveRecord, IdempotencyRecord, PendingTruncation, GcRecord)
+_R = TypeVar(
+    "_R",
+    InodeRecord,
+    SessionRecord,
+    KeepaliveRecord,
+    IdempotencyRecord,
+    PendingTruncation,
+    GcRecord,
+    TrashRecord,
+)
 
 
 def _decode(kind: type[_R], value: bytes) -> _R:
@@ -84,6 +94,11 @@ def decode_truncation(value: bytes) -> PendingTruncation:
 def decode_gc(value: bytes) -> GcRecord:
     """The entry of the gc queue."""
     return _decode(GcRecord, value)
+
+
+def decode_trash(value: bytes) -> TrashRecord:
+    """What is known of an entry of the trash."""
+    return _decode(TrashRecord, value)
 
 
 def encode_dirent(ino: int, file_type: int) -> bytes:

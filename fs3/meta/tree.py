@@ -58,7 +58,12 @@ def fill_directory(record: InodeRecord, times: bytes | None, subdirs: bytes | No
     attr = record.attr
     if times is not None:
         attr.mtime_ns, attr.ctime_ns = model.decode_times(times)
-    attr.nlink = 0 if record.detached else 2 + model.decode_count(subdirs)
+    attr.nlink = 0 if removed(record) else 2 + model.decode_count(subdirs)
+
+
+def removed(record: InodeRecord) -> bool:
+    """Whether a directory has no name any more: nothing is found or made in it, though it may still hold entries."""
+    return record.detached or (record.attr.parent == keys.TRASH_INODE and record.attr.inode != keys.TRASH_INODE)
 
 
 def touch_directory(tr: Transaction, ino: int, now_ns: int) -> None:
@@ -91,6 +96,16 @@ def remove_entry(tr: Transaction, parent: int, name: bytes, file_type: int) -> N
         tr.add(keys.directory_subdirs(parent), -1)
 
 
+async def place(tr: Transaction, ctx: OpContext, record: InodeRecord, parent: int, name: bytes) -> None:
+    """An inode moves: add its new entry and write its record. Removing the old entry is the caller's business."""
+    attr = record.attr
+    add_entry(tr, parent, name, attr.inode, attr.type)
+    await touch_ctime(tr, record, ctx.now_ns)
+    if attr.type == model.DIRECTORY:
+        attr.parent, record.name = parent, name
+    store(tr, record)
+
+
 async def is_empty(tr: Transaction, ino: int) -> bool:
     """Whether a directory has no entries. Conflicts with every later creation in it."""
     return not await tr.get_range(*keys.dirents(ino), limit=1)
@@ -113,6 +128,13 @@ def enqueue(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     entry = GcRecord(format=model.FORMAT, time_ns=ctx.now_ns, type=record.attr.type)
     tr.set(keys.gc(record.attr.inode), entry.SerializeToString())
     ctx.collect = True
+
+
+def detach(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
+    """A directory lost its name: the garbage collector takes it apart, with everything below it."""
+    record.detached = True
+    store(tr, record)
+    enqueue(tr, ctx, record)
 
 
 def has_chunks(record: InodeRecord) -> bool:

@@ -79,10 +79,11 @@ async def entry_of(tr: Transaction, directory: InodeRecord, name: bytes) -> Inod
 
 
 async def parent_of(tr: Transaction, directory: InodeRecord) -> InodeRecord:
-    """What ".." names; the root is its own parent."""
+    """What ".." names; the root is its own parent. Raises NOT_FOUND from a directory that has been removed."""
     if directory.attr.inode == keys.ROOT_INODE:
         return directory
-    parent = await tree.load(tr, directory.attr.parent)
+    in_trash = directory.attr.parent == keys.TRASH_INODE
+    parent = None if in_trash else await tree.load(tr, directory.attr.parent)
     if parent is None:
         raise missing(_DOTDOT)
     return parent
@@ -117,9 +118,9 @@ async def walk(tr: Transaction, at: PathAt, caller: Caller, *, follow: bool, ent
             if not parts:
                 return Found(None, name, current, True)
             continue
-        child = None if current.detached else await entry_of(tr, current, name)
+        child = None if tree.removed(current) else await entry_of(tr, current, name)
         if child is None:
-            if parts or current.detached:
+            if parts or tree.removed(current):
                 raise missing(name)
             return Found(current, name, None, as_directory)
         if child.attr.type == model.SYMLINK and (parts or (not entry and (follow or as_directory))):

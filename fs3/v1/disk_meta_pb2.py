@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fs3.v1 import meta_pb2 as fs3_dot_v1_dot_meta__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66s3/v1/disk_meta.proto\x12\x06\x66s3.v1\x1a\x11\x66s3/v1/meta.proto\"\xdc\x01\n\x0bInodeRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1a\n\x04\x61ttr\x18\x02 \x01(\x0b\x32\x0c.fs3.v1.Attr\x12\x12\n\ntruncating\x18\x03 \x01(\x08\x12\x14\n\x0c\x65xtent_bytes\x18\x04 \x01(\x04\x12\r\n\x05loose\x18\x05 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x06 \x01(\x08\x12\x18\n\x10xattr_name_bytes\x18\x07 \x01(\r\x12\x13\n\x0bxattr_bytes\x18\x08 \x01(\r\x12\x12\n\ncapability\x18\t \x01(\x0c\x12\x13\n\x0b\x64\x65\x66\x61ult_acl\x18\n \x01(\x0c\"S\n\rSessionRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\x0c\x12\x11\n\topened_ns\x18\x03 \x01(\x12\x12\x0c\n\x04held\x18\x04 \x01(\x08\"G\n\x0fKeepaliveRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x12\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"V\n\x11IdempotencyRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x12\x12\x0e\n\x06method\x18\x03 \x01(\r\x12\x10\n\x08response\x18\x04 \x01(\x0c\"\x95\x01\n\x11PendingTruncation\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x18\n\x10truncate_version\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xtent_bytes\x18\x04 \x01(\x04\x12\x12\n\neverywhere\x18\x05 \x01(\x08\x12\r\n\x05owner\x18\x06 \x01(\x0c\x12\r\n\x05\x63laim\x18\x07 \x01(\x04\"K\n\x08GcRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x12\x12\x1e\n\x04type\x18\x03 \x01(\x0e\x32\x10.fs3.v1.FileTypeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66s3/v1/disk_meta.proto\x12\x06\x66s3.v1\x1a\x11\x66s3/v1/meta.proto\"\xea\x01\n\x0bInodeRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1a\n\x04\x61ttr\x18\x02 \x01(\x0b\x32\x0c.fs3.v1.Attr\x12\x12\n\ntruncating\x18\x03 \x01(\x08\x12\x14\n\x0c\x65xtent_bytes\x18\x04 \x01(\x04\x12\r\n\x05loose\x18\x05 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x06 \x01(\x08\x12\x18\n\x10xattr_name_bytes\x18\x07 \x01(\r\x12\x13\n\x0bxattr_bytes\x18\x08 \x01(\r\x12\x12\n\ncapability\x18\t \x01(\x0c\x12\x13\n\x0b\x64\x65\x66\x61ult_acl\x18\n \x01(\x0c\x12\x0c\n\x04name\x18\x14 \x01(\x0c\"S\n\x0bTrashRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\x0c\x12\x12\n\nremoved_ns\x18\x03 \x01(\x12\x12\x12\n\nremoved_by\x18\x04 \x01(\r\"S\n\rSessionRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\x0c\x12\x11\n\topened_ns\x18\x03 \x01(\x12\x12\x0c\n\x04held\x18\x04 \x01(\x08\"G\n\x0fKeepaliveRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x12\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"V\n\x11IdempotencyRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x12\x12\x0e\n\x06method\x18\x03 \x01(\r\x12\x10\n\x08response\x18\x04 \x01(\x0c\"\x95\x01\n\x11PendingTruncation\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x18\n\x10truncate_version\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xtent_bytes\x18\x04 \x01(\x04\x12\x12\n\neverywhere\x18\x05 \x01(\x08\x12\r\n\x05owner\x18\x06 \x01(\x0c\x12\r\n\x05\x63laim\x18\x07 \x01(\x04\"K\n\x08GcRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x12\x12\x1e\n\x04type\x18\x03 \x01(\x0e\x32\x10.fs3.v1.FileTypeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fs3.v1.disk_meta_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INODERECORD']._serialized_start=54
-  _globals['_INODERECORD']._serialized_end=274
-  _globals['_SESSIONRECORD']._serialized_start=276
-  _globals['_SESSIONRECORD']._serialized_end=359
-  _globals['_KEEPALIVERECORD']._serialized_start=361
-  _globals['_KEEPALIVERECORD']._serialized_end=432
-  _globals['_IDEMPOTENCYRECORD']._serialized_start=434
-  _globals['_IDEMPOTENCYRECORD']._serialized_end=520
-  _globals['_PENDINGTRUNCATION']._serialized_start=523
-  _globals['_PENDINGTRUNCATION']._serialized_end=672
-  _globals['_GCRECORD']._serialized_start=674
-  _globals['_GCRECORD']._serialized_end=749
+  _globals['_INODERECORD']._serialized_end=288
+  _globals['_TRASHRECORD']._serialized_start=290
+  _globals['_TRASHRECORD']._serialized_end=373
+  _globals['_SESSIONRECORD']._serialized_start=375
+  _globals['_SESSIONRECORD']._serialized_end=458
+  _globals['_KEEPALIVERECORD']._serialized_start=460
+  _globals['_KEEPALIVERECORD']._serialized_end=531
+  _globals['_IDEMPOTENCYRECORD']._serialized_start=533
+  _globals['_IDEMPOTENCYRECORD']._serialized_end=619
+  _globals['_PENDINGTRUNCATION']._serialized_start=622
+  _globals['_PENDINGTRUNCATION']._serialized_end=771
+  _globals['_GCRECORD']._serialized_start=773
+  _globals['_GCRECORD']._serialized_end=848
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ class InodeRecord(_message.Message):
     XATTR_BYTES_FIELD_NUMBER: _builtins.int
     CAPABILITY_FIELD_NUMBER: _builtins.int
     DEFAULT_ACL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     truncating: _builtins.bool
@@ -50,6 +51,8 @@ class InodeRecord(_message.Message):
     """The value of security.capability. It is kept here, the others under keys of their own, as writes drop it."""
     default_acl: _builtins.bytes
     """system.posix_acl_default of a directory; the access list is in `attr`"""
+    name: _builtins.bytes
+    """Directories: the name in attr.parent, to find a path quickly. Who uses it looks whether it is still right."""
     @_builtins.property
     def attr(self) -> _meta_pb2.Attr:
         """Of a directory, nlink, mtime_ns and ctime_ns are not kept here but under keys of their own, so that
@@ -69,14 +72,47 @@ class InodeRecord(_message.Message):
         xattr_bytes: _builtins.int = ...,
         capability: _builtins.bytes = ...,
         default_acl: _builtins.bytes = ...,
+        name: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "name", b"name", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InodeRecord: _TypeAlias = InodeRecord  # noqa: Y015
+
+@_typing.final
+class TrashRecord(_message.Message):
+    """Belongs to an entry of the trash directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REMOVED_NS_FIELD_NUMBER: _builtins.int
+    REMOVED_BY_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    name: _builtins.bytes
+    """in the directory that it was removed from"""
+    removed_ns: _builtins.int
+    removed_by: _builtins.int
+    """user id"""
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        name: _builtins.bytes = ...,
+        removed_ns: _builtins.int = ...,
+        removed_by: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "name", b"name", "removed_by", b"removed_by", "removed_ns", b"removed_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashRecord: _TypeAlias = TrashRecord  # noqa: Y015
 
 @_typing.final
 class SessionRecord(_message.Message):

@@ -79,6 +79,9 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     """The audit of the cluster; by frames only."""
     METHOD_META_FSCK_POLL: _Method.ValueType  # 281
     METHOD_META_FSCK_CANCEL: _Method.ValueType  # 282
+    METHOD_META_TRASH_LIST: _Method.ValueType  # 285
+    METHOD_META_TRASH_RESTORE: _Method.ValueType  # 286
+    METHOD_META_TRASH_PURGE: _Method.ValueType  # 287
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
     METHOD_STORAGE_REMOVE: _Method.ValueType  # 514
@@ -130,6 +133,9 @@ METHOD_META_FSCK_START: Method.ValueType  # 280
 """The audit of the cluster; by frames only."""
 METHOD_META_FSCK_POLL: Method.ValueType  # 281
 METHOD_META_FSCK_CANCEL: Method.ValueType  # 282
+METHOD_META_TRASH_LIST: Method.ValueType  # 285
+METHOD_META_TRASH_RESTORE: Method.ValueType  # 286
+METHOD_META_TRASH_PURGE: Method.ValueType  # 287
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513
 METHOD_STORAGE_REMOVE: Method.ValueType  # 514

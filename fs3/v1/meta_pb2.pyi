@@ -138,6 +138,7 @@ class Attr(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     XATTRS_FIELD_NUMBER: _builtins.int
     ACCESS_ACL_FIELD_NUMBER: _builtins.int
+    TRASH_MS_FIELD_NUMBER: _builtins.int
     inode: _builtins.int
     type: Global___FileType.ValueType
     mode: _builtins.int
@@ -160,6 +161,8 @@ class Attr(_message.Message):
     """bits of XattrBit"""
     access_acl: _builtins.bytes
     """system.posix_acl_access, when it says more than the mode; the two always agree."""
+    trash_ms: _builtins.int
+    """Directories: how long what is removed from it stays in the trash; 0: nothing does."""
     @_builtins.property
     def layout(self) -> Global___Layout:
         """files; directories: what new files inherit"""
@@ -184,10 +187,11 @@ class Attr(_message.Message):
         parent: _builtins.int = ...,
         xattrs: _builtins.int = ...,
         access_acl: _builtins.bytes = ...,
+        trash_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_acl", b"access_acl", "atime_ns", b"atime_ns", "ctime_ns", b"ctime_ns", "gid", b"gid", "inode", b"inode", "layout", b"layout", "length", b"length", "mode", b"mode", "mtime_ns", b"mtime_ns", "nlink", b"nlink", "parent", b"parent", "rdev", b"rdev", "symlink_target", b"symlink_target", "truncate_version", b"truncate_version", "type", b"type", "uid", b"uid", "xattrs", b"xattrs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_acl", b"access_acl", "atime_ns", b"atime_ns", "ctime_ns", b"ctime_ns", "gid", b"gid", "inode", b"inode", "layout", b"layout", "length", b"length", "mode", b"mode", "mtime_ns", b"mtime_ns", "nlink", b"nlink", "parent", b"parent", "rdev", b"rdev", "symlink_target", b"symlink_target", "trash_ms", b"trash_ms", "truncate_version", b"truncate_version", "type", b"type", "uid", b"uid", "xattrs", b"xattrs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -939,6 +943,8 @@ class RemoveAllRequest(_message.Message):
     CALLER_FIELD_NUMBER: _builtins.int
     OP_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    SKIP_TRASH_FIELD_NUMBER: _builtins.int
+    skip_trash: _builtins.bool
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -951,10 +957,11 @@ class RemoveAllRequest(_message.Message):
         caller: Global___Caller | None = ...,
         op: Global___OpId | None = ...,
         at: Global___PathAt | None = ...,
+        skip_trash: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "op", b"op"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "op", b"op"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "op", b"op", "skip_trash", b"skip_trash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1039,6 +1046,7 @@ class SetattrRequest(_message.Message):
     MTIME_NOW_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     STRIPE_FIELD_NUMBER: _builtins.int
+    TRASH_MS_FIELD_NUMBER: _builtins.int
     mode: _builtins.int
     uid: _builtins.int
     gid: _builtins.int
@@ -1049,6 +1057,8 @@ class SetattrRequest(_message.Message):
     chunk_bytes: _builtins.int
     """Directories: the layout of files made in it from now on; 0: the cluster's default."""
     stripe: _builtins.int
+    trash_ms: _builtins.int
+    """directories: Attr.trash_ms, which directories made in it take over"""
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -1070,10 +1080,11 @@ class SetattrRequest(_message.Message):
         mtime_now: _builtins.bool = ...,
         chunk_bytes: _builtins.int | None = ...,
         stripe: _builtins.int | None = ...,
+        trash_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_chunk_bytes", b"_chunk_bytes", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_stripe", b"_stripe", "_uid", b"_uid", "at", b"at", "atime_ns", b"atime_ns", "caller", b"caller", "chunk_bytes", b"chunk_bytes", "gid", b"gid", "mode", b"mode", "mtime_ns", b"mtime_ns", "op", b"op", "stripe", b"stripe", "uid", b"uid"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_chunk_bytes", b"_chunk_bytes", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_stripe", b"_stripe", "_trash_ms", b"_trash_ms", "_uid", b"_uid", "at", b"at", "atime_ns", b"atime_ns", "caller", b"caller", "chunk_bytes", b"chunk_bytes", "gid", b"gid", "mode", b"mode", "mtime_ns", b"mtime_ns", "op", b"op", "stripe", b"stripe", "trash_ms", b"trash_ms", "uid", b"uid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_chunk_bytes", b"_chunk_bytes", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_stripe", b"_stripe", "_uid", b"_uid", "at", b"at", "atime_now", b"atime_now", "atime_ns", b"atime_ns", "caller", b"caller", "chunk_bytes", b"chunk_bytes", "gid", b"gid", "mode", b"mode", "mtime_now", b"mtime_now", "mtime_ns", b"mtime_ns", "op", b"op", "stripe", b"stripe", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns", "_chunk_bytes", b"_chunk_bytes", "_gid", b"_gid", "_mode", b"_mode", "_mtime_ns", b"_mtime_ns", "_stripe", b"_stripe", "_trash_ms", b"_trash_ms", "_uid", b"_uid", "at", b"at", "atime_now", b"atime_now", "atime_ns", b"atime_ns", "caller", b"caller", "chunk_bytes", b"chunk_bytes", "gid", b"gid", "mode", b"mode", "mtime_now", b"mtime_now", "mtime_ns", b"mtime_ns", "op", b"op", "stripe", b"stripe", "trash_ms", b"trash_ms", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__atime_ns: _TypeAlias = _typing.Literal["atime_ns"]  # noqa: Y015
     _WhichOneofArgType__atime_ns: _TypeAlias = _typing.Literal["_atime_ns", b"_atime_ns"]  # noqa: Y015
@@ -1087,6 +1098,8 @@ class SetattrRequest(_message.Message):
     _WhichOneofArgType__mtime_ns: _TypeAlias = _typing.Literal["_mtime_ns", b"_mtime_ns"]  # noqa: Y015
     _WhichOneofReturnType__stripe: _TypeAlias = _typing.Literal["stripe"]  # noqa: Y015
     _WhichOneofArgType__stripe: _TypeAlias = _typing.Literal["_stripe", b"_stripe"]  # noqa: Y015
+    _WhichOneofReturnType__trash_ms: _TypeAlias = _typing.Literal["trash_ms"]  # noqa: Y015
+    _WhichOneofArgType__trash_ms: _TypeAlias = _typing.Literal["_trash_ms", b"_trash_ms"]  # noqa: Y015
     _WhichOneofReturnType__uid: _TypeAlias = _typing.Literal["uid"]  # noqa: Y015
     _WhichOneofArgType__uid: _TypeAlias = _typing.Literal["_uid", b"_uid"]  # noqa: Y015
     @_typing.overload
@@ -1101,6 +1114,8 @@ class SetattrRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mtime_ns) -> _WhichOneofReturnType__mtime_ns | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stripe) -> _WhichOneofReturnType__stripe | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trash_ms) -> _WhichOneofReturnType__trash_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__uid) -> _WhichOneofReturnType__uid | None: ...
 
@@ -1403,6 +1418,190 @@ class KeepaliveResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeepaliveResponse: _TypeAlias = KeepaliveResponse  # noqa: Y015
+
+@_typing.final
+class TrashEntry(_message.Message):
+    """Something that was removed from a directory with trash, and is kept until `expires_ns`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ATTR_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    REMOVED_NS_FIELD_NUMBER: _builtins.int
+    EXPIRES_NS_FIELD_NUMBER: _builtins.int
+    REMOVED_BY_FIELD_NUMBER: _builtins.int
+    id: _builtins.bytes
+    parent: _builtins.int
+    """the directory that it was removed from"""
+    name: _builtins.bytes
+    """its name there"""
+    path: _builtins.bytes
+    """where it goes back to; empty: `parent` is gone"""
+    removed_ns: _builtins.int
+    expires_ns: _builtins.int
+    removed_by: _builtins.int
+    """user id"""
+    @_builtins.property
+    def attr(self) -> Global___Attr: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.bytes = ...,
+        attr: Global___Attr | None = ...,
+        parent: _builtins.int = ...,
+        name: _builtins.bytes = ...,
+        path: _builtins.bytes = ...,
+        removed_ns: _builtins.int = ...,
+        expires_ns: _builtins.int = ...,
+        removed_by: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "expires_ns", b"expires_ns", "id", b"id", "name", b"name", "parent", b"parent", "path", b"path", "removed_by", b"removed_by", "removed_ns", b"removed_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashEntry: _TypeAlias = TrashEntry  # noqa: Y015
+
+@_typing.final
+class TrashListRequest(_message.Message):
+    """Those that the caller removed or owns; to root all. In the order of their expiry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.int
+    """only what was removed from this directory; 0: everything"""
+    after: _builtins.bytes
+    """ids greater than this one; empty: from the start"""
+    limit: _builtins.int
+    """0: the server's choice"""
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        parent: _builtins.int = ...,
+        after: _builtins.bytes = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "caller", b"caller", "limit", b"limit", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashListRequest: _TypeAlias = TrashListRequest  # noqa: Y015
+
+@_typing.final
+class TrashListResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    next: _builtins.bytes
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrashEntry]: ...
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___TrashEntry] | None = ...,
+        next: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next", b"next"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashListResponse: _TypeAlias = TrashListResponse  # noqa: Y015
+
+@_typing.final
+class TrashRestoreRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    id: _builtins.bytes
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def to(self) -> Global___PathAt:
+        """absent: where it was"""
+
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        op: Global___OpId | None = ...,
+        id: _builtins.bytes = ...,
+        to: Global___PathAt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "op", b"op", "to", b"to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "id", b"id", "op", b"op", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashRestoreRequest: _TypeAlias = TrashRestoreRequest  # noqa: Y015
+
+@_typing.final
+class TrashPurgeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        op: Global___OpId | None = ...,
+        ids: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "op", b"op"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "ids", b"ids", "op", b"op"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashPurgeRequest: _TypeAlias = TrashPurgeRequest  # noqa: Y015
+
+@_typing.final
+class TrashPurgeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGED_FIELD_NUMBER: _builtins.int
+    purged: _builtins.int
+    def __init__(
+        self,
+        *,
+        purged: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["purged", b"purged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrashPurgeResponse: _TypeAlias = TrashPurgeResponse  # noqa: Y015
 
 @_typing.final
 class FsckStartRequest(_message.Message):

@@ -147,6 +147,21 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.StatfsRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.StatfsResponse.FromString,
                 _registered_method=True)
+        self.TrashList = channel.unary_unary(
+                '/fs3.v1.Meta/TrashList',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.TrashListRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.TrashListResponse.FromString,
+                _registered_method=True)
+        self.TrashRestore = channel.unary_unary(
+                '/fs3.v1.Meta/TrashRestore',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.TrashRestoreRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+                _registered_method=True)
+        self.TrashPurge = channel.unary_unary(
+                '/fs3.v1.Meta/TrashPurge',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeResponse.FromString,
+                _registered_method=True)
         self.Keepalive = channel.unary_unary(
                 '/fs3.v1.Meta/Keepalive',
                 request_serializer=fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.SerializeToString,
@@ -295,6 +310,24 @@ class MetaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TrashList(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrashRestore(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrashPurge(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Keepalive(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -419,6 +452,21 @@ def add_MetaServicer_to_server(servicer, server):
                     servicer.Statfs,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.StatfsRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.StatfsResponse.SerializeToString,
+            ),
+            'TrashList': grpc.unary_unary_rpc_method_handler(
+                    servicer.TrashList,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.TrashListRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.TrashListResponse.SerializeToString,
+            ),
+            'TrashRestore': grpc.unary_unary_rpc_method_handler(
+                    servicer.TrashRestore,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.TrashRestoreRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.SerializeToString,
+            ),
+            'TrashPurge': grpc.unary_unary_rpc_method_handler(
+                    servicer.TrashPurge,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeResponse.SerializeToString,
             ),
             'Keepalive': grpc.unary_unary_rpc_method_handler(
                     servicer.Keepalive,
@@ -1026,6 +1074,87 @@ class Meta:
             '/fs3.v1.Meta/Statfs',
             fs3_dot_v1_dot_meta__pb2.StatfsRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.StatfsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrashList(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/TrashList',
+            fs3_dot_v1_dot_meta__pb2.TrashListRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.TrashListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrashRestore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/TrashRestore',
+            fs3_dot_v1_dot_meta__pb2.TrashRestoreRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrashPurge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/TrashPurge',
+            fs3_dot_v1_dot_meta__pb2.TrashPurgeRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.TrashPurgeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,9 @@ class MetaStub:
     Listxattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.ListxattrRequest, _meta_pb2.ListxattrResponse]
     Removexattr: _grpc.UnaryUnaryMultiCallable[_meta_pb2.RemovexattrRequest, _meta_pb2.AttrResponse]
     Statfs: _grpc.UnaryUnaryMultiCallable[_meta_pb2.StatfsRequest, _meta_pb2.StatfsResponse]
+    TrashList: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TrashListRequest, _meta_pb2.TrashListResponse]
+    TrashRestore: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TrashRestoreRequest, _meta_pb2.AttrResponse]
+    TrashPurge: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TrashPurgeRequest, _meta_pb2.TrashPurgeResponse]
     Keepalive: _grpc.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]
     GetRouting: _grpc.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]
 
@@ -91,6 +94,9 @@ class MetaAsyncStub(MetaStub):
     Listxattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.ListxattrRequest, _meta_pb2.ListxattrResponse]  # type: ignore[assignment]
     Removexattr: _aio.UnaryUnaryMultiCallable[_meta_pb2.RemovexattrRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     Statfs: _aio.UnaryUnaryMultiCallable[_meta_pb2.StatfsRequest, _meta_pb2.StatfsResponse]  # type: ignore[assignment]
+    TrashList: _aio.UnaryUnaryMultiCallable[_meta_pb2.TrashListRequest, _meta_pb2.TrashListResponse]  # type: ignore[assignment]
+    TrashRestore: _aio.UnaryUnaryMultiCallable[_meta_pb2.TrashRestoreRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
+    TrashPurge: _aio.UnaryUnaryMultiCallable[_meta_pb2.TrashPurgeRequest, _meta_pb2.TrashPurgeResponse]  # type: ignore[assignment]
     Keepalive: _aio.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]  # type: ignore[assignment]
     GetRouting: _aio.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]  # type: ignore[assignment]
 
@@ -250,6 +256,27 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
         request: _meta_pb2.StatfsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.StatfsResponse, _abc.Awaitable[_meta_pb2.StatfsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrashList(
+        self,
+        request: _meta_pb2.TrashListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.TrashListResponse, _abc.Awaitable[_meta_pb2.TrashListResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrashRestore(
+        self,
+        request: _meta_pb2.TrashRestoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.AttrResponse, _abc.Awaitable[_meta_pb2.AttrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TrashPurge(
+        self,
+        request: _meta_pb2.TrashPurgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.TrashPurgeResponse, _abc.Awaitable[_meta_pb2.TrashPurgeResponse]]: ...
 
     @_abc_1.abstractmethod
     def Keepalive(

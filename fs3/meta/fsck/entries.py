@@ -12,10 +12,10 @@ from fs3.kv.api import Transaction
 from fs3.meta import keys, model, tree
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import SUSPECTS_MAX, Audit, Look, Unsettled
-from fs3.meta.fsck.paths import path_of
 from fs3.meta.fsck.report import Finding
 from fs3.meta.fsck.sorter import Sorter
 from fs3.meta.ops.list import attributes
+from fs3.meta.paths import path_of
 from fs3.meta.scan import Rows
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.meta_pb2 import FileType
@@ -96,7 +96,7 @@ async def _page(tr: Transaction, rows: Rows) -> _Page:
             continue
         if record is not None:
             page.named.append(child)
-        if not directory.detached:
+        if not tree.removed(directory):
             page.counted.append((parent, directory.attr.nlink - 2, file_type == model.DIRECTORY))
     return page
 

@@ -11,9 +11,10 @@ from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import SUSPECTS_MAX, Audit, Look
 from fs3.meta.fsck.entries import subdirs_look
 from fs3.meta.fsck.links import check_links
-from fs3.meta.fsck.paths import adopt, lost_name, name_in, path_of
+from fs3.meta.fsck.lost import adopt, lost_name
 from fs3.meta.fsck.report import Finding
 from fs3.meta.fsck.sorter import Sorter
+from fs3.meta.paths import name_in, path_of
 from fs3.meta.scan import Rows
 from fs3.v1.disk_meta_pb2 import InodeRecord
 
@@ -27,7 +28,7 @@ async def check_inodes(audit: Audit, names: Sorter) -> None:
     audit.report.begin("inodes")
     links: set[int] = set()
     suspects: list[Look] = []
-    known = {keys.ROOT_INODE}
+    known = set(keys.TOP_INODES)
     beyond: dict[bytes, tuple[int, int]] = {}
     counts = _Counts(names.counts())
     last = 0
@@ -50,7 +51,7 @@ async def check_inodes(audit: Audit, names: Sorter) -> None:
             await check_links(audit, links)
         if len(known) > KNOWN_MAX:
             known.clear()
-            known.add(keys.ROOT_INODE)
+            known.update(keys.TOP_INODES)
     suspects += [allocator_look(ino) for _, ino in beyond.values()]
     await audit.confirm(suspects)
     await check_links(audit, links)
@@ -74,7 +75,7 @@ def _expected(record: InodeRecord) -> int:
     """How many entries name the inode. Pure."""
     attr = record.attr
     if attr.type == model.DIRECTORY:
-        return 0 if record.detached or attr.inode == keys.ROOT_INODE else 1
+        return 0 if record.detached or attr.inode in keys.TOP_INODES else 1
     return attr.nlink
 
 
@@ -142,7 +143,7 @@ def cycle_look(ino: int) -> Look:
 
     async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
         record = await tree.load(tr, ino)
-        if record is None or await leads_to_root(tr, record, {keys.ROOT_INODE}):
+        if record is None or await leads_to_root(tr, record, set(keys.TOP_INODES)):
             return None
         circle = await _circle(tr, record)
         # Each of a circle and what hangs on it is a suspect; one of them stands for all.

@@ -13,8 +13,9 @@ from fs3.kv.api import Transaction
 from fs3.meta import keys, model, scan, tree
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import LOOKS, Audit, Look, Unsettled
-from fs3.meta.fsck.paths import adopt, lost_name, path_of
+from fs3.meta.fsck.lost import adopt, lost_name
 from fs3.meta.fsck.report import Finding
+from fs3.meta.paths import path_of
 from fs3.v1.disk_meta_pb2 import InodeRecord
 
 SCAN_ROWS: Final = 1000
@@ -117,7 +118,7 @@ async def _file(tr: Transaction, ctx: OpContext | None, record: InodeRecord, ali
 
 async def _directory(tr: Transaction, ctx: OpContext | None, record: InodeRecord, alive: list[Entry]) -> Finding | None:
     attr = record.attr
-    root = attr.inode == keys.ROOT_INODE
+    root = attr.inode in keys.TOP_INODES
     if not alive:
         if root:
             return None

@@ -10,9 +10,11 @@ from fs3.meta import keys, model, tree
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import LOOKS, SUSPECTS_MAX, Audit, Look, Unsettled
 from fs3.meta.fsck.inodes import xattrs_look
+from fs3.meta.fsck.lost import lost_name
 from fs3.meta.fsck.report import Finding
 from fs3.meta.scan import Rows
 from fs3.meta.sweeper import Sweeper
+from fs3.v1.disk_meta_pb2 import TrashRecord
 
 # Stored answers go this much after their time at the latest.
 SWEEP_SLACK_S: Final = 1200.0
@@ -27,18 +29,20 @@ async def check_tables(audit: Audit) -> None:
         ("gc queue", keys.GC, queued_look),
         ("truncations", keys.TRUNCATION, truncation_look),
         ("extended attributes", keys.XATTR, xattr_look),
+        ("trash", keys.TRASH, trash_look),
     ):
         audit.report.begin(step)
-        await _check_table(audit, prefix, look_at)
+        await _check_table(audit, keys.table(prefix), look_at)
+    await _check_table(audit, keys.dirents(keys.TRASH_INODE), trash_entry_look)
 
 
-async def _check_table(audit: Audit, prefix: bytes, look_at: Callable[[bytes], Look]) -> None:
+async def _check_table(audit: Audit, table: tuple[bytes, bytes], look_at: Callable[[bytes], Look]) -> None:
     async def visit(tr: Transaction, rows: Rows) -> list[Look]:
         looks = [look_at(key) for key, _ in rows]
         return [look for look in looks if await look(tr, None) is not None]
 
     suspects: list[Look] = []
-    async for wrong in audit.pages(keys.table(prefix), visit):
+    async for wrong in audit.pages(table, visit):
         suspects += wrong
         if len(suspects) >= SUSPECTS_MAX:
             await audit.confirm(suspects)
@@ -120,6 +124,39 @@ def xattr_look(key: bytes) -> Look:
             tr.clear(key)
         where = f"attribute {keys.xattr_name(key).decode(errors='backslashreplace')}"
         return Finding("stray-xattr", ino, where, f"of inode {ino:#x}, which is gone", "remove it")
+
+    return look
+
+
+def trash_look(key: bytes) -> Look:
+    """A look at the record of an entry of the trash."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        name = keys.trash_entry_name(key)
+        if await tr.get(key) is None or await tr.get(keys.dirent(keys.TRASH_INODE, name)) is not None:
+            return None
+        if ctx is not None:
+            tr.clear(key)
+        where = f"record {name.decode(errors='backslashreplace')}"
+        return Finding("stray-trash", 0, where, "of something that is not in the trash", "remove it")
+
+    return look
+
+
+def trash_entry_look(key: bytes) -> Look:
+    """A look at an entry of the trash directory."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        name = keys.dirent_name(key)
+        value = await tr.get(key)
+        if value is None or await tr.get(keys.trash(name)) is not None:
+            return None
+        ino, _ = model.decode_dirent(value)
+        if ctx is not None:
+            record = TrashRecord(format=model.FORMAT, name=lost_name(ino), removed_ns=ctx.now_ns)
+            tr.set(keys.trash(name), record.SerializeToString())
+        where = f"entry {name.decode()} of the trash"
+        return Finding("trash-record", ino, where, "has no record", f"let it be {lost_name(ino).decode()}")
 
     return look
 

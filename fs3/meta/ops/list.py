@@ -32,7 +32,7 @@ async def run(tr: Transaction, request: ListRequest, ctx: OpContext) -> ListResp
     access.require(attr, request.caller, access.READ)
     response = ListResponse(inode=attr.inode, parent=attr.parent)
     limit = min(request.limit or LIMIT_DEFAULT, LIMIT_MAX)
-    if directory.detached:
+    if tree.removed(directory):
         response.end = True
         return response
     rows = await tr.get_range(*keys.dirents(attr.inode, request.after), limit=limit, snapshot=True)

@@ -19,7 +19,7 @@ async def run(tr: Transaction, request: LookupRequest, ctx: OpContext) -> AttrRe
     elif name == b"..":
         child = await walk.parent_of(tr, directory)
     else:
-        found = None if directory.detached else await walk.entry_of(tr, directory, name)
+        found = None if tree.removed(directory) else await walk.entry_of(tr, directory, name)
         if found is None:
             raise walk.missing(name)
         child = found

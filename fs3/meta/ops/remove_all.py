@@ -7,7 +7,7 @@ from typing import Final
 from fs3.core.errors import error
 from fs3.kv import retry
 from fs3.kv.api import KvStore, Transaction, TransactionFn
-from fs3.meta import access, keys, model, tree, walk
+from fs3.meta import access, keys, model, trash, tree, walk
 from fs3.meta.context import OpContext
 from fs3.meta.ops import list as listing
 from fs3.v1.disk_meta_pb2 import InodeRecord
@@ -77,11 +77,11 @@ async def run(tr: Transaction, request: RemoveAllRequest, ctx: OpContext) -> Emp
     access.require_sticky(parent.attr, child.attr, request.caller)
     tree.remove_entry(tr, parent.attr.inode, found.name, child.attr.type)
     tree.touch_directory(tr, parent.attr.inode, ctx.now_ns)
-    if child.attr.type != model.DIRECTORY:
+    # Creations in the directory read its record and so conflict; later ones see that it has been removed.
+    if trash.keeps(parent, child) and not request.skip_trash:
+        await trash.put(tr, ctx, parent, found.name, child, request.caller)
+    elif child.attr.type == model.DIRECTORY:
+        tree.detach(tr, ctx, child)
+    else:
         await tree.drop_link(tr, ctx, child, hold_session=b"", client_id=request.op.client_id)
-        return Empty()
-    # Creations in the directory read its record and so conflict; later ones see that it is detached.
-    child.detached = True
-    tree.store(tr, child)
-    tree.enqueue(tr, ctx, child)
     return Empty()

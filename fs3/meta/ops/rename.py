@@ -41,12 +41,12 @@ async def run(tr: Transaction, request: RenameRequest, ctx: OpContext) -> Rename
     if (source.as_directory or dest.as_directory) and moved.attr.type != model.DIRECTORY:
         raise walk.not_directory(moved)
     _check_move(source.parent, dest.parent, moved, caller)
-    await _check_no_cycle(tr, moved, dest.parent)
+    await check_no_cycle(tr, moved, dest.parent)
     if replaced is None:
         return await _finish(tr, request, ctx, source, dest, moved, None)
     if request.exchange:
         _check_move(dest.parent, source.parent, replaced, caller)
-        await _check_no_cycle(tr, replaced, source.parent)
+        await check_no_cycle(tr, replaced, source.parent)
         return await _exchange(tr, ctx, source, dest, moved, replaced)
     await _check_replaceable(tr, moved, replaced)
     return await _finish(tr, request, ctx, source, dest, moved, replaced)
@@ -66,7 +66,7 @@ def _check_move(old: InodeRecord, new: InodeRecord, moved: InodeRecord, caller: 
         access.require(moved.attr, caller, access.WRITE)
 
 
-async def _check_no_cycle(tr: Transaction, moved: InodeRecord, new_parent: InodeRecord) -> None:
+async def check_no_cycle(tr: Transaction, moved: InodeRecord, new_parent: InodeRecord) -> None:
     """Raise INVALID_ARGUMENT when a directory would come below itself.
 
     Reads the record of every ancestor, so that a concurrent move of any of them conflicts with this one.
@@ -77,7 +77,7 @@ async def _check_no_cycle(tr: Transaction, moved: InodeRecord, new_parent: Inode
     for _ in range(DEPTH_MAX):
         if current.attr.inode == moved.attr.inode:
             raise error(Code.CODE_INVALID_ARGUMENT, "a directory cannot be moved below itself")
-        if current.detached:
+        if tree.removed(current):
             raise error(Code.CODE_NOT_FOUND, "the directory has been removed")
         if current.attr.inode == keys.ROOT_INODE:
             return
@@ -96,16 +96,6 @@ async def _check_replaceable(tr: Transaction, moved: InodeRecord, replaced: Inod
             raise error(Code.CODE_NOT_EMPTY, "the directory to be replaced is not empty")
     elif moved.attr.type == model.DIRECTORY:
         raise walk.not_directory(replaced)
-
-
-async def _place(tr: Transaction, ctx: OpContext, moved: InodeRecord, parent: InodeRecord) -> None:
-    """The moved inode's own record: change time, and the parent of a directory."""
-    await tree.touch_ctime(tr, moved, ctx.now_ns)
-    if moved.attr.type == model.DIRECTORY:
-        if moved.attr.parent == parent.attr.inode:
-            return
-        moved.attr.parent = parent.attr.inode
-    tree.store(tr, moved)
 
 
 async def _finish(
@@ -129,8 +119,7 @@ async def _finish(
             await tree.drop_link(tr, ctx, replaced, hold_session=request.hold_session, client_id=request.op.client_id)
         response.replaced.CopyFrom(replaced.attr)
     tree.remove_entry(tr, source.parent.attr.inode, source.name, moved.attr.type)
-    tree.add_entry(tr, dest.parent.attr.inode, dest.name, moved.attr.inode, moved.attr.type)
-    await _place(tr, ctx, moved, dest.parent)
+    await tree.place(tr, ctx, moved, dest.parent.attr.inode, dest.name)
     _touch_parents(tr, ctx, source.parent, dest.parent)
     response.attr.CopyFrom(await tree.complete(tr, moved))
     return response
@@ -148,10 +137,8 @@ async def _exchange(
     assert dest.parent is not None
     tree.remove_entry(tr, source.parent.attr.inode, source.name, moved.attr.type)
     tree.remove_entry(tr, dest.parent.attr.inode, dest.name, other.attr.type)
-    tree.add_entry(tr, dest.parent.attr.inode, dest.name, moved.attr.inode, moved.attr.type)
-    tree.add_entry(tr, source.parent.attr.inode, source.name, other.attr.inode, other.attr.type)
-    await _place(tr, ctx, moved, dest.parent)
-    await _place(tr, ctx, other, source.parent)
+    await tree.place(tr, ctx, moved, dest.parent.attr.inode, dest.name)
+    await tree.place(tr, ctx, other, source.parent.attr.inode, source.name)
     _touch_parents(tr, ctx, source.parent, dest.parent)
     return RenameResponse(attr=await tree.complete(tr, moved), replaced=await tree.complete(tr, other))
 

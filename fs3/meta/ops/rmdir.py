@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, tree, walk
+from fs3.meta import access, keys, model, trash, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Empty, RmdirRequest
@@ -29,5 +29,8 @@ async def run(tr: Transaction, request: RmdirRequest, ctx: OpContext) -> Empty:
         raise error(Code.CODE_NOT_EMPTY, f"directory {found.name.decode(errors='backslashreplace')!r} is not empty")
     tree.remove_entry(tr, parent.attr.inode, found.name, model.DIRECTORY)
     tree.touch_directory(tr, parent.attr.inode, ctx.now_ns)
-    tree.erase(tr, ctx, child)
+    if trash.keeps(parent, child):
+        await trash.put(tr, ctx, parent, found.name, child, request.caller)
+    else:
+        tree.erase(tr, ctx, child)
     return Empty()

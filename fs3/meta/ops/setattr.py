@@ -1,10 +1,10 @@
-"""Change mode, owner, times, and of directories the layout that new files get."""
+"""Change mode, owner, times, and of directories the layout that new files get and the trash."""
 
 from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, model, tree, walk, xattrs
+from fs3.meta import access, model, trash, tree, walk, xattrs
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -34,7 +34,10 @@ async def run(tr: Transaction, request: SetattrRequest, ctx: OpContext) -> AttrR
     layout = request.HasField("chunk_bytes") or request.HasField("stripe")
     if layout:
         _change_layout(record, request, ctx)
-    if not (explicit or now or owner or layout or request.HasField("mode")):
+    trashes = request.HasField("trash_ms")
+    if trashes:
+        await _change_trash(tr, ctx, record, request)
+    if not (explicit or now or owner or layout or trashes or request.HasField("mode")):
         return AttrResponse(attr=attr)
     if explicit or now:
         _change_times(record, request, ctx.now_ns)
@@ -82,6 +85,18 @@ def _change_layout(record: InodeRecord, request: SetattrRequest, ctx: OpContext)
     if request.HasField("stripe"):
         layout.stripe = request.stripe
     attr.layout.CopyFrom(ctx.placement.directory_layout(layout, attr.layout))
+
+
+async def _change_trash(tr: Transaction, ctx: OpContext, record: InodeRecord, request: SetattrRequest) -> None:
+    attr = record.attr
+    if attr.type != model.DIRECTORY:
+        raise walk.not_directory(record)
+    access.require_owner(attr, request.caller)
+    if request.trash_ms > trash.KEEP_MS_MAX:
+        raise error(Code.CODE_INVALID_ARGUMENT, "the trash keeps things for at most a hundred years")
+    if request.trash_ms:
+        await trash.ensure(tr, ctx)
+    attr.trash_ms = request.trash_ms
 
 
 def _change_times(record: InodeRecord, request: SetattrRequest, now_ns: int) -> None:

@@ -154,6 +154,8 @@ class Meta:
         self.rng = random.Random(seed)
         self.engine = Engine(self.store, self.chunks, placement, clock=self.clock, rng=self.rng, **engine)
         self.client_id = self.rng.randbytes(16)
+        # Ids in the trash, where a test prepares some.
+        self.trashed: list[bytes] = []
         self._sequences = itertools.count(1)
 
     def _now_ms(self) -> int:
@@ -222,6 +224,32 @@ class Meta:
         paths = {"from": pb.PathAt(inode=1, path=source.encode()), "to": pb.PathAt(inode=1, path=dest.encode())}
         attr: pb.Attr = (await self.do("Link", caller=caller, **paths, **fields)).attr
         return attr
+
+    async def keep(self, path: str, seconds: float) -> None:
+        """Keep what is removed from a directory."""
+        await self.do("Setattr", path, trash_ms=int(seconds * 1000))
+
+    async def trash(self, caller: pb.Caller = ROOT, **fields: Any) -> list[pb.TrashEntry]:
+        """Everything in the trash, read in small pages."""
+        entries: list[pb.TrashEntry] = []
+        after = b""
+        while True:
+            page = await self.call("TrashList", pb.TrashListRequest(caller=caller, after=after, limit=2, **fields))
+            entries += page.entries
+            if not (after := page.next):
+                return entries
+
+    async def restore(self, entry: pb.TrashEntry, to: str | None = None, caller: pb.Caller = ROOT) -> pb.Attr:
+        request = pb.TrashRestoreRequest(caller=caller, op=self.op(), id=entry.id)
+        if to is not None:
+            request.to.CopyFrom(pb.PathAt(inode=1, path=to.encode()))
+        attr: pb.Attr = (await self.call("TrashRestore", request)).attr
+        return attr
+
+    async def purge(self, *entries: pb.TrashEntry, caller: pb.Caller = ROOT) -> int:
+        request = pb.TrashPurgeRequest(caller=caller, op=self.op(), ids=[entry.id for entry in entries])
+        purged: int = (await self.call("TrashPurge", request)).purged
+        return purged
 
     async def names(self, path: str = "", **fields: Any) -> list[bytes]:
         return [entry.name for entry in (await self.do("List", path, **fields)).entries]
@@ -313,12 +341,12 @@ async def audit(meta: Meta) -> None:
     for ino, record in inodes.items():
         attr = record.attr
         if attr.type == model.DIRECTORY:
-            expected = 0 if ino == keys.ROOT_INODE or record.detached else 1
+            expected = 0 if ino in keys.TOP_INODES or record.detached else 1
             assert links.get(ino, 0) == expected, f"directory {ino:#x} has {links.get(ino, 0)} entries"
             assert subdirs.get(ino, 0) == counted.get(ino, 0)
             assert not record.detached or ino in queued
             seen = set()
-            while ino != keys.ROOT_INODE and not inodes[ino].detached:
+            while ino not in keys.TOP_INODES and not inodes[ino].detached:
                 assert ino not in seen, f"directory {ino:#x} is its own ancestor"
                 seen.add(ino)
                 ino = inodes[ino].attr.parent
@@ -326,9 +354,18 @@ async def audit(meta: Meta) -> None:
             assert links.get(ino, 0) == attr.nlink, f"inode {ino:#x}: {attr.nlink} links, {links.get(ino, 0)} entries"
             assert attr.nlink or ino in queued or ino in held, f"inode {ino:#x} is an orphan"
     assert queued <= inodes.keys()
+    await _audit_trash(meta)
     await _audit_xattrs(meta, inodes)
     total = sum(model.decode_count(value) for _, value in await meta.rows(keys.COUNTER))
     assert total == len(inodes)
+
+
+async def _audit_trash(meta: Meta) -> None:
+    """Each entry of the trash has its record, and the other way round."""
+    entries = {
+        keys.dirent_name(key) for key, _ in await meta.rows(keys.DIRENT) if keys.inode_of(key) == keys.TRASH_INODE
+    }
+    assert entries == {keys.trash_entry_name(key) for key, _ in await meta.rows(keys.TRASH)}
 
 
 async def _audit_xattrs(meta: Meta, inodes: dict[int, Any]) -> None:

@@ -20,6 +20,12 @@ async def prepared(**options) -> tuple[Meta, pb.OpenResponse]:
     meta.chunks.write(made.attr, 3 * CHUNK)
     await meta.do("Sync", inode=made.attr.inode, session=made.session, report=pb.WriteReport(wrote=True, length=200))
     await meta.do("Setxattr", "/f", name=b"user.old", value=b"old")
+    await meta.mkdir("/kept")
+    await meta.keep("/kept", 100)
+    for path in ("/kept/one", "/kept/two"):
+        await meta.create(path)
+        await meta.do("Unlink", path)
+    meta.trashed = [entry.id for entry in await meta.trash()]
     return meta, made
 
 
@@ -46,6 +52,8 @@ def every_mutation(meta: Meta, made: pb.OpenResponse) -> dict[str, object]:
         "Truncate": meta.request("Truncate", "/f", length=7),
         "Setxattr": meta.request("Setxattr", "/f", name=b"user.new", value=b"v", create=True),
         "Removexattr": meta.request("Removexattr", "/f", name=b"user.old"),
+        "TrashRestore": meta.request("TrashRestore", id=meta.trashed[0]),
+        "TrashPurge": meta.request("TrashPurge", ids=[meta.trashed[1]]),
     }
 
 

@@ -13,9 +13,10 @@ use fs3_proto::v1::{
 };
 
 use fs3_rt::JoinSet;
+use prost::Message;
 
 use crate::inner::{Inner, follow_routing, keep_sessions};
-use crate::meta::{CallLimits, Metas, call};
+use crate::meta::{CallLimits, Encoded, Metas, RequestHead, call, decoded};
 use crate::routing::check_layout;
 use crate::types::is_special;
 use crate::wire::Wire;
@@ -309,9 +310,9 @@ impl Client {
         self.inner().meta::<_, Empty>(Method::MetaRmdir, &request).await.map(drop)
     }
 
-    /// Remove a whole tree in one atomic step.
-    pub async fn remove_all(&self, caller: &Caller, at: PathAt) -> Result<()> {
-        let request = RemoveAllRequest { caller: some(caller), op: self.inner().op_id(), at: Some(at) };
+    /// Remove a whole tree in one atomic step; `skip_trash`: for good, also where directories keep what is removed.
+    pub async fn remove_all(&self, caller: &Caller, at: PathAt, skip_trash: bool) -> Result<()> {
+        let request = RemoveAllRequest { caller: some(caller), op: self.inner().op_id(), at: Some(at), skip_trash };
         self.inner().meta::<_, Empty>(Method::MetaRemoveAll, &request).await.map(drop)
     }
 
@@ -361,6 +362,7 @@ impl Client {
             mtime_now: change.mtime_now,
             chunk_bytes: change.chunk_bytes,
             stripe: change.stripe,
+            trash_ms: None,
         };
         let response: AttrResponse = self.inner().meta(Method::MetaSetattr, &request).await?;
         let attr = response.attr.ok_or_else(no_attr)?;
@@ -401,6 +403,15 @@ impl Client {
             state.set_mtime();
         }
         Ok(attr)
+    }
+
+    /// Any metadata operation that needs nothing of the client but its name: `request` is the encoded message without
+    /// `caller` and `op`, which are fields 1 and 2 of every request (`with_op`: it has the second). The encoded response.
+    pub async fn meta_call(&self, caller: &Caller, method: Method, request: Bytes, with_op: bool) -> Result<Bytes> {
+        let head = RequestHead { caller: some(caller), op: if with_op { self.inner().op_id() } else { None } };
+        let mut body = head.encode_to_vec();
+        body.extend_from_slice(&request);
+        self.inner().meta_bytes(method, &Encoded(body.into())).await
     }
 
     /// The value of an extended attribute. Errors: NoData, Access, NotSupported (unknown prefix).
@@ -536,7 +547,7 @@ async fn first_routing(wire: &Wire, config: &ClientConfig) -> Result<Routing> {
     let deadline = fs3_rt::Instant::now() + config.op_timeout;
     let limits = CallLimits { deadline, attempt: config.meta_attempt_timeout };
     let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
-    let response: GetRoutingResponse = call(wire, &metas, Method::GetRouting, &request, limits).await?;
+    let response: GetRoutingResponse = decoded(call(wire, &metas, Method::GetRouting, &request, limits).await?)?;
     let none = || Error::new(Code::Unavailable, "the cluster has no routing yet; is its manager running?");
     response.routing.ok_or_else(none)
 }

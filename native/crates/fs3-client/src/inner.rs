@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, Result};
 use fs3_proto::v1::{
     GetRoutingRequest, GetRoutingResponse, KeepaliveRequest, KeepaliveResponse, Method, OpId, Routing,
@@ -18,7 +19,7 @@ use crate::channels::Channels;
 use crate::health::Health;
 use crate::inode::OpenInodes;
 use crate::latency::Latencies;
-use crate::meta::{CallLimits, Metas, call};
+use crate::meta::{CallLimits, Metas, call, decoded};
 use crate::pool::ScratchPool;
 use crate::report::Reports;
 use crate::routing::RoutingView;
@@ -129,6 +130,11 @@ impl Inner {
         method: Method,
         request: &Req,
     ) -> Result<Resp> {
+        decoded(self.meta_bytes(method, request).await?)
+    }
+
+    /// As [`Inner::meta`]; the encoded response.
+    pub async fn meta_bytes<Req: Message + Clone>(&self, method: Method, request: &Req) -> Result<Bytes> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(Error::new(Code::Unavailable, "the client is closed"));
         }

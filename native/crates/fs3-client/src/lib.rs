@@ -30,7 +30,7 @@ pub use config::ClientConfig;
 pub use file::OpenFile;
 pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
 pub use fs3_proto::v1::{
-    Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, PathAt, Routing,
+    Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, Method, PathAt, Routing,
     StatfsResponse as Statfs, XattrBit,
 };
 pub use types::{

@@ -4,14 +4,16 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::{Buf, BufMut, Bytes};
 use fs3_core::{Code, Error, Result};
 use fs3_rt::Instant;
 use parking_lot::RwLock;
-use prost::Message;
+use prost::encoding::{DecodeContext, WireType, skip_field};
+use prost::{DecodeError, Message};
 
 use crate::backoff::Backoff;
 use crate::wire::Wire;
-use fs3_proto::v1::Method;
+use fs3_proto::v1::{Caller, Method, OpId};
 
 /// The meta services and which one is in use.
 pub(crate) struct Metas {
@@ -75,14 +77,14 @@ pub(crate) struct CallLimits {
     pub attempt: Duration,
 }
 
-/// Call a meta service, failing over while the error is worth it.
-pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
+/// Call a meta service, failing over while the error is worth it; the encoded response.
+pub(crate) async fn call<Req: Message + Clone>(
     wire: &Wire,
     metas: &Metas,
     method: Method,
     request: &Req,
     limits: CallLimits,
-) -> Result<Resp> {
+) -> Result<Bytes> {
     let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
     let mut failures = 0;
     let mut sent = false;
@@ -93,10 +95,7 @@ pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
         let (now, cut) = (Instant::now(), Instant::now() + limits.attempt > limits.deadline);
         let attempt = if cut { limits.deadline } else { now + limits.attempt };
         let error = match wire.call(&address, method, request.clone(), attempt).await {
-            Ok(reply) => {
-                return Resp::decode(reply)
-                    .map_err(|e| Error::new(Code::Protocol, format!("{address} sent a reply that is none: {e}")));
-            }
+            Ok(reply) => return Ok(reply),
             Err(error) => error,
         };
         if !error.retryable() {
@@ -116,6 +115,49 @@ pub(crate) async fn call<Req: Message + Clone, Resp: Message + Default>(
         tracing::debug!(%address, ?method, error = %error, "metadata call failed; trying again");
         telling = Some(error);
         fs3_rt::sleep(pause).await;
+    }
+}
+
+/// The response in what [`call`] gave.
+pub(crate) fn decoded<Resp: Message + Default>(reply: Bytes) -> Result<Resp> {
+    Resp::decode(reply)
+        .map_err(|e| Error::new(Code::Protocol, format!("a meta service sent a reply that is none: {e}")))
+}
+
+/// What every request of a metadata operation begins with; those that change nothing have no `op`.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct RequestHead {
+    #[prost(message, optional, tag = "1")]
+    pub caller: Option<Caller>,
+    #[prost(message, optional, tag = "2")]
+    pub op: Option<OpId>,
+}
+
+/// A message that is encoded already.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Encoded(pub Bytes);
+
+impl Message for Encoded {
+    fn encode_raw(&self, buf: &mut impl BufMut) {
+        buf.put_slice(&self.0);
+    }
+
+    fn encoded_len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buf: &mut impl Buf,
+        context: DecodeContext,
+    ) -> std::result::Result<(), DecodeError> {
+        skip_field(wire_type, tag, buf, context)
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fs3_client::{
-    Caller, ClientConfig, CreateOptions, FileType, OpenOptions, PathAt, ReadOp, Region, RegionMut, Result, Setattr,
-    SetxattrMode, WriteOp,
+    Caller, ClientConfig, CreateOptions, FileType, Method, OpenOptions, PathAt, ReadOp, Region, RegionMut, Result,
+    Setattr, SetxattrMode, WriteOp,
 };
 use prost::Message;
 use pyo3::exceptions::PyValueError;
@@ -286,10 +286,10 @@ impl Client {
     }
 
     /// Remove a whole tree in one atomic step.
-    #[pyo3(signature = (path, *, inode=1))]
-    fn remove_all(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
+    #[pyo3(signature = (path, *, inode=1, skip_trash=false))]
+    fn remove_all(&self, path: Vec<u8>, inode: u64, skip_trash: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
-        let work = async move { client.remove_all(&caller, at(inode, &path, false)).await };
+        let work = async move { client.remove_all(&caller, at(inode, &path, false), skip_trash).await };
         Ok(Operation::new(work, |_, ()| Ok(())))
     }
 
@@ -333,6 +333,16 @@ impl Client {
     ) -> PyResult<Operation> {
         let change = Setattr { mode, uid, gid, atime_ns, mtime_ns, atime_now, mtime_now, chunk_bytes, stripe };
         self.attr(move |client, caller| async move { client.setattr(&caller, at(inode, &path, follow), change).await })
+    }
+
+    /// Any metadata operation: the encoded request without `caller` and `op` (`with_op`: it has one); the encoded
+    /// response.
+    fn meta_call(&self, method: i32, request: Vec<u8>, with_op: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let method =
+            Method::try_from(method).map_err(|_| PyValueError::new_err(format!("there is no method {method}")))?;
+        let work = async move { client.meta_call(&caller, method, request.into(), with_op).await };
+        Ok(Operation::new(work, |py, response| Ok(PyBytes::new(py, &response).unbind())))
     }
 
     /// The value of an extended attribute.

@@ -1,4 +1,4 @@
-"""Paths for people, and the place for what has lost its own."""
+"""The place for what has lost its own."""
 
 from __future__ import annotations
 
@@ -12,37 +12,7 @@ from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Caller
 
-# Entries that are searched for the name of a directory, and directories above it.
-SEARCH_ENTRIES_MAX: Final = 10_000
-DEPTH_MAX: Final = 64
 LOST_FOUND: Final = b"lost+found"
-
-
-async def name_in(tr: Transaction, parent: int, ino: int) -> bytes | None:
-    """The name of `ino` in `parent`, if it is among its first SEARCH_ENTRIES_MAX."""
-    for key, value in await tr.get_range(*keys.dirents(parent), limit=SEARCH_ENTRIES_MAX, snapshot=True):
-        if model.decode_dirent(value)[0] == ino:
-            return keys.dirent_name(key)
-    return None
-
-
-async def path_of(tr: Transaction, parent: int, name: bytes) -> str:
-    """The path of an entry; one that does not lead to the root begins with the inode where it ends."""
-    parts = [name]
-    for _ in range(DEPTH_MAX):
-        if parent == keys.ROOT_INODE:
-            return _text(b"/" + b"/".join(reversed(parts)))
-        record = await tree.load(tr, parent)
-        found = None if record is None else await name_in(tr, record.attr.parent, parent)
-        if record is None or found is None:
-            break
-        parts.append(found)
-        parent = record.attr.parent
-    return f"<{parent:#x}>/" + _text(b"/".join(reversed(parts)))
-
-
-def _text(path: bytes) -> str:
-    return path.decode(errors="backslashreplace")
 
 
 async def adopt(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
