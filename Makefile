@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench kill-campaign torture test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta kill-campaign torture test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -50,6 +50,9 @@ mutants: setup ## seeded bugs that the simulation must catch: make mutants, or N
 
 bench: build ## limits of this machine, then fs3, as ratios
 	@$(PY) benchmarks/run.py $(ARGS)
+
+bench-meta: build ## metadata with one and two services, durable and not; a million files in one tree
+	@$(PY) benchmarks/metadata.py $(ARGS)
 
 kill-campaign: build ## long run of kill -9 under write load: make kill-campaign CYCLES=1000
 	@FS3_KILL_CYCLES=$(or $(CYCLES),1000) $(VENV)/bin/pytest tests/cluster/test_kill_cycles.py -x

@@ -10,6 +10,7 @@ from fs3.cli.files import connected, parse_paths
 from fs3.cli.output import human_bytes, json_option, print_json, print_table
 from fs3.cli.target import cluster_options
 from fs3.core.errors import error
+from fs3.core.layout import narrowest, widest
 from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
 
@@ -33,16 +34,27 @@ def get_command(paths: tuple[str, ...], as_json: bool, **where: Any) -> None:
         for remote in parsed:
             layout = fs.layout(remote.path)
             # 0 stands for the cluster's default.
-            chunk_bytes, stripe = (0, 0) if layout is None else (layout.chunk_bytes, layout.stripe)
-            rows.append({"path": remote.path, "chunk_bytes": chunk_bytes, "stripe": stripe})
+            rows.append(
+                {
+                    "path": remote.path,
+                    "chunk_bytes": 0 if layout is None else layout.chunk_bytes,
+                    "stripe": 0 if layout is None else narrowest(layout),
+                    "stripe_max": 0 if layout is None else widest(layout),
+                }
+            )
     if as_json:
         print_json(rows)
         return
     table = [
-        [human_bytes(row["chunk_bytes"]) if row["chunk_bytes"] else DEFAULT, row["stripe"] or DEFAULT, row["path"]]
-        for row in rows
+        [human_bytes(row["chunk_bytes"]) if row["chunk_bytes"] else DEFAULT, _stripe(row), row["path"]] for row in rows
     ]
     print_table(["CHUNK SIZE", "STRIPE", "PATH"], table)
+
+
+def _stripe(row: dict[str, Any]) -> str:
+    if row["stripe"] == row["stripe_max"]:
+        return str(row["stripe"] or DEFAULT)
+    return f"{row['stripe']}-{row['stripe_max']}"
 
 
 @layout_command.command("set")

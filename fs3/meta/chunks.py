@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, Final, Protocol
 
+from fs3.core.layout import place_of, widest, width
 from fs3.v1.meta_pb2 import Layout
 
 LAST_INDEX: Final = 0xFFFF_FFFF
@@ -19,7 +20,7 @@ class ChunkStore(Protocol):
     """
 
     def stripe(self, layout: Layout) -> list[int]:
-        """Chain ids by position: chunk i is on ``stripe[i % len(stripe)]``. Raises UNAVAILABLE, unknown table."""
+        """Chain ids by position: chunk i is on ``stripe[place_of(layout, i)]``. Raises UNAVAILABLE, unknown table."""
 
     async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float) -> int:
         """Remove the chunks of `inode` from `first_index` on; returns how many there were."""
@@ -39,10 +40,14 @@ def positions(layout: Layout, first_index: int, extent_bytes: int | None) -> lis
     `extent_bytes`: no chunk byte is at or beyond it; None when that is not known.
     """
     if extent_bytes is None:
-        return list(range(layout.stripe))
+        return list(range(widest(layout)))
     end = -(-extent_bytes // layout.chunk_bytes)
-    count = min(layout.stripe, max(0, end - first_index))
-    return sorted((first_index + i) % layout.stripe for i in range(count))
+    if end <= first_index:
+        return []
+    chains = width(layout, end - 1)
+    if end - first_index >= chains:
+        return list(range(chains))
+    return sorted({place_of(layout, index) for index in range(first_index, end)})
 
 
 async def _all(calls: list[Awaitable[Any]]) -> list[Any]:
@@ -66,7 +71,7 @@ async def cut(
     ]
     if tail and (extent_bytes is None or extent_bytes > length):
         last = keep - 1
-        chain_id = chains[last % layout.stripe]
+        chain_id = chains[place_of(layout, last)]
         calls.append(
             store.truncate_chunk(chain_id, inode, last, chunk_bytes=layout.chunk_bytes, length=tail, ends_s=ends_s)
         )

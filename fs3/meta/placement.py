@@ -10,13 +10,16 @@ from fs3.meta.routing import RoutingHolder
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Layout, StatfsResponse
 
-STRIPE_MAX: Final = 16
+# A file begins on so many chains, if there are, and is spread over more and more as it grows.
+STRIPE_FIRST: Final = 16
+STRIPE_MAX: Final = 128
 
 
 class RoutingPlacement:
     """:class:`fs3.meta.context.Placement` over a RoutingHolder. Belongs to one event loop.
 
-    `chunk_bytes` and `stripe` (0: as many chains as the table has, at most STRIPE_MAX) are the cluster's defaults.
+    `chunk_bytes` and `stripe` (0: STRIPE_FIRST chains, growing to STRIPE_MAX, as far as there are) are the cluster's
+    defaults.
     `seed` is where the first file's stripe begins; the next file's begins one chain further.
     """
 
@@ -44,11 +47,10 @@ class RoutingPlacement:
                 "the cluster has no chains yet: start storage services and wait until `fs3 status` shows chains",
             )
         chains = len(table.chain_ids)
-        stripe = wish.stripe or inherited.stripe
-        if not stripe:
-            stripe = min(chains, self._stripe or STRIPE_MAX)
-        elif wish is inherited:
+        stripe = wish.stripe or inherited.stripe or self._stripe
+        if wish is inherited or not wish.stripe:
             stripe = min(stripe, chains)
+        grows = not stripe and chains > STRIPE_FIRST
         first = wish.first
         if requested is None or not requested.table_version:
             first = self._next % chains
@@ -57,8 +59,10 @@ class RoutingPlacement:
             table_id=table.table_id,
             table_version=table.table_version,
             chunk_bytes=wish.chunk_bytes or inherited.chunk_bytes or self._chunk_bytes,
-            stripe=stripe,
+            stripe=0 if grows else stripe or chains,
             first=first,
+            stripe_first=STRIPE_FIRST if grows else 0,
+            stripe_max=min(chains, STRIPE_MAX) if grows else 0,
         )
         check_layout(layout, chains)
         return layout

@@ -83,7 +83,10 @@ Global___XattrBit: _TypeAlias = XattrBit  # noqa: Y015
 
 @_typing.final
 class Layout(_message.Message):
-    """Chunk i of a file lives on chain  table.chain_ids[(first + i % stripe) % len(table.chain_ids)]."""
+    """Chunk i of a file lives on chain  table.chain_ids[(first + i % width) % len(table.chain_ids)].
+    width is `stripe`; or, of a stripe that grows with the file, stripe_first * 2^k with the least k for which
+    i < 8 * width, at most stripe_max.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -92,14 +95,20 @@ class Layout(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     STRIPE_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
+    STRIPE_FIRST_FIELD_NUMBER: _builtins.int
+    STRIPE_MAX_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     table_version: _builtins.int
     chunk_bytes: _builtins.int
     """power of two, 64 KiB .. 64 MiB"""
     stripe: _builtins.int
-    """number of chains, 1 .. len(table)"""
+    """number of chains, 1 .. len(table); 0: it grows"""
     first: _builtins.int
     """where in the table the stripe begins"""
+    stripe_first: _builtins.int
+    """1 .. stripe_max"""
+    stripe_max: _builtins.int
+    """.. len(table)"""
     def __init__(
         self,
         *,
@@ -108,10 +117,12 @@ class Layout(_message.Message):
         chunk_bytes: _builtins.int = ...,
         stripe: _builtins.int = ...,
         first: _builtins.int = ...,
+        stripe_first: _builtins.int = ...,
+        stripe_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "first", b"first", "stripe", b"stripe", "table_id", b"table_id", "table_version", b"table_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "first", b"first", "stripe", b"stripe", "stripe_first", b"stripe_first", "stripe_max", b"stripe_max", "table_id", b"table_id", "table_version", b"table_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from fs3.core.errors import Fs3Error, error
+from fs3.core.layout import place_of
 from fs3.kv.api import Transaction
 from fs3.meta import keys, model, tree
 from fs3.meta.clock import monotonic_s
@@ -192,7 +193,7 @@ class ChunkAudit:
             return None
         layout = record.attr.layout
         stripe = self._lister.stripe(layout) if record.attr.type == model.FILE else []
-        if not stripe or stripe[index % len(stripe)] != chain_id or info.chunk_bytes != layout.chunk_bytes:
+        if not stripe or stripe[place_of(layout, index)] != chain_id or info.chunk_bytes != layout.chunk_bytes:
             return LAYOUT
         if not record.loose and not record.truncating and _end(record, index, info) > record.extent_bytes:
             return EXTENT

@@ -13,7 +13,7 @@ import pytest
 
 from fs3.core.clock import RealClock, VirtualClock
 from fs3.core.errors import Fs3Error, error
-from fs3.core.layout import chains_of
+from fs3.core.layout import chains_of, place_of
 from fs3.kv.api import KvStore
 from fs3.kv.faults import KvFaults
 from fs3.kv.memory import MemoryKv
@@ -112,7 +112,7 @@ class FakeChunks:
         size = attr.layout.chunk_bytes
         stripe = self.stripe(attr.layout)
         for index in range(start // size, -(-end // size)):
-            key = (stripe[index % len(stripe)], attr.inode, index)
+            key = (stripe[place_of(attr.layout, index)], attr.inode, index)
             self.chunks[key] = max(self.chunks.get(key, 0), min(size, end - index * size))
 
     def of(self, inode: int) -> dict[int, int]:

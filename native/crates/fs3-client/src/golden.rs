@@ -25,6 +25,8 @@ fn chunks_and_chains_are_those_of_the_golden_vectors() {
             chunk_bytes: number(&vector["chunk_bytes"]) as u32,
             stripe: number(&vector["stripe"]) as u32,
             first: number(&vector["first"]) as u32,
+            stripe_first: number(&vector["stripe_first"]) as u32,
+            stripe_max: number(&vector["stripe_max"]) as u32,
         };
         for pair in vector["chain_of"].as_array().expect("pairs") {
             assert_eq!(view.chain_of(&layout, number(&pair[0])).map(u64::from), Some(number(&pair[1])), "{vector}");

@@ -102,18 +102,34 @@ impl RoutingView {
         self.addresses.values().any(|known| **known == *address)
     }
 
-    /// The chain of chunk `index`: table.chain_ids[(first + index % stripe) % len]. `None` when this routing
+    /// The chain of chunk `index`: table.chain_ids[(first + index % width) % len]. `None` when this routing
     /// does not have the table (yet).
     pub fn chain_of(&self, layout: &Layout, index: u64) -> Option<u32> {
         let is_it = |t: &&ChainTable| (t.table_id, t.table_version) == (layout.table_id, layout.table_version);
         let table = self.raw.tables.iter().rev().find(is_it)?;
         let count = table.chain_ids.len() as u64;
-        if count == 0 || layout.stripe == 0 {
+        let width = stripe_width(layout, index);
+        if count == 0 || width == 0 {
             return None;
         }
-        let position = (u64::from(layout.first) + index % u64::from(layout.stripe)) % count;
+        let position = (u64::from(layout.first) + index % width) % count;
         Some(table.chain_ids[position as usize])
     }
+}
+
+/// A stripe that grows doubles when each of its chains has so many chunks of the file.
+const GROWTH_ROUNDS: u64 = 8;
+
+/// Over how many chains chunk `index` and those before it are spread; see `Layout` in meta.proto.
+pub(crate) fn stripe_width(layout: &Layout, index: u64) -> u64 {
+    if layout.stripe > 0 {
+        return layout.stripe.into();
+    }
+    let (mut width, limit) = (u64::from(layout.stripe_first), u64::from(layout.stripe_max));
+    while width < limit && index >= GROWTH_ROUNDS * width {
+        width *= 2;
+    }
+    width.min(limit)
 }
 
 /// A number for a disk, the same in every version of the routing (FNV-1a).
@@ -129,7 +145,8 @@ fn join(host: &str, port: u32) -> String {
 /// Check a layout from the network before dividing by its fields.
 pub(crate) fn check_layout(layout: &Layout) -> Result<()> {
     let bytes = layout.chunk_bytes;
-    if bytes.is_power_of_two() && (1 << 16..=1 << 26).contains(&bytes) && layout.stripe > 0 {
+    let stripe = layout.stripe > 0 || (1..=layout.stripe_max).contains(&layout.stripe_first);
+    if bytes.is_power_of_two() && (1 << 16..=1 << 26).contains(&bytes) && stripe {
         return Ok(());
     }
     Err(Error::new(Code::Internal, format!("the file has an impossible layout (chunk_bytes {bytes})")))
@@ -174,10 +191,26 @@ mod tests {
     #[test]
     fn chunks_stripe_over_the_table_from_first_and_wrap() {
         let view = view();
-        let layout = Layout { table_id: 1, table_version: 1, chunk_bytes: 1 << 20, stripe: 3, first: 2 };
+        let layout =
+            Layout { table_id: 1, table_version: 1, chunk_bytes: 1 << 20, stripe: 3, first: 2, ..Default::default() };
         let chains: Vec<_> = (0..7).map(|i| view.chain_of(&layout, i).unwrap()).collect();
         assert_eq!(chains, [12, 13, 10, 12, 13, 10, 12]);
         assert_eq!(view.chain_of(&Layout { table_version: 2, ..layout }, 0), None);
+    }
+
+    #[test]
+    fn the_last_chunks_are_on_every_chain_that_any_is_on() {
+        for (stripe, stripe_first, stripe_max) in [(3, 0, 0), (0, 1, 6), (0, 4, 100), (0, 16, 128)] {
+            let layout = Layout { stripe, stripe_first, stripe_max, ..Default::default() };
+            let place = |index: u64| index % stripe_width(&layout, index);
+            let mut places = std::collections::BTreeSet::new();
+            for chunks in 1..3000u64 {
+                places.insert(place(chunks - 1));
+                let width = stripe_width(&layout, chunks - 1);
+                let last = (chunks.saturating_sub(2 * width)..chunks).map(place).collect();
+                assert_eq!(places, last, "{layout:?}, {chunks} chunks");
+            }
+        }
     }
 
     #[test]
@@ -200,11 +233,15 @@ mod tests {
 
     #[test]
     fn impossible_layouts_are_refused() {
-        let good = Layout { table_id: 1, table_version: 1, chunk_bytes: 1 << 20, stripe: 1, first: 0 };
+        let good =
+            Layout { table_id: 1, table_version: 1, chunk_bytes: 1 << 20, stripe: 1, first: 0, ..Default::default() };
         assert!(check_layout(&good).is_ok());
         for bad in [0, 4096, 100_000, 1 << 27] {
             assert!(check_layout(&Layout { chunk_bytes: bad, ..good }).is_err());
         }
         assert!(check_layout(&Layout { stripe: 0, ..good }).is_err());
+        assert!(check_layout(&Layout { stripe: 0, stripe_max: 4, ..good }).is_err());
+        assert!(check_layout(&Layout { stripe: 0, stripe_first: 4, stripe_max: 3, ..good }).is_err());
+        assert!(check_layout(&Layout { stripe: 0, stripe_first: 4, stripe_max: 4, ..good }).is_ok());
     }
 }

@@ -16,7 +16,7 @@ use crate::backoff::Backoff;
 use crate::inner::Inner;
 use crate::inode::InodeState;
 use crate::plan::{Piece, pieces};
-use crate::routing::{ChainView, Replica};
+use crate::routing::{ChainView, Replica, stripe_width};
 
 /// Times one write is sent again because it was damaged on the way, before that is an error.
 const RESENDS_MAX: usize = 4;
@@ -166,7 +166,9 @@ pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> 
 async fn count_before(inner: &Inner, state: &InodeState, deadline: Instant) -> Result<()> {
     let layout = state.layout();
     let chunks = state.unsynced_before().div_ceil(u64::from(layout.chunk_bytes.max(1)));
-    for index in 0..chunks.min(u64::from(layout.stripe)) {
+    // The last of them are on every chain that any of them is on, also where the stripe has grown.
+    let width = stripe_width(&layout, chunks.saturating_sub(1));
+    for index in chunks.saturating_sub(2 * width)..chunks {
         state.touch_chain(locate(inner, &layout, index, deadline).await?);
     }
     state.counted_before();

@@ -11,6 +11,8 @@ pub struct Layout {
     chunk_bytes: u32,
     stripe: u32,
     first: u32,
+    stripe_first: u32,
+    stripe_max: u32,
 }
 
 /// Attributes of an inode. `type` is a number of `fs3.v1.FileType`; times are nanoseconds since 1970.
@@ -77,6 +79,8 @@ impl From<fs3_client::Layout> for Layout {
             chunk_bytes: layout.chunk_bytes,
             stripe: layout.stripe,
             first: layout.first,
+            stripe_first: layout.stripe_first,
+            stripe_max: layout.stripe_max,
         }
     }
 }

@@ -55,6 +55,7 @@ impl Meta {
             chunk_bytes: self.chunk_bytes,
             stripe: table.chain_ids.len() as u32,
             first: 0,
+            ..Default::default()
         };
         Ok(Attr {
             inode: INODE,

@@ -409,7 +409,14 @@ impl Fake {
                     return Err(Error::new(Code::Exists, "it exists"));
                 }
                 let inode = 1000 + self.state.files.lock().len() as u64;
-                let layout = Layout { table_id: 1, table_version: 1, chunk_bytes: CHUNK, stripe: CHAINS, first: 1 };
+                let layout = Layout {
+                    table_id: 1,
+                    table_version: 1,
+                    chunk_bytes: CHUNK,
+                    stripe: CHAINS,
+                    first: 1,
+                    ..Default::default()
+                };
                 let attr =
                     Attr { inode, r#type: FileType::File as i32, nlink: 1, layout: Some(layout), ..Default::default() };
                 self.state.names.lock().insert(name, inode);

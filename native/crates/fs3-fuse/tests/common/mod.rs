@@ -120,7 +120,8 @@ impl FakeCluster {
 
 fn attr(kind: FileType) -> Attr {
     let now = now_ns();
-    let layout = Layout { table_id: 1, table_version: 1, chunk_bytes: CHUNK, stripe: CHAINS, first: 0 };
+    let layout =
+        Layout { table_id: 1, table_version: 1, chunk_bytes: CHUNK, stripe: CHAINS, first: 0, ..Default::default() };
     Attr {
         r#type: kind as i32,
         nlink: 1,

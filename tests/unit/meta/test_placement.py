@@ -1,0 +1,62 @@
+"""Which chains new files are put on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fs3.core.layout import chains_of, place_of, width
+from fs3.v1 import meta_pb2 as pb
+from meta.harness import CHUNK, FakeChunks, Meta, audit, run
+
+MANY = list(range(1, 101))
+
+
+def test_with_few_chains_a_file_is_on_all_with_many_its_stripe_grows() -> None:
+    async def main() -> None:
+        few = await Meta.start(chains=MANY[:16])
+        layout = (await few.create("/f")).attr.layout
+        assert (layout.stripe, layout.stripe_first, layout.stripe_max) == (16, 0, 0)
+        many = await Meta.start(chains=MANY, chunks=FakeChunks(MANY))
+        layout = (await many.create("/f")).attr.layout
+        assert (layout.stripe, layout.stripe_first, layout.stripe_max) == (0, 16, 100)
+        await many.do("Setattr", "/", stripe=20)
+        layout = (await many.create("/g")).attr.layout
+        assert (layout.stripe, layout.stripe_first, layout.stripe_max) == (20, 0, 0)
+
+    run(main())
+
+
+def test_files_are_spread_evenly() -> None:
+    async def main() -> None:
+        meta = await Meta.start(chains=MANY, chunks=FakeChunks(MANY))
+        load: Counter[int] = Counter()
+        for i in range(200):
+            layout = (await meta.create(f"/{i}")).attr.layout
+            load.update(chains_of(layout, MANY)[: width(layout, 0)])
+        assert set(load) == set(MANY)
+        assert max(load.values()) - min(load.values()) <= 1
+
+    run(main())
+
+
+def test_a_grown_file_is_cut_and_removed_on_all_its_chains() -> None:
+    async def main() -> None:
+        meta = await Meta.start(chains=MANY, chunks=FakeChunks(MANY))
+        made = await meta.create("/f", open_write=True)
+        chunks = 700
+        meta.chunks.write(made.attr, chunks * CHUNK)
+        assert len({chain for chain, _, _ in meta.chunks.chunks}) == 100
+        report = pb.WriteReport(wrote=True, length=chunks * CHUNK)
+        await meta.do("Close", inode=made.attr.inode, session=made.session, report=report)
+        await meta.do("Truncate", "/f", length=200 * CHUNK + 1)
+        assert sorted(meta.chunks.of(made.attr.inode)) == list(range(201))
+        layout = made.attr.layout
+        assert width(layout, 200) == 32
+        held = {chain for chain, _, _ in meta.chunks.chunks}
+        assert held == {chains_of(layout, MANY)[place_of(layout, index)] for index in range(201)}
+        await meta.do("Unlink", "/f")
+        await meta.collect()
+        assert not meta.chunks.chunks
+        await audit(meta)
+
+    run(main())
