@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
@@ -37,17 +37,33 @@ def check_layout(layout: Layout, table_chains: int) -> None:
         raise error(Code.CODE_INVALID_ARGUMENT, f"first {layout.first} is not in 0..{table_chains - 1}")
 
 
-def narrowest(layout: Layout) -> int:
+class Stripe(Protocol):
+    """The numbers of chains in a layout, whatever class that is of."""
+
+    @property
+    def stripe(self) -> int:
+        """How many, 0: it grows."""
+
+    @property
+    def stripe_first(self) -> int:
+        """Of a stripe that grows: how many to begin with."""
+
+    @property
+    def stripe_max(self) -> int:
+        """Of a stripe that grows: how many at most."""
+
+
+def narrowest(layout: Stripe) -> int:
     """Over how many chains the first chunks are spread."""
     return layout.stripe or layout.stripe_first
 
 
-def widest(layout: Layout) -> int:
+def widest(layout: Stripe) -> int:
     """Over how many chains a file is spread at most."""
     return layout.stripe or layout.stripe_max
 
 
-def format_stripe(layout: Layout) -> str:
+def format_stripe(layout: Stripe) -> str:
     """Write the number of chains, "16-128" for a stripe that grows."""
     return str(layout.stripe) if layout.stripe else f"{layout.stripe_first}-{layout.stripe_max}"
 
