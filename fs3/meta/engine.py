@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from fs3.core.clock import Clock, RealClock
 from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
-from fs3.kv.api import KvError, KvStore, LimitExceeded, StoreFull, Transaction
+from fs3.kv.api import KvError, KvStore, LimitExceeded, StoreFull, Transaction, TransactionFn
 from fs3.meta import chunks, keys, model, tree
 from fs3.meta.chunks import ChunkStore
 from fs3.meta.clock import monotonic_s
@@ -116,7 +116,8 @@ class Engine:
     async def call(self, operation: Operation, request: Any, *, ends_s: float | None = None) -> Any:
         """Run one operation until `ends_s` on the monotonic clock; returns its response.
 
-        Durable when it returns. A repeated OpId gets the first answer. Raises Fs3Error.
+        Durable when it returns. A repeated OpId gets the first answer; the refusal of one that was sent before is
+        final for every copy. Raises Fs3Error.
         """
         self._served += 1
         try:
@@ -175,22 +176,56 @@ class Engine:
             tr.set(key, record.SerializeToString())
             return response
 
-        if operation.prepare is not None and not await self._answered(key):
-            await self._prepare(operation.prepare, request, ends_s)
+        try:
+            if operation.prepare is not None and not await self._answered(key):
+                await self._prepare(operation.prepare, request, ends_s)
+            response, started_s = await self._rounds(attempt, ctx, ends_s)
+        except Fs3Error as refusal:
+            if refusal.retryable or not request.op.resent:
+                raise
+            ctx.begin()
+            response, replayed = await self._refuse(operation, key, refusal, ctx.now_ns, ends_s), True
+        await self._afterwards(operation, ctx, response, replayed, started_s, ends_s)
+        return response
+
+    async def _rounds(self, attempt: TransactionFn[Any], ctx: OpContext, ends_s: float) -> tuple[Any, float]:
+        """Run `attempt` until it need not stop for anything; returns its response and when its last run began."""
         for _ in range(ROUNDS_MAX):
             started_s = monotonic_s(self.clock)
             try:
                 left_ms = (ends_s - started_s) * 1000
-                response = await retry.run(self.store, attempt, idempotent=True, deadline_ms=left_ms)
-                break
+                return await retry.run(self.store, attempt, idempotent=True, deadline_ms=left_ms), started_s
             except TruncationPending as exc:
                 await self.truncator.complete(exc.inode, ends_s=ends_s)
             except LengthUnknown as exc:
                 length = await chunks.end(self._chunks, exc.inode, exc.layout, ends_s=ends_s)
                 ctx.measured[exc.inode, exc.truncate_version] = length
-        else:
-            raise error(Code.CODE_BUSY, "the file is truncated again and again by others; try later")
-        await self._afterwards(operation, ctx, response, replayed, started_s, ends_s)
+        raise error(Code.CODE_BUSY, "the file is truncated again and again by others; try later")
+
+    async def _refuse(self, operation: Operation, key: bytes, refusal: Fs3Error, now_ns: int, ends_s: float) -> Any:
+        """Record a refusal and raise it, unless an earlier copy of the request has succeeded: then its response.
+
+        That copy may still be at work in another server. Once the record is there it cannot take effect any more.
+        """
+
+        async def settle(tr: Transaction) -> Any:
+            value = await tr.get(key)
+            if value is not None:
+                return _replay(operation, value)
+            record = IdempotencyRecord(
+                format=model.FORMAT,
+                time_ns=now_ns,
+                method=operation.method,
+                code=refusal.code,
+                message=refusal.message,
+            )
+            tr.set(key, record.SerializeToString())
+            return None
+
+        left_ms = (ends_s - monotonic_s(self.clock)) * 1000
+        response = await retry.run(self.store, settle, idempotent=True, deadline_ms=left_ms)
+        if response is None:
+            raise refusal
         return response
 
     async def _afterwards(
@@ -243,6 +278,8 @@ def _replay(operation: Operation, value: bytes) -> Message:
     record = model.decode_idempotency(value)
     if record.method != operation.method:
         raise error(Code.CODE_INVALID_ARGUMENT, "this OpId belongs to another operation: sequence numbers are unique")
+    if record.code:
+        raise error(record.code, record.message)
     return operation.response.FromString(record.response)
 
 

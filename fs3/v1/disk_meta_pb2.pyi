@@ -177,10 +177,16 @@ class IdempotencyRecord(_message.Message):
     TIME_NS_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     time_ns: _builtins.int
     method: _builtins.int
     response: _builtins.bytes
+    code: _builtins.int
+    """Code of a refusal; 0: there is a response"""
+    message: _builtins.str
+    """of the refusal"""
     def __init__(
         self,
         *,
@@ -188,10 +194,12 @@ class IdempotencyRecord(_message.Message):
         time_ns: _builtins.int = ...,
         method: _builtins.int = ...,
         response: _builtins.bytes = ...,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "method", b"method", "response", b"response", "time_ns", b"time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "format", b"format", "message", b"message", "method", b"method", "response", b"response", "time_ns", b"time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

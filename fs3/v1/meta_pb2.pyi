@@ -240,19 +240,25 @@ class OpId(_message.Message):
 
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    RESENT_FIELD_NUMBER: _builtins.int
     client_id: _builtins.bytes
     """16 bytes"""
     sequence: _builtins.int
     """unique per client"""
+    resent: _builtins.bool
+    """Sent before, perhaps to another service, where it may still be at work: a refusal is recorded, so that no earlier copy
+    takes effect after the caller was told of it.
+    """
     def __init__(
         self,
         *,
         client_id: _builtins.bytes = ...,
         sequence: _builtins.int = ...,
+        resent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "resent", b"resent", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

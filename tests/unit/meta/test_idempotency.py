@@ -139,6 +139,23 @@ def test_errors_are_not_stored() -> None:
     run(main())
 
 
+def test_a_refusal_of_a_request_that_was_sent_before_is_final() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        peer = await meta.peer()
+        first = meta.request("Mkdir", "/d/sub", mode=0o755)
+        again = type(first)()
+        again.CopyFrom(first)
+        again.op.resent = True
+        assert await code(peer.call("Mkdir", again)) == Code.CODE_NOT_FOUND
+        await meta.mkdir("/d")
+        # The first copy arrives late: the caller has been told that there is no such directory.
+        assert await code(meta.call("Mkdir", first)) == Code.CODE_NOT_FOUND
+        assert await meta.names("/d") == []
+
+    run(main())
+
+
 def test_requests_without_op_id_survive_unknown_outcomes() -> None:
     async def main() -> None:
         meta = await Meta.start()

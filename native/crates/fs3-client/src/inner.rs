@@ -121,7 +121,7 @@ impl Inner {
     /// Identity of a new mutating operation.
     pub fn op_id(&self) -> Option<OpId> {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
-        Some(OpId { client_id: bytes::Bytes::copy_from_slice(&self.id.0), sequence })
+        Some(OpId { client_id: bytes::Bytes::copy_from_slice(&self.id.0), sequence, resent: false })
     }
 
     /// A metadata call with failover. The request carries its OpId, so every try is the same operation.
