@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta kill-campaign torture test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta kill-campaign control-kill-campaign posix-diff torture test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -56,6 +56,12 @@ bench-meta: build ## metadata with one and two services, durable and not; a mill
 
 kill-campaign: build ## long run of kill -9 under write load: make kill-campaign CYCLES=1000
 	@FS3_KILL_CYCLES=$(or $(CYCLES),1000) $(VENV)/bin/pytest tests/cluster/test_kill_cycles.py -x
+
+control-kill-campaign: build ## long run of kill -9 of metadata services and managers under load: make control-kill-campaign CYCLES=50
+	@FS3_CONTROL_KILL_CYCLES=$(or $(CYCLES),50) $(VENV)/bin/pytest tests/cluster/test_control_kill_cycles.py -x -s
+
+posix-diff: build ## random system calls of two users on a mount and on the local file system: make posix-diff SEEDS=100 SEED=…
+	@$(PY) -m tests.posix --seeds $(or $(SEEDS),100) $(if $(SEED),--seed $(SEED))
 
 torture: build ## writers and readers under kill -9, partitions, bad disks, power cuts: make torture CYCLES=… MINUTES=… SEED=…
 	@$(PY) -m tests.torture $(if $(CYCLES),--cycles $(CYCLES)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
