@@ -34,10 +34,10 @@ async def run(tr: Transaction, request: RenameRequest, ctx: OpContext) -> Rename
         raise walk.missing(dest.name)
     if replaced is not None and request.no_replace:
         raise making.exists(dest.name)
-    walk.check_name(dest.name)
-    _check_parents(source, dest, caller)
     if replaced is not None and replaced.attr.inode == moved.attr.inode:
         return RenameResponse(attr=await tree.complete(tr, moved))
+    walk.check_name(dest.name)
+    _check_parents(source, dest, caller)
     if (source.as_directory or dest.as_directory) and moved.attr.type != model.DIRECTORY:
         raise walk.not_directory(moved)
     _check_move(source.parent, dest.parent, moved, caller)
