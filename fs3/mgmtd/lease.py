@@ -3,15 +3,21 @@
 Nobody compares wall clocks. An observer watches the record; it is dead when it has not changed for the whole
 lease on the observer's own monotonic clock. The holder trusts itself for half the lease from the moment it sent
 its last successful renewal, so that it has stopped before anybody can take over.
+
+The record says which release its holder was of. A manager of an older one never goes on from there, whether the holder
+is dead or has given the lease back: it would not understand all that was decided.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 
 FORMAT = 1
+# Raised when managers begin to keep or decide what those before would get wrong.
+RELEASE: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +43,15 @@ def may_take(seen: Observed, now_ns: int, lease_ns: int) -> bool:
     return lease.released or now_ns - seen.since_ns >= lease_ns
 
 
-def taken(record: bytes | None, holder: bytes, address: str) -> ManagerLease:
+def outdated(record: bytes | None, release: int) -> bool:
+    """Tell whether a manager of `release` is older than the last holder, and so may never take the lease."""
+    return record is not None and ManagerLease.FromString(record).release > release
+
+
+def taken(record: bytes | None, holder: bytes, address: str, release: int = RELEASE) -> ManagerLease:
     """Make the record of a takeover: the epoch rises."""
     epoch = ManagerLease.FromString(record).epoch if record is not None else 0
-    return ManagerLease(format=FORMAT, epoch=epoch + 1, holder=holder, address=address, beat=1)
+    return ManagerLease(format=FORMAT, epoch=epoch + 1, holder=holder, address=address, beat=1, release=release)
 
 
 def renewed(lease: ManagerLease) -> ManagerLease:

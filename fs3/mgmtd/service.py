@@ -114,6 +114,7 @@ class MgmtdService:
         clock: Clock | None = None,
         network: Network | None = None,
         rng: random.Random | None = None,
+        release: int = lease.RELEASE,
     ) -> None:
         """Make a manager; the keywords replace what it has of the machine, for tests and simulation."""
         self.config = config
@@ -129,6 +130,8 @@ class MgmtdService:
         self._trust = lease.Trust(0)
         self._observed: lease.Observed | None = None
         self._lease_ns = config.primary_lease_ms * 1_000_000
+        self._own_release = release
+        self._outdated = False
         self.ready = asyncio.Event()
 
     # -- for the RPCs -------------------------------------------------------------------------------------
@@ -221,11 +224,14 @@ class MgmtdService:
         async def attempt(tx: Transaction) -> ManagerLease | None:
             record = await tx.get(LEASE_KEY)
             seen = self._observed = lease.observe(self._observed, record, sent_ns)
+            self._note_outdated(lease.outdated(record, self._own_release))
+            if self._outdated:
+                return None
             # A holder that listened where this process listens now has ended.
             mine = record is not None and ManagerLease.FromString(record).address == self.address
             if not mine and not lease.may_take(seen, sent_ns, self._lease_ns):
                 return None
-            held = lease.taken(record, self._holder, self.address)
+            held = lease.taken(record, self._holder, self.address, self._own_release)
             tx.set(LEASE_KEY, held.SerializeToString())
             return held
 
@@ -233,6 +239,11 @@ class MgmtdService:
         if held is not None:
             self._trust = lease.Trust(0).after_renewal(sent_ns, self._lease_ns)
         return held
+
+    def _note_outdated(self, outdated: bool) -> None:
+        if outdated and not self._outdated:
+            log.error("a cluster manager of a newer release has been primary: this one never will be; upgrade it")
+        self._outdated = outdated
 
     async def _run(self, store: KvStore, fn: TransactionFn[T], deadline_ms: float, *, idempotent: bool) -> T:
         return await retry.run(store, fn, deadline_ms=deadline_ms, idempotent=idempotent, rng=self._rng)

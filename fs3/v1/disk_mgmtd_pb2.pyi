@@ -33,6 +33,7 @@ class ManagerLease(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     BEAT_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     epoch: _builtins.int
@@ -45,6 +46,8 @@ class ManagerLease(_message.Message):
     """raised at every renewal: an unchanged record is a dead holder"""
     released: _builtins.bool
     """the holder ended in good order"""
+    release: _builtins.int
+    """of the holder: a manager of a smaller one never takes over"""
     def __init__(
         self,
         *,
@@ -54,10 +57,11 @@ class ManagerLease(_message.Message):
         address: _builtins.str = ...,
         beat: _builtins.int = ...,
         released: _builtins.bool = ...,
+        release: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "beat", b"beat", "epoch", b"epoch", "format", b"format", "holder", b"holder", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "beat", b"beat", "epoch", b"epoch", "format", b"format", "holder", b"holder", "release", b"release", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

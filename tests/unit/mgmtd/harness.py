@@ -14,6 +14,7 @@ from fs3.core.config import MgmtdConfig
 from fs3.kv.api import KvStore
 from fs3.kv.memory import MemoryKv
 from fs3.mgmtd import chains
+from fs3.mgmtd.lease import RELEASE
 from fs3.mgmtd.service import MgmtdService
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.v1.mgmtd_pb2 import TargetReport
@@ -49,8 +50,8 @@ class RunningManager:
         self.stop_event = stop
 
     @classmethod
-    async def start(cls, store: KvStore, **changes: Any) -> RunningManager:
-        service = MgmtdService(config(**changes), store=store)
+    async def start(cls, store: KvStore, *, release: int = RELEASE, **changes: Any) -> RunningManager:
+        service = MgmtdService(config(**changes), store=store, release=release)
         stop = asyncio.Event()
         task = asyncio.create_task(service.run(stop))
         ready = asyncio.create_task(service.ready.wait())

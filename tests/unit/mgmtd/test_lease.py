@@ -56,3 +56,15 @@ def test_a_holder_stops_trusting_itself_before_anybody_may_take_over() -> None:
     first_takeover = next(now for now in range(seen_at, 10 * T) if lease.may_take(seen, now, T))
     assert trust.valid(sent + T // 2 - 1)
     assert not trust.valid(first_takeover)
+
+
+def test_a_manager_of_an_older_release_never_follows_a_newer_one() -> None:
+    newer = lease.taken(None, b"a", "h:1", release=3)
+    for record in (newer, lease.renewed(newer), lease.released(newer)):
+        raw = record.SerializeToString()
+        assert lease.outdated(raw, 2)
+        assert not lease.outdated(raw, 3)
+        assert not lease.outdated(raw, 4)
+    assert not lease.outdated(None, 1)
+    without = lease.taken(None, b"a", "h:1", release=0).SerializeToString()
+    assert not lease.outdated(without, lease.RELEASE)

@@ -11,6 +11,7 @@ import pytest
 from fs3.core.errors import Fs3Error
 from fs3.kv.memory import MemoryKv
 from fs3.mgmtd import chains
+from fs3.mgmtd.lease import RELEASE
 from fs3.mgmtd.state import LEASE_KEY
 from fs3.rpc.grpc_client import fetch_routing
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeSession
@@ -240,6 +241,26 @@ def test_a_standby_takes_over_when_the_primary_is_silent_and_nodes_follow() -> N
             await node.kill()
             await first.stop()
             await second.stop()
+            await store.close()
+
+    run(body)
+
+
+def test_a_standby_of_an_older_release_never_becomes_primary() -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        first = await RunningManager.start(store)
+        older = await RunningManager.start(store, release=RELEASE - 1)
+        managers = [first, older]
+        try:
+            await first.stop()
+            await until(lambda: older.service.seen_lease().released, "the lease was given back")
+            managers.append(await RunningManager.start(store, release=RELEASE + 1))
+            await until(lambda: managers[-1].service.manager is not None, "a newer one is primary")
+            assert older.service.manager is None
+        finally:
+            for manager in managers:
+                await manager.stop()
             await store.close()
 
     run(body)
