@@ -421,7 +421,10 @@ class Reference:
     def truncate_open(self, user: User, node: Node, session: bytes, length: int) -> Node:
         """Set the length of an open file: the session stands for the permission."""
         refuse((node.gone, Code.CODE_STALE_HANDLE))
-        refuse((session not in node.sessions and not node.allows(user, WRITE), Code.CODE_ACCESS))
+        refuse(
+            (node.kind is not Kind.FILE, Code.CODE_INVALID_ARGUMENT),
+            (session not in node.sessions and not node.allows(user, WRITE), Code.CODE_ACCESS),
+        )
         self._cut(user, node, length)
         return node
 
