@@ -98,10 +98,7 @@ def _shown(entry: TrashEntry) -> str:
 def _matching(fs: FileSystem, remote: RemotePath) -> list[TrashEntry]:
     """What was at exactly this path, the latest last; an id of `fs3 trash ls --json` serves as well."""
     wanted = remote.path.strip("/")
-    return sorted(
-        (entry for entry in fs.trash.entries() if entry.path.strip("/") == wanted or entry.id == wanted),
-        key=lambda entry: entry.removed_ns,
-    )
+    return fs.trash.at(remote.path) or [entry for entry in fs.trash.entries() if entry.id == wanted]
 
 
 @trash_command.command("restore")

@@ -82,6 +82,19 @@ class Trash:
                 return
             after = page.next
 
+    def at(self, path: StrPath) -> list[TrashEntry]:
+        """What was at exactly this path, in the order of removal. Quick where its directory still exists."""
+        wanted = self._full(path)
+        above, _, name = wanted.rpartition("/")
+        found: list[TrashEntry] = []
+        try:
+            directory = self._connection.client().stat(os.fsencode(above)).wait().inode
+            found = [entry for entry in self.entries(parent=directory) if entry.name == name]
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        found = found or [entry for entry in self.entries(path) if self._full(entry.path) == wanted]
+        return sorted(found, key=lambda entry: entry.removed_ns)
+
     def restore(self, entry: TrashEntry, to: StrPath | None = None) -> Iterator[str]:
         """Put an entry back, to `to` if that is given; yields each path as it is back.
 
