@@ -13,12 +13,14 @@ import click
 
 import fs3
 from fs3.cli.output import human_bytes, json_option, print_json, print_table
+from fs3.cli.quota import own_quota
 from fs3.cli.target import RemotePath, cluster_options, remote_path
 from fs3.client import FileSystem
 from fs3.core.errors import Fs3Error, error
 from fs3.v1.frame_pb2 import Code
 
 CAT_BYTES = 4 << 20
+PROGRESS_S = 0.5
 KINDS = {
     stat_module.S_IFDIR: "directory",
     stat_module.S_IFREG: "file",
@@ -223,8 +225,19 @@ def ln_command(target: str, link: str, symbolic: bool, **where: Any) -> None:
         fs.link(parsed[0].path, parsed[1].path)
 
 
-def _usage(fs: FileSystem, path: str) -> tuple[int, int, int]:
+def _usage(fs: FileSystem, remote: RemotePath) -> dict[str, Any]:
+    """What is at and below a path: as its quota counts it, or by looking at everything."""
+    quota = own_quota(remote)
+    if quota is not None:
+        return {"bytes": quota.bytes, "files": None, "directories": None, "inodes": quota.inodes}
+    total, files, directories = _walk(fs, remote.path)
+    return {"bytes": total, "files": files, "directories": directories, "inodes": files + directories}
+
+
+def _walk(fs: FileSystem, path: str) -> tuple[int, int, int]:
     """Bytes, files and directories at and below `path`; a file with several names counts once."""
+    terminal = sys.stderr.isatty()
+    shown_s = time.monotonic()
     seen: set[int] = set()
     total = files = directories = 0
     pending = [path]
@@ -233,6 +246,9 @@ def _usage(fs: FileSystem, path: str) -> tuple[int, int, int]:
         return st.st_size, 1, 0
     while pending:
         directories += 1
+        if terminal and time.monotonic() - shown_s > PROGRESS_S:
+            click.echo(f"\r\x1b[K{files} files, {human_bytes(total)} so far", nl=False, err=True)
+            shown_s = time.monotonic()
         for entry in fs.scandir(pending.pop()):
             st = entry.stat(follow_symlinks=False)
             if stat_module.S_ISDIR(st.st_mode):
@@ -242,6 +258,8 @@ def _usage(fs: FileSystem, path: str) -> tuple[int, int, int]:
             if st.st_nlink == 1 or st.st_ino not in seen:
                 seen.add(st.st_ino)
                 total += st.st_size
+    if terminal:
+        click.echo("\r\x1b[K", nl=False, err=True)
     return total, files, directories
 
 
@@ -251,17 +269,19 @@ def _usage(fs: FileSystem, path: str) -> tuple[int, int, int]:
 @cluster_options
 @json_option
 def du_command(paths: tuple[str, ...], exact: bool, as_json: bool, **where: Any) -> None:
-    """Sum up the lengths of files at and below paths."""
+    """Sum up the lengths of files at and below paths.
+
+    A directory with a quota knows them; otherwise everything is looked at.
+    """
     parsed = parse_paths(paths or ("/",), where)
     rows: list[dict[str, Any]] = []
     with connected(parsed) as fs:
         for remote in parsed:
-            total, files, directories = _usage(fs, remote.path)
-            rows.append({"path": remote.path, "bytes": total, "files": files, "directories": directories})
+            rows.append({"path": remote.path, **_usage(fs, remote)})
     if as_json:
         print_json(rows)
         return
     print_table(
-        ["SIZE", "FILES", "DIRECTORIES", "PATH"],
-        [[r["bytes"] if exact else human_bytes(r["bytes"]), r["files"], r["directories"], r["path"]] for r in rows],
+        ["SIZE", "INODES", "PATH"],
+        [[r["bytes"] if exact else human_bytes(r["bytes"]), r["inodes"], r["path"]] for r in rows],
     )

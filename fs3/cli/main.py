@@ -32,6 +32,7 @@ COMMANDS = {
     "du": "files",
     "layout": "layout",
     "trash": "trash",
+    "quota": "quota",
     "cp": "copy",
     "doctor": "doctor",
     "admin": "admin",

@@ -48,8 +48,8 @@ def statvfs_result(statfs: native.Statfs) -> os.statvfs_result:
     """Capacity in the form of :func:`os.statvfs`, counted in blocks of 4 KiB."""
     block = 4096
     free = statfs.free_bytes // block
-    # Inodes have no limit; a large number keeps programs that look at it content.
-    free_inodes = 1 << 32
+    # Without a quota inodes have no limit; a large number keeps programs that look at it content.
+    free_inodes = 1 << 32 if statfs.free_inodes is None else statfs.free_inodes
     counts = (statfs.capacity_bytes // block, free, free, statfs.inodes + free_inodes, free_inodes, free_inodes)
     return os.statvfs_result((statfs.chunk_bytes or block, block, *counts, 0, statfs.name_bytes_max or 255))
 

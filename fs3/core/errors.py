@@ -31,6 +31,8 @@ _ERRNO: dict[int, int] = {
     Code.CODE_NO_DATA: _errno.ENODATA,
     Code.CODE_OUT_OF_RANGE: _errno.ERANGE,
     Code.CODE_TOO_LARGE: _errno.E2BIG,
+    Code.CODE_QUOTA_EXCEEDED: _errno.EDQUOT,
+    Code.CODE_CROSS_QUOTA: _errno.EXDEV,
     Code.CODE_UNAUTHENTICATED: _errno.EACCES,
     Code.CODE_WRONG_CLUSTER: _errno.EINVAL,
     Code.CODE_PROTOCOL: _errno.EPROTO,

@@ -1,4 +1,4 @@
-"""The workers of a metadata server: garbage collector, truncations, sessions, stored answers, trash."""
+"""The workers of a metadata server: garbage collector, truncations, sessions, quotas, stored answers, trash."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ GC_GATHER_S: Final = 0.1
 TRUNCATION_S: Final = 3.0
 SWEEP_S: Final = 300.0
 EXPIRE_S: Final = 30.0
+QUOTA_WALK_S: Final = 1.0
 REPORT_S: Final = 60.0
 ERROR_PAUSE_S: Final = 1.0
 
@@ -48,6 +49,7 @@ class Background:
         self._tasks: list[asyncio.Task[None]] = []
         self.node_id = 0
         engine.collector.owns = self._owns
+        engine.quota_walker.owns = self._owns
 
     def _owns(self, inode: int) -> bool:
         metas = self._holder.view.live_metas()
@@ -60,6 +62,7 @@ class Background:
             asyncio.create_task(self._collect(), name="fs3-meta-gc"),
             asyncio.create_task(_every(TRUNCATION_S, engine.truncator.step), name="fs3-meta-truncation"),
             asyncio.create_task(_every(engine.session_ms / 4000, engine.reaper.step), name="fs3-meta-reaper"),
+            asyncio.create_task(_every(QUOTA_WALK_S, engine.quota_walker.step), name="fs3-meta-quotas"),
             asyncio.create_task(_every(SWEEP_S, engine.sweeper.step), name="fs3-meta-sweeper"),
             asyncio.create_task(_every(EXPIRE_S, self._expire), name="fs3-meta-expirer"),
         ]

@@ -55,14 +55,14 @@ class OpContext:
 
     ``measured`` maps (inode, truncate version) to the length that storage reported. ``cut``: what the runner is to
     cut after the commit. ``collect``: there is new work for the garbage collector. ``renew``: an open for writing
-    also writes the client's keepalive record.
+    also writes the client's keepalive record. ``counter_shard``: which shard of counters this server adds to.
     """
 
     __slots__ = (
         "_spare_ids",
         "_used_ids",
         "collect",
-        "counter_key",
+        "counter_shard",
         "cut",
         "ids",
         "instance_id",
@@ -82,7 +82,7 @@ class OpContext:
         ids: IdAllocator,
         placement: Placement,
         instance_id: bytes,
-        counter_key: bytes,
+        counter_shard: int,
         new_session: SessionSource,
         keepalive_ms: int,
     ) -> None:
@@ -90,7 +90,7 @@ class OpContext:
         self.ids = ids
         self.placement = placement
         self.instance_id = instance_id
-        self.counter_key = counter_key
+        self.counter_shard = counter_shard
         self.new_session = new_session
         self.keepalive_ms = keepalive_ms
         self.measured: dict[tuple[int, int], int] = {}

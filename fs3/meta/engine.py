@@ -20,6 +20,7 @@ from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, Placement, TruncationPending
 from fs3.meta.gc import Collector
 from fs3.meta.ids import IdAllocator
+from fs3.meta.quota_walk import QuotaWalker
 from fs3.meta.registry import Operation, Prepare
 from fs3.meta.sessions import Reaper
 from fs3.meta.sweeper import Sweeper
@@ -60,7 +61,7 @@ class Engine:
         self._placement = placement
         self._new_bytes = secrets.token_bytes if rng is None else rng.randbytes
         self.instance_id = self._new_bytes(16)
-        self._counter_key = keys.counter(self.instance_id[0] % keys.COUNTER_SHARDS)
+        self._counter_shard = self.instance_id[0] % keys.COUNTER_SHARDS
         self._ids = IdAllocator(store)
         self._sequence = 0
         self._served = 0
@@ -72,6 +73,7 @@ class Engine:
         self.reaper = Reaper(
             store, chunk_store, clock, self.context, self.truncator, self.collector, session_ms=session_ms
         )
+        self.quota_walker = QuotaWalker(store, self.context)
         self.sweeper = Sweeper(store, clock, keep_ms=idempotency_ms)
         self.expirer = Expirer(store, clock, self.context)
 
@@ -82,7 +84,7 @@ class Engine:
             ids=self._ids,
             placement=self._placement,
             instance_id=self.instance_id,
-            counter_key=self._counter_key,
+            counter_shard=self._counter_shard,
             new_session=self._new_session,
             keepalive_ms=self.session_ms // 4,
         )
@@ -109,7 +111,7 @@ class Engine:
             )
             tree.store(tr, InodeRecord(format=model.FORMAT, attr=attr))
             tree.touch_directory(tr, keys.ROOT_INODE, now_ns)
-            tr.add(self._counter_key, 1)
+            tr.add(keys.counter(self._counter_shard), 1)
 
         await retry.run(self.store, make, idempotent=True, deadline_ms=REQUEST_S_MAX * 1000)
 

@@ -214,7 +214,7 @@ async def _finish(tr: Transaction, ctx: OpContext, inodes: list[int]) -> tuple[l
     records, refused = await _check(tr, inodes)
     for inode, record in records.items():
         if record is not None:
-            tree.erase(tr, ctx, record)
+            await tree.erase(tr, ctx, record)
             tr.clear(keys.truncation(inode))
         tr.clear(keys.gc(inode))
     return list(records), refused
@@ -235,12 +235,12 @@ async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:
         if child is None:
             continue
         if file_type == model.DIRECTORY:
-            tree.detach(tr, ctx, child)
+            await tree.detach(tr, ctx, child)
         else:
             await tree.drop_link(tr, ctx, child, hold_session=b"", client_id=b"")
     if len(rows) == CHILDREN_MAX:
         return False
     # The range was read to its end, so that a creation in the directory conflicts with this.
-    tree.erase(tr, ctx, directory)
+    await tree.erase(tr, ctx, directory)
     tr.clear(keys.gc(inode))
     return True

@@ -17,6 +17,7 @@ ROOT_INODE: Final = 1
 # The directory of what was removed and is kept. No entry names it.
 TRASH_INODE: Final = 2
 TOP_INODES: Final = (ROOT_INODE, TRASH_INODE)
+NO_INODE: Final = 0
 BLOCK_IDS: Final = 4096
 PIECE_IDS: Final = 64
 PIECES_PER_BLOCK: Final = BLOCK_IDS // PIECE_IDS
@@ -28,6 +29,7 @@ COUNTER_SHARDS: Final = 16
 
 _U64 = struct.Struct(">Q")
 _PREFIXED = struct.Struct(">2sQ")
+_PREFIXED_PAIR = struct.Struct(">2sQQ")
 
 INODE: Final = b"Fi"
 DIRENT: Final = b"Fe"
@@ -40,6 +42,9 @@ ALLOCATOR: Final = b"Fa"
 COUNTER: Final = b"Fc"
 XATTR: Final = b"Fx"
 TRASH: Final = b"FT"
+QUOTA: Final = b"Fq"
+QUOTA_COUNTER: Final = b"Fu"
+QUOTA_WALK: Final = b"Fw"
 
 TIMES_SUFFIX: Final = b"t"
 SUBDIRS_SUFFIX: Final = b"s"
@@ -178,6 +183,48 @@ def allocator(kind: bytes) -> bytes:
 def counter(shard: int) -> bytes:
     """One shard of the number of inodes in use."""
     return COUNTER + bytes([shard])
+
+
+def quota(quota_id: int) -> bytes:
+    """The QuotaRecord."""
+    return _PREFIXED.pack(QUOTA, quota_id)
+
+
+def quota_counter(quota_id: int, epoch: int, kind: int, shard: int) -> bytes:
+    """One shard of what a quota counts: inodes (`kind` 0) or bytes (1)."""
+    return _PREFIXED_PAIR.pack(QUOTA_COUNTER, quota_id, epoch) + bytes([kind, shard])
+
+
+def quota_counter_kind(key: bytes) -> int:
+    """The kind of a quota counter's key."""
+    return key[18]
+
+
+def quota_counters(quota_id: int) -> tuple[bytes, bytes]:
+    """Everything that a quota counts."""
+    return _PREFIXED.pack(QUOTA_COUNTER, quota_id), _PREFIXED.pack(QUOTA_COUNTER, quota_id + 1)
+
+
+def quota_epoch(quota_id: int, epoch: int) -> tuple[bytes, bytes]:
+    """What a quota counted in one epoch."""
+    begin = _PREFIXED_PAIR.pack(QUOTA_COUNTER, quota_id, epoch)
+    return begin, _PREFIXED_PAIR.pack(QUOTA_COUNTER, quota_id, epoch + 1)
+
+
+def quota_walk(job: int, directory: int) -> bytes:
+    """The QuotaWalk of a directory on behalf of the quota `job`; of NO_INODE that of the quota's record itself."""
+    return _PREFIXED_PAIR.pack(QUOTA_WALK, job, directory)
+
+
+def quota_walk_of(key: bytes) -> tuple[int, int]:
+    """(job, directory) of a quota walk's key."""
+    _, job, directory = _PREFIXED_PAIR.unpack(key)
+    return job, directory
+
+
+def quota_walks(job: int) -> tuple[bytes, bytes]:
+    """Every directory that is to be walked on behalf of a quota."""
+    return _PREFIXED_PAIR.pack(QUOTA_WALK, job, NO_INODE + 1), _PREFIXED.pack(QUOTA_WALK, job + 1)
 
 
 def table(prefix: bytes) -> tuple[bytes, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import Fs3Error, error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, tree, walk, xattrs
+from fs3.meta import access, keys, model, quotas, tree, walk, xattrs
 from fs3.meta.context import OpContext, TruncationPending
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -38,7 +38,7 @@ async def new_inode(
     """Make an inode and its entry `name` in `parent`. The caller has checked that the name is free.
 
     A default access control list of `parent` is inherited, and takes the place of `umask`. Raises ACCESS when the
-    caller may not write the parent.
+    caller may not write the parent, QUOTA_EXCEEDED.
     """
     walk.check_name(name)
     above = parent.attr
@@ -68,7 +68,9 @@ async def new_inode(
             trash_ms=above.trash_ms if directory else 0,
         ),
         name=name if directory else b"",
+        quota=parent.quota,
     )
+    await quotas.charge(tr, ctx, record.quota, quotas.of(record))
     if inherits:
         xattrs.inherit_acl(record, parent.default_acl)
     tree.store(tr, record)
@@ -76,7 +78,7 @@ async def new_inode(
         tree.touch_directory(tr, ino, now_ns)
     tree.add_entry(tr, above.inode, name, ino, file_type)
     tree.touch_directory(tr, above.inode, now_ns)
-    tr.add(ctx.counter_key, 1)
+    tr.add(keys.counter(ctx.counter_shard), 1)
     return record
 
 
@@ -106,11 +108,13 @@ async def open_existing(
         raise TruncationPending(attr.inode)
     if truncate:
         sessions = await tree.has_sessions(tr, attr.inode)
-        tree.set_length(tr, ctx, record, 0, sessions=sessions)
+        await tree.set_length(tr, ctx, record, 0, sessions=sessions)
         content_changed(record, caller, ctx.now_ns)
         tree.store(tr, record)
-    session = tree.open_session(tr, ctx, attr.inode, client_id) if write else b""
-    return OpenResponse(attr=attr, session=session)
+    if not write:
+        return OpenResponse(attr=attr)
+    session = tree.open_session(tr, ctx, attr.inode, client_id)
+    return OpenResponse(attr=attr, session=session, length_limit=await quotas.length_limit(tr, record))
 
 
 def content_changed(record: InodeRecord, caller: Caller, now_ns: int, mtime_ns: int = 0) -> None:

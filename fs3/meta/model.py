@@ -13,6 +13,8 @@ from fs3.v1.disk_meta_pb2 import (
     InodeRecord,
     KeepaliveRecord,
     PendingTruncation,
+    QuotaRecord,
+    QuotaWalk,
     SessionRecord,
     TrashRecord,
 )
@@ -53,6 +55,8 @@ _R = TypeVar(
     PendingTruncation,
     GcRecord,
     TrashRecord,
+    QuotaRecord,
+    QuotaWalk,
 )
 
 
@@ -99,6 +103,16 @@ def decode_gc(value: bytes) -> GcRecord:
 def decode_trash(value: bytes) -> TrashRecord:
     """What is known of an entry of the trash."""
     return _decode(TrashRecord, value)
+
+
+def decode_quota(value: bytes) -> QuotaRecord:
+    """The record of a quota."""
+    return _decode(QuotaRecord, value)
+
+
+def decode_quota_walk(value: bytes) -> QuotaWalk:
+    """How far the walk through a directory is."""
+    return _decode(QuotaWalk, value)
 
 
 def encode_dirent(ino: int, file_type: int) -> bytes:

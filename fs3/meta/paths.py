@@ -45,6 +45,16 @@ async def path_bytes(tr: Transaction, parent: int, name: bytes) -> tuple[bytes, 
     return b"/".join(reversed(parts)), parent
 
 
+async def directory_path(tr: Transaction, ino: int) -> str:
+    """The path of a directory, as :func:`path_of`; "" when it is gone."""
+    if ino == keys.ROOT_INODE:
+        return "/"
+    value = await tr.get(keys.inode(ino), snapshot=True)
+    record = None if value is None else model.decode_inode(value)
+    name = None if record is None else await directory_name(tr, record)
+    return "" if record is None or name is None else await path_of(tr, record.attr.parent, name)
+
+
 async def path_of(tr: Transaction, parent: int, name: bytes) -> str:
     """The path of an entry; one that does not lead to the root begins with the inode where it ends."""
     path, top = await path_bytes(tr, parent, name)

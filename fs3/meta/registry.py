@@ -22,6 +22,9 @@ from fs3.meta.ops import (
     lookup,
     mkdir,
     open,
+    quota_get,
+    quota_list,
+    quota_set,
     remove_all,
     removexattr,
     rename,
@@ -139,5 +142,10 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         mutates=True,
     ),
     Operation("Statfs", _M.METHOD_META_STATFS, pb.StatfsRequest, pb.StatfsResponse, statfs.run),
+    Operation(
+        "QuotaSet", _M.METHOD_META_QUOTA_SET, pb.QuotaSetRequest, pb.QuotaSetResponse, quota_set.run, mutates=True
+    ),
+    Operation("QuotaGet", _M.METHOD_META_QUOTA_GET, pb.QuotaGetRequest, pb.QuotaGetResponse, quota_get.run),
+    Operation("QuotaList", _M.METHOD_META_QUOTA_LIST, pb.QuotaListRequest, pb.QuotaListResponse, quota_list.run),
     Operation("Keepalive", _M.METHOD_META_KEEPALIVE, pb.KeepaliveRequest, pb.KeepaliveResponse, keepalive.run),
 )

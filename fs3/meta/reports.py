@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, making, model, tree
+from fs3.meta import access, keys, making, model, quotas, tree
 from fs3.meta.context import LengthUnknown, OpContext, TruncationPending
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -27,7 +27,7 @@ async def check_writer(
     return exists
 
 
-def apply(record: InodeRecord, report: WriteReport, caller: Caller, ctx: OpContext) -> bool:
+async def apply(tr: Transaction, record: InodeRecord, report: WriteReport, caller: Caller, ctx: OpContext) -> bool:
     """Adopt a report into the record; returns whether it changed.
 
     The length only grows. After a truncation that the writer did not know of, its figure means nothing and what
@@ -49,9 +49,17 @@ def apply(record: InodeRecord, report: WriteReport, caller: Caller, ctx: OpConte
                 raise LengthUnknown(attr.inode, attr.layout, version)
             length = measured
             record.loose = True
-        attr.length = max(attr.length, length)
+        await grow(tr, ctx, record, length)
         record.extent_bytes = max(record.extent_bytes, length, report.attempted_length)
         making.content_changed(record, caller, ctx.now_ns, report.mtime_ns)
     if report.atime_ns:
         attr.atime_ns = report.atime_ns
     return report.wrote or report.atime_ns != 0
+
+
+async def grow(tr: Transaction, ctx: OpContext, record: InodeRecord, length: int) -> None:
+    """The file is at least `length` bytes long: it was written up to there. So no quota refuses it any more."""
+    attr = record.attr
+    if length > attr.length:
+        await quotas.charge(tr, ctx, record.quota, quotas.Usage(0, length - attr.length), within=False)
+        attr.length = length

@@ -14,7 +14,7 @@ from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, Transaction, TransactionFn
-from fs3.meta import chunks, keys, model, scan, tree
+from fs3.meta import chunks, keys, model, reports, scan, tree
 from fs3.meta.chunks import ChunkStore
 from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, TruncationPending
@@ -156,12 +156,12 @@ async def _settle(tr: Transaction, ctx: OpContext, record: InodeRecord, *, held:
             if length is None:
                 raise LengthUnknown(attr.inode, attr.layout, attr.truncate_version)
             if length > attr.length:
-                attr.length = length
+                await reports.grow(tr, ctx, record, length)
                 attr.mtime_ns = attr.ctime_ns = ctx.now_ns
             record.extent_bytes = max(record.extent_bytes, length)
         tree.store(tr, record)
     if last:
-        tree.release(tr, ctx, record)
+        await tree.release(tr, ctx, record)
 
 
 def _clearer(key: bytes, value: bytes) -> TransactionFn[None]:

@@ -86,7 +86,7 @@ async def purge(tr: Transaction, ctx: OpContext, found: Trashed) -> None:
     """Remove an entry for good; of a directory also what is in it."""
     take(tr, found)
     if found.child.attr.type == model.DIRECTORY:
-        tree.detach(tr, ctx, found.child)
+        await tree.detach(tr, ctx, found.child)
     else:
         await tree.drop_link(tr, ctx, found.child, hold_session=b"", client_id=b"")
 
@@ -99,7 +99,7 @@ async def ensure(tr: Transaction, ctx: OpContext) -> None:
     attr.atime_ns = attr.mtime_ns = attr.ctime_ns = ctx.now_ns
     tree.store(tr, InodeRecord(format=model.FORMAT, attr=attr))
     tree.touch_directory(tr, keys.TRASH_INODE, ctx.now_ns)
-    tr.add(ctx.counter_key, 1)
+    tr.add(keys.counter(ctx.counter_shard), 1)
 
 
 class Expirer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import Fs3Error, error
 from fs3.kv.api import Transaction
-from fs3.meta import keys, model
+from fs3.meta import keys, model, quotas
 from fs3.meta.context import Cut, OpContext
 from fs3.v1.disk_meta_pb2 import GcRecord, InodeRecord, KeepaliveRecord, PendingTruncation, SessionRecord
 from fs3.v1.frame_pb2 import Code
@@ -111,30 +111,32 @@ async def is_empty(tr: Transaction, ino: int) -> bool:
     return not await tr.get_range(*keys.dirents(ino), limit=1)
 
 
-def erase(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
+async def erase(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     """Remove the record for good; no entry, session or chunk may be left."""
     ino = record.attr.inode
+    await quotas.leave(tr, ctx, record)
     tr.clear(keys.inode(ino))
     if record.attr.type == model.DIRECTORY:
         tr.clear(keys.directory_times(ino))
         tr.clear(keys.directory_subdirs(ino))
     if record.attr.xattrs:
         tr.clear_range(*keys.xattrs(ino))
-    tr.add(ctx.counter_key, -1)
+    tr.add(keys.counter(ctx.counter_shard), -1)
 
 
-def enqueue(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
-    """Hand the inode to the garbage collector. Once queued nothing brings it back."""
+async def enqueue(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
+    """Store the record and hand the inode to the garbage collector. Once queued nothing brings it back."""
+    await quotas.leave(tr, ctx, record)
+    store(tr, record)
     entry = GcRecord(format=model.FORMAT, time_ns=ctx.now_ns, type=record.attr.type)
     tr.set(keys.gc(record.attr.inode), entry.SerializeToString())
     ctx.collect = True
 
 
-def detach(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
+async def detach(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     """A directory lost its name: the garbage collector takes it apart, with everything below it."""
     record.detached = True
-    store(tr, record)
-    enqueue(tr, ctx, record)
+    await enqueue(tr, ctx, record)
 
 
 def has_chunks(record: InodeRecord) -> bool:
@@ -142,13 +144,12 @@ def has_chunks(record: InodeRecord) -> bool:
     return record.attr.type == model.FILE and (record.loose or record.truncating or record.extent_bytes > 0)
 
 
-def release(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
+async def release(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     """An inode lost its last link and last session: it goes, now or through the queue."""
     if has_chunks(record):
-        enqueue(tr, ctx, record)
-        store(tr, record)
+        await enqueue(tr, ctx, record)
     else:
-        erase(tr, ctx, record)
+        await erase(tr, ctx, record)
 
 
 async def has_sessions(tr: Transaction, ino: int) -> bool:
@@ -170,8 +171,10 @@ async def drop_link(
             if await tr.get(key) is None:
                 tr.set(key, _session(ctx, client_id, held=True))
         elif not await has_sessions(tr, attr.inode):
-            release(tr, ctx, record)
+            await release(tr, ctx, record)
             return
+    else:
+        record.lost_names = True
     store(tr, record)
 
 
@@ -203,13 +206,14 @@ def keep_alive(tr: Transaction, ctx: OpContext, client_id: bytes, description: s
     tr.set(keys.keepalive(client_id), record.SerializeToString())
 
 
-def set_length(tr: Transaction, ctx: OpContext, record: InodeRecord, length: int, *, sessions: bool) -> None:
-    """Truncate to `length` bytes; the caller stores the record.
+async def set_length(tr: Transaction, ctx: OpContext, record: InodeRecord, length: int, *, sessions: bool) -> None:
+    """Truncate to `length` bytes; the caller stores the record. Raises QUOTA_EXCEEDED.
 
     When chunks may reach beyond `length`, a PendingTruncation is written and ``ctx.cut`` set: the runner cuts them
     after the commit. `sessions`: somebody has the file open for writing, so that they may reach anywhere.
     """
     attr = record.attr
+    await quotas.charge(tr, ctx, record.quota, quotas.Usage(0, length - attr.length))
     everywhere = sessions or record.loose
     extent = max(record.extent_bytes, attr.length)
     attr.truncate_version += 1

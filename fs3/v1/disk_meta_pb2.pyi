@@ -5,9 +5,11 @@ Records that the metadata service keeps in the key-value store. Each begins with
 that meets a higher one than it knows refuses it.
 """
 
+from collections import abc as _abc
 from fs3.v1 import meta_pb2 as _meta_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -33,6 +35,8 @@ class InodeRecord(_message.Message):
     XATTR_BYTES_FIELD_NUMBER: _builtins.int
     CAPABILITY_FIELD_NUMBER: _builtins.int
     DEFAULT_ACL_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    LOST_NAMES_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
@@ -51,6 +55,12 @@ class InodeRecord(_message.Message):
     """The value of security.capability. It is kept here, the others under keys of their own, as writes drop it."""
     default_acl: _builtins.bytes
     """system.posix_acl_default of a directory; the access list is in `attr`"""
+    quota: _builtins.int
+    """QuotaRecord.id of the nearest directory above with a quota, of a directory with one its own; 0: none. It is what the
+    inode is counted under: the two change in the same transaction. 0 from when the inode waits for removal.
+    """
+    lost_names: _builtins.bool
+    """Files: had several names, so that it may be counted under the quota of a directory that does not name it any more."""
     name: _builtins.bytes
     """Directories: the name in attr.parent, to find a path quickly. Who uses it looks whether it is still right."""
     @_builtins.property
@@ -72,11 +82,13 @@ class InodeRecord(_message.Message):
         xattr_bytes: _builtins.int = ...,
         capability: _builtins.bytes = ...,
         default_acl: _builtins.bytes = ...,
+        quota: _builtins.int = ...,
+        lost_names: _builtins.bool = ...,
         name: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "name", b"name", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "quota", b"quota", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -271,3 +283,108 @@ class GcRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GcRecord: _TypeAlias = GcRecord  # noqa: Y015
+
+@_typing.final
+class QuotaRecord(_message.Message):
+    """A quota of a directory counts the inodes stamped with its id and those of the quotas inside it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    INODES_MAX_FIELD_NUMBER: _builtins.int
+    OUTER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CARRIES_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    id: _builtins.int
+    """an inode id that no inode has, so that it is never used again"""
+    directory: _builtins.int
+    bytes_max: _builtins.int
+    inodes_max: _builtins.int
+    outer: _builtins.int
+    """the quota of the nearest directory above; 0: none"""
+    state: _meta_pb2.QuotaState.ValueType
+    epoch: _builtins.int
+    """Counters are kept by epoch. Whoever counts reads this record, so that those of an earlier epoch do not change any more."""
+    @_builtins.property
+    def carries(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaCarry]:
+        """What is counted in earlier epochs is also counted in these quotas, and has to be in `outer` instead."""
+
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        id: _builtins.int = ...,
+        directory: _builtins.int = ...,
+        bytes_max: _builtins.int | None = ...,
+        inodes_max: _builtins.int | None = ...,
+        outer: _builtins.int = ...,
+        state: _meta_pb2.QuotaState.ValueType = ...,
+        epoch: _builtins.int = ...,
+        carries: _abc.Iterable[Global___QuotaCarry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max", "_inodes_max", b"_inodes_max", "bytes_max", b"bytes_max", "inodes_max", b"inodes_max"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max", "_inodes_max", b"_inodes_max", "bytes_max", b"bytes_max", "carries", b"carries", "directory", b"directory", "epoch", b"epoch", "format", b"format", "id", b"id", "inodes_max", b"inodes_max", "outer", b"outer", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bytes_max: _TypeAlias = _typing.Literal["bytes_max"]  # noqa: Y015
+    _WhichOneofArgType__bytes_max: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max"]  # noqa: Y015
+    _WhichOneofReturnType__inodes_max: _TypeAlias = _typing.Literal["inodes_max"]  # noqa: Y015
+    _WhichOneofArgType__inodes_max: _TypeAlias = _typing.Literal["_inodes_max", b"_inodes_max"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bytes_max) -> _WhichOneofReturnType__bytes_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inodes_max) -> _WhichOneofReturnType__inodes_max | None: ...
+
+Global___QuotaRecord: _TypeAlias = QuotaRecord  # noqa: Y015
+
+@_typing.final
+class QuotaCarry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    OUTER_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    outer: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        outer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "outer", b"outer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaCarry: _TypeAlias = QuotaCarry  # noqa: Y015
+
+@_typing.final
+class QuotaWalk(_message.Message):
+    """The stamps of what is in a directory may differ from its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    after: _builtins.bytes
+    """names up to this one are looked at"""
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        after: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "format", b"format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaWalk: _TypeAlias = QuotaWalk  # noqa: Y015

@@ -82,6 +82,9 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_META_TRASH_LIST: _Method.ValueType  # 285
     METHOD_META_TRASH_RESTORE: _Method.ValueType  # 286
     METHOD_META_TRASH_PURGE: _Method.ValueType  # 287
+    METHOD_META_QUOTA_SET: _Method.ValueType  # 290
+    METHOD_META_QUOTA_GET: _Method.ValueType  # 291
+    METHOD_META_QUOTA_LIST: _Method.ValueType  # 292
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
     METHOD_STORAGE_REMOVE: _Method.ValueType  # 514
@@ -136,6 +139,9 @@ METHOD_META_FSCK_CANCEL: Method.ValueType  # 282
 METHOD_META_TRASH_LIST: Method.ValueType  # 285
 METHOD_META_TRASH_RESTORE: Method.ValueType  # 286
 METHOD_META_TRASH_PURGE: Method.ValueType  # 287
+METHOD_META_QUOTA_SET: Method.ValueType  # 290
+METHOD_META_QUOTA_GET: Method.ValueType  # 291
+METHOD_META_QUOTA_LIST: Method.ValueType  # 292
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513
 METHOD_STORAGE_REMOVE: Method.ValueType  # 514
@@ -198,6 +204,10 @@ class _CodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Code.ValueType],
     """ERANGE: the name of an extended attribute is empty or too long"""
     CODE_TOO_LARGE: _Code.ValueType  # 21
     """E2BIG: the value of an extended attribute is too long"""
+    CODE_QUOTA_EXCEEDED: _Code.ValueType  # 22
+    """EDQUOT: a directory above has no room left by its quota"""
+    CODE_CROSS_QUOTA: _Code.ValueType  # 23
+    """EXDEV: it would come under another quota, which needs a copy"""
     CODE_UNAUTHENTICATED: _Code.ValueType  # 30
     """EACCES: bad or missing token"""
     CODE_WRONG_CLUSTER: _Code.ValueType  # 31
@@ -276,6 +286,10 @@ CODE_OUT_OF_RANGE: Code.ValueType  # 20
 """ERANGE: the name of an extended attribute is empty or too long"""
 CODE_TOO_LARGE: Code.ValueType  # 21
 """E2BIG: the value of an extended attribute is too long"""
+CODE_QUOTA_EXCEEDED: Code.ValueType  # 22
+"""EDQUOT: a directory above has no room left by its quota"""
+CODE_CROSS_QUOTA: Code.ValueType  # 23
+"""EXDEV: it would come under another quota, which needs a copy"""
 CODE_UNAUTHENTICATED: Code.ValueType  # 30
 """EACCES: bad or missing token"""
 CODE_WRONG_CLUSTER: Code.ValueType  # 31

@@ -81,6 +81,29 @@ XATTR_BIT_DEFAULT_ACL: XattrBit.ValueType  # 8
 """system.posix_acl_default"""
 Global___XattrBit: _TypeAlias = XattrBit  # noqa: Y015
 
+class _QuotaState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _QuotaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QuotaState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    QUOTA_STATE_UNSPECIFIED: _QuotaState.ValueType  # 0
+    QUOTA_STATE_COUNTING: _QuotaState.ValueType  # 1
+    """what was there before is not counted yet; not enforced"""
+    QUOTA_STATE_ACTIVE: _QuotaState.ValueType  # 2
+    QUOTA_STATE_CLEARING: _QuotaState.ValueType  # 3
+    """removed, and not enforced; some inodes are still counted under it"""
+
+class QuotaState(_QuotaState, metaclass=_QuotaStateEnumTypeWrapper): ...
+
+QUOTA_STATE_UNSPECIFIED: QuotaState.ValueType  # 0
+QUOTA_STATE_COUNTING: QuotaState.ValueType  # 1
+"""what was there before is not counted yet; not enforced"""
+QUOTA_STATE_ACTIVE: QuotaState.ValueType  # 2
+QUOTA_STATE_CLEARING: QuotaState.ValueType  # 3
+"""removed, and not enforced; some inodes are still counted under it"""
+Global___QuotaState: _TypeAlias = QuotaState  # noqa: Y015
+
 @_typing.final
 class Layout(_message.Message):
     """Chunk i of a file lives on chain  table.chain_ids[(first + i % width) % len(table.chain_ids)].
@@ -350,18 +373,26 @@ class AttrResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTR_FIELD_NUMBER: _builtins.int
+    LENGTH_LIMIT_FIELD_NUMBER: _builtins.int
+    length_limit: _builtins.int
+    """Of a file under a quota: its writer syncs before the file becomes longer than this, and does not make it longer if
+    the answer does not allow it. In answers to sync and truncate.
+    """
     @_builtins.property
     def attr(self) -> Global___Attr: ...
     def __init__(
         self,
         *,
         attr: Global___Attr | None = ...,
+        length_limit: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__length_limit: _TypeAlias = _typing.Literal["length_limit"]  # noqa: Y015
+    _WhichOneofArgType__length_limit: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__length_limit) -> _WhichOneofReturnType__length_limit | None: ...
 
 Global___AttrResponse: _TypeAlias = AttrResponse  # noqa: Y015
 
@@ -636,9 +667,12 @@ class OpenResponse(_message.Message):
     ATTR_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    LENGTH_LIMIT_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """16 bytes; empty for opens without write"""
     created: _builtins.bool
+    length_limit: _builtins.int
+    """as in AttrResponse, of opens for writing"""
     @_builtins.property
     def attr(self) -> Global___Attr: ...
     def __init__(
@@ -647,12 +681,15 @@ class OpenResponse(_message.Message):
         attr: Global___Attr | None = ...,
         session: _builtins.bytes = ...,
         created: _builtins.bool = ...,
+        length_limit: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "created", b"created", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "created", b"created", "length_limit", b"length_limit", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__length_limit: _TypeAlias = _typing.Literal["length_limit"]  # noqa: Y015
+    _WhichOneofArgType__length_limit: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__length_limit) -> _WhichOneofReturnType__length_limit | None: ...
 
 Global___OpenResponse: _TypeAlias = OpenResponse  # noqa: Y015
 
@@ -743,8 +780,11 @@ class SyncRequest(_message.Message):
     INODE_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    WANTED_LENGTH_FIELD_NUMBER: _builtins.int
     inode: _builtins.int
     session: _builtins.bytes
+    wanted_length: _builtins.int
+    """the writer wants to make the file so long; 0: nothing in particular"""
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -759,10 +799,11 @@ class SyncRequest(_message.Message):
         inode: _builtins.int = ...,
         session: _builtins.bytes = ...,
         report: Global___WriteReport | None = ...,
+        wanted_length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "op", b"op", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "inode", b"inode", "op", b"op", "report", b"report", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "inode", b"inode", "op", b"op", "report", b"report", "session", b"session", "wanted_length", b"wanted_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1371,6 +1412,7 @@ class StatfsResponse(_message.Message):
     INODES_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     NAME_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    FREE_INODES_FIELD_NUMBER: _builtins.int
     capacity_bytes: _builtins.int
     """as a user counts: raw capacity / replicas"""
     free_bytes: _builtins.int
@@ -1378,6 +1420,8 @@ class StatfsResponse(_message.Message):
     """in use"""
     chunk_bytes: _builtins.int
     name_bytes_max: _builtins.int
+    free_inodes: _builtins.int
+    """by the quotas above; absent: no limit"""
     def __init__(
         self,
         *,
@@ -1386,12 +1430,15 @@ class StatfsResponse(_message.Message):
         inodes: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
         name_bytes_max: _builtins.int = ...,
+        free_inodes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_free_inodes", b"_free_inodes", "free_inodes", b"free_inodes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "chunk_bytes", b"chunk_bytes", "free_bytes", b"free_bytes", "inodes", b"inodes", "name_bytes_max", b"name_bytes_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_free_inodes", b"_free_inodes", "capacity_bytes", b"capacity_bytes", "chunk_bytes", b"chunk_bytes", "free_bytes", b"free_bytes", "free_inodes", b"free_inodes", "inodes", b"inodes", "name_bytes_max", b"name_bytes_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__free_inodes: _TypeAlias = _typing.Literal["free_inodes"]  # noqa: Y015
+    _WhichOneofArgType__free_inodes: _TypeAlias = _typing.Literal["_free_inodes", b"_free_inodes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__free_inodes) -> _WhichOneofReturnType__free_inodes | None: ...
 
 Global___StatfsResponse: _TypeAlias = StatfsResponse  # noqa: Y015
 
@@ -1838,6 +1885,229 @@ class FsckCancelRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FsckCancelRequest: _TypeAlias = FsckCancelRequest  # noqa: Y015
+
+@_typing.final
+class QuotaInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    INODES_MAX_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    INODES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    directory: _builtins.int
+    path: _builtins.bytes
+    """empty: the directory is gone"""
+    bytes_max: _builtins.int
+    """absent: no limit"""
+    inodes_max: _builtins.int
+    bytes: _builtins.int
+    """lengths of files and symbolic links"""
+    inodes: _builtins.int
+    """the directory's own included"""
+    state: Global___QuotaState.ValueType
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        directory: _builtins.int = ...,
+        path: _builtins.bytes = ...,
+        bytes_max: _builtins.int | None = ...,
+        inodes_max: _builtins.int | None = ...,
+        bytes: _builtins.int = ...,
+        inodes: _builtins.int = ...,
+        state: Global___QuotaState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max", "_inodes_max", b"_inodes_max", "bytes_max", b"bytes_max", "inodes_max", b"inodes_max"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max", "_inodes_max", b"_inodes_max", "bytes", b"bytes", "bytes_max", b"bytes_max", "directory", b"directory", "id", b"id", "inodes", b"inodes", "inodes_max", b"inodes_max", "path", b"path", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bytes_max: _TypeAlias = _typing.Literal["bytes_max"]  # noqa: Y015
+    _WhichOneofArgType__bytes_max: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max"]  # noqa: Y015
+    _WhichOneofReturnType__inodes_max: _TypeAlias = _typing.Literal["inodes_max"]  # noqa: Y015
+    _WhichOneofArgType__inodes_max: _TypeAlias = _typing.Literal["_inodes_max", b"_inodes_max"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bytes_max) -> _WhichOneofReturnType__bytes_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inodes_max) -> _WhichOneofReturnType__inodes_max | None: ...
+
+Global___QuotaInfo: _TypeAlias = QuotaInfo  # noqa: Y015
+
+@_typing.final
+class QuotaSetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    INODES_MAX_FIELD_NUMBER: _builtins.int
+    CLEAR_FIELD_NUMBER: _builtins.int
+    bytes_max: _builtins.int
+    """absent: as it is, in a new quota no limit; 2^64-1: no limit"""
+    inodes_max: _builtins.int
+    clear: _builtins.bool
+    """remove the quota"""
+    @_builtins.property
+    def caller(self) -> Global___Caller:
+        """root"""
+
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def at(self) -> Global___PathAt:
+        """a directory"""
+
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        op: Global___OpId | None = ...,
+        at: Global___PathAt | None = ...,
+        bytes_max: _builtins.int | None = ...,
+        inodes_max: _builtins.int | None = ...,
+        clear: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max", "_inodes_max", b"_inodes_max", "at", b"at", "bytes_max", b"bytes_max", "caller", b"caller", "inodes_max", b"inodes_max", "op", b"op"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max", "_inodes_max", b"_inodes_max", "at", b"at", "bytes_max", b"bytes_max", "caller", b"caller", "clear", b"clear", "inodes_max", b"inodes_max", "op", b"op"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bytes_max: _TypeAlias = _typing.Literal["bytes_max"]  # noqa: Y015
+    _WhichOneofArgType__bytes_max: _TypeAlias = _typing.Literal["_bytes_max", b"_bytes_max"]  # noqa: Y015
+    _WhichOneofReturnType__inodes_max: _TypeAlias = _typing.Literal["inodes_max"]  # noqa: Y015
+    _WhichOneofArgType__inodes_max: _TypeAlias = _typing.Literal["_inodes_max", b"_inodes_max"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bytes_max) -> _WhichOneofReturnType__bytes_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inodes_max) -> _WhichOneofReturnType__inodes_max | None: ...
+
+Global___QuotaSetRequest: _TypeAlias = QuotaSetRequest  # noqa: Y015
+
+@_typing.final
+class QuotaSetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTA_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def quota(self) -> Global___QuotaInfo: ...
+    def __init__(
+        self,
+        *,
+        quota: Global___QuotaInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaSetResponse: _TypeAlias = QuotaSetResponse  # noqa: Y015
+
+@_typing.final
+class QuotaGetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def at(self) -> Global___PathAt: ...
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        at: Global___PathAt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaGetRequest: _TypeAlias = QuotaGetRequest  # noqa: Y015
+
+@_typing.final
+class QuotaGetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INODE_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    inode: _builtins.int
+    @_builtins.property
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaInfo]:
+        """that count the inode, the innermost first"""
+
+    def __init__(
+        self,
+        *,
+        inode: _builtins.int = ...,
+        quotas: _abc.Iterable[Global___QuotaInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inode", b"inode", "quotas", b"quotas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaGetResponse: _TypeAlias = QuotaGetResponse  # noqa: Y015
+
+@_typing.final
+class QuotaListRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    after: _builtins.int
+    """ids greater than this one"""
+    limit: _builtins.int
+    """0: the server's choice"""
+    @_builtins.property
+    def caller(self) -> Global___Caller:
+        """root"""
+
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        after: _builtins.int = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "caller", b"caller", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaListRequest: _TypeAlias = QuotaListRequest  # noqa: Y015
+
+@_typing.final
+class QuotaListResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    end: _builtins.bool
+    @_builtins.property
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaInfo]: ...
+    def __init__(
+        self,
+        *,
+        quotas: _abc.Iterable[Global___QuotaInfo] | None = ...,
+        end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "quotas", b"quotas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuotaListResponse: _TypeAlias = QuotaListResponse  # noqa: Y015
 
 @_typing.final
 class Empty(_message.Message):

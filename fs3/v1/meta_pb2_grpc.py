@@ -162,6 +162,21 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeResponse.FromString,
                 _registered_method=True)
+        self.QuotaSet = channel.unary_unary(
+                '/fs3.v1.Meta/QuotaSet',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.QuotaSetRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.QuotaSetResponse.FromString,
+                _registered_method=True)
+        self.QuotaGet = channel.unary_unary(
+                '/fs3.v1.Meta/QuotaGet',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.QuotaGetRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.QuotaGetResponse.FromString,
+                _registered_method=True)
+        self.QuotaList = channel.unary_unary(
+                '/fs3.v1.Meta/QuotaList',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.QuotaListRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.QuotaListResponse.FromString,
+                _registered_method=True)
         self.Keepalive = channel.unary_unary(
                 '/fs3.v1.Meta/Keepalive',
                 request_serializer=fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.SerializeToString,
@@ -328,6 +343,24 @@ class MetaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QuotaSet(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QuotaGet(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QuotaList(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Keepalive(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -467,6 +500,21 @@ def add_MetaServicer_to_server(servicer, server):
                     servicer.TrashPurge,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.TrashPurgeResponse.SerializeToString,
+            ),
+            'QuotaSet': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuotaSet,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.QuotaSetRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.QuotaSetResponse.SerializeToString,
+            ),
+            'QuotaGet': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuotaGet,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.QuotaGetRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.QuotaGetResponse.SerializeToString,
+            ),
+            'QuotaList': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuotaList,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.QuotaListRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.QuotaListResponse.SerializeToString,
             ),
             'Keepalive': grpc.unary_unary_rpc_method_handler(
                     servicer.Keepalive,
@@ -1155,6 +1203,87 @@ class Meta:
             '/fs3.v1.Meta/TrashPurge',
             fs3_dot_v1_dot_meta__pb2.TrashPurgeRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.TrashPurgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuotaSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/QuotaSet',
+            fs3_dot_v1_dot_meta__pb2.QuotaSetRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.QuotaSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuotaGet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/QuotaGet',
+            fs3_dot_v1_dot_meta__pb2.QuotaGetRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.QuotaGetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuotaList(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/QuotaList',
+            fs3_dot_v1_dot_meta__pb2.QuotaListRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.QuotaListResponse.FromString,
             options,
             channel_credentials,
             insecure,

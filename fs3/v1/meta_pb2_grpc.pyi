@@ -64,6 +64,9 @@ class MetaStub:
     TrashList: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TrashListRequest, _meta_pb2.TrashListResponse]
     TrashRestore: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TrashRestoreRequest, _meta_pb2.AttrResponse]
     TrashPurge: _grpc.UnaryUnaryMultiCallable[_meta_pb2.TrashPurgeRequest, _meta_pb2.TrashPurgeResponse]
+    QuotaSet: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaSetRequest, _meta_pb2.QuotaSetResponse]
+    QuotaGet: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaGetRequest, _meta_pb2.QuotaGetResponse]
+    QuotaList: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaListRequest, _meta_pb2.QuotaListResponse]
     Keepalive: _grpc.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]
     GetRouting: _grpc.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]
 
@@ -97,6 +100,9 @@ class MetaAsyncStub(MetaStub):
     TrashList: _aio.UnaryUnaryMultiCallable[_meta_pb2.TrashListRequest, _meta_pb2.TrashListResponse]  # type: ignore[assignment]
     TrashRestore: _aio.UnaryUnaryMultiCallable[_meta_pb2.TrashRestoreRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     TrashPurge: _aio.UnaryUnaryMultiCallable[_meta_pb2.TrashPurgeRequest, _meta_pb2.TrashPurgeResponse]  # type: ignore[assignment]
+    QuotaSet: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaSetRequest, _meta_pb2.QuotaSetResponse]  # type: ignore[assignment]
+    QuotaGet: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaGetRequest, _meta_pb2.QuotaGetResponse]  # type: ignore[assignment]
+    QuotaList: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaListRequest, _meta_pb2.QuotaListResponse]  # type: ignore[assignment]
     Keepalive: _aio.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]  # type: ignore[assignment]
     GetRouting: _aio.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]  # type: ignore[assignment]
 
@@ -277,6 +283,27 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
         request: _meta_pb2.TrashPurgeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.TrashPurgeResponse, _abc.Awaitable[_meta_pb2.TrashPurgeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def QuotaSet(
+        self,
+        request: _meta_pb2.QuotaSetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.QuotaSetResponse, _abc.Awaitable[_meta_pb2.QuotaSetResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def QuotaGet(
+        self,
+        request: _meta_pb2.QuotaGetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.QuotaGetResponse, _abc.Awaitable[_meta_pb2.QuotaGetResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def QuotaList(
+        self,
+        request: _meta_pb2.QuotaListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.QuotaListResponse, _abc.Awaitable[_meta_pb2.QuotaListResponse]]: ...
 
     @_abc_1.abstractmethod
     def Keepalive(

@@ -55,7 +55,9 @@ def test_a_tree_copied_in_and_out_again_is_equal(fs3_on: str, tree: Path, tmp_pa
     fs3_command("cp", "-r", f":{fs3_on}/second", str(tmp_path / "out"))
     assert describe(tmp_path / "out") == describe(tree)
     usage = json.loads(fs3_command("du", "--json", f"{fs3_on}/copy").stdout)
-    assert usage == [{"path": f"{fs3_on}/copy", "bytes": (20 << 20) + 10 + 8, "files": 4, "directories": 3}]
+    assert usage == [
+        {"path": f"{fs3_on}/copy", "bytes": (20 << 20) + 10 + 8, "files": 4, "directories": 3, "inodes": 7}
+    ]
 
 
 def test_listing_stat_and_cat_tell_the_truth(fs3_on: str, tree: Path) -> None:

@@ -16,6 +16,7 @@ from fs3.meta.fsck.audit import LOOK_PAUSE_S, Audit, Options
 from fs3.meta.fsck.chunks import ChunkAudit, ChunkLister
 from fs3.meta.fsck.entries import check_entries
 from fs3.meta.fsck.inodes import check_inodes
+from fs3.meta.fsck.quotas import check_quotas
 from fs3.meta.fsck.report import Report
 from fs3.meta.fsck.sorter import Sorter
 from fs3.meta.fsck.tables import check_answers, check_inode_counter, check_tables
@@ -49,6 +50,7 @@ async def run_audit(engine: Engine, lister: ChunkLister, options: Options, repor
     await check_tables(audit)
     await check_answers(audit, engine.sweeper)
     await check_inode_counter(audit)
+    await check_quotas(audit)
     if options.chunks:
         await ChunkAudit(audit, lister).run()
     if report.counts["not-queued"]:

@@ -149,7 +149,7 @@ async def _unlinked(tr: Transaction, ctx: OpContext | None, record: InodeRecord)
     if await tr.get(keys.gc(attr.inode)) is not None or await tree.has_sessions(tr, attr.inode):
         return None
     if ctx is not None:
-        tree.enqueue(tr, ctx, record)
+        await tree.enqueue(tr, ctx, record)
     problem = "has no name, is not open and waits for no removal"
     return Finding("not-queued", attr.inode, f"inode {attr.inode:#x}", problem, "queue it for removal")
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import keys, making, model, tree
+from fs3.meta import keys, making, model, quotas, tree
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -21,6 +21,7 @@ async def adopt(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     directory = await _lost_found(tr, ctx)
     tree.add_entry(tr, directory.attr.inode, lost_name(attr.inode), attr.inode, attr.type)
     tree.touch_directory(tr, directory.attr.inode, ctx.now_ns)
+    await quotas.adopt(tr, ctx, record, directory.quota)
     if attr.type == model.DIRECTORY:
         attr.parent = directory.attr.inode
     else:

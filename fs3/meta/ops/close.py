@@ -16,11 +16,11 @@ async def run(tr: Transaction, request: CloseRequest, ctx: OpContext) -> AttrRes
     record = await tree.load_handle(tr, request.inode)
     attr = record.attr
     had_session = await reports.check_writer(tr, record, request.session, request.report, request.caller)
-    if reports.apply(record, request.report, request.caller, ctx):
+    if await reports.apply(tr, record, request.report, request.caller, ctx):
         tree.store(tr, record)
     if had_session:
         tr.clear(keys.session(attr.inode, request.session))
         if attr.nlink == 0 and not await tree.has_sessions(tr, attr.inode):
-            tree.release(tr, ctx, record)
+            await tree.release(tr, ctx, record)
             return AttrResponse(attr=attr)
     return AttrResponse(attr=await tree.complete(tr, record))

@@ -6,7 +6,7 @@ from typing import Final
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import making, model, tree, walk
+from fs3.meta import making, model, quotas, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import CreateRequest, FileType, OpenResponse
@@ -25,7 +25,8 @@ _DEVICES: Final = frozenset({FileType.FILE_TYPE_CHAR_DEVICE, FileType.FILE_TYPE_
 async def run(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenResponse:
     """Make what is not there; an existing file is opened unless `exclusive`.
 
-    Raises EXISTS, IS_DIRECTORY, ACCESS, SYMLINK_LOOP, NOT_PERMITTED (devices), UNAVAILABLE (no chains yet).
+    Raises EXISTS, IS_DIRECTORY, ACCESS, SYMLINK_LOOP, NOT_PERMITTED (devices), UNAVAILABLE (no chains yet),
+    QUOTA_EXCEEDED.
     """
     caller = request.caller
     file_type = request.type or model.FILE
@@ -69,7 +70,9 @@ async def run(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenRe
         layout=layout,
         rdev=request.rdev,
     )
-    session = b""
+    response = OpenResponse(attr=record.attr, created=True)
     if request.open_write and file_type == model.FILE:
-        session = tree.open_session(tr, ctx, record.attr.inode, request.op.client_id)
-    return OpenResponse(attr=record.attr, session=session, created=True)
+        response.session = tree.open_session(tr, ctx, record.attr.inode, request.op.client_id)
+        if (limit := await quotas.length_limit(tr, record)) is not None:
+            response.length_limit = limit
+    return response

@@ -11,7 +11,7 @@ from fs3.v1.meta_pb2 import AttrResponse, LinkRequest
 
 
 async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResponse:
-    """Raises EXISTS, NOT_PERMITTED (directories), TOO_MANY_LINKS, NOT_FOUND (also for an inode without names)."""
+    """Raises EXISTS, NOT_PERMITTED (directories), TOO_MANY_LINKS, NOT_FOUND (also without names), CROSS_QUOTA."""
     # `from` is a keyword of Python.
     source = await walk.target(tr, getattr(request, "from"), request.caller)
     attr = source.attr
@@ -28,6 +28,8 @@ async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResp
         raise error(Code.CODE_TOO_MANY_LINKS, f"an inode has at most {model.NLINK_MAX} names")
     walk.check_name(found.name)
     parent = walk.writable_parent(found, request.caller)
+    if source.quota != parent.quota:
+        raise error(Code.CODE_CROSS_QUOTA, "all names of a file are under the same quota; copy it")
     attr.nlink += 1
     attr.ctime_ns = ctx.now_ns
     tree.store(tr, source)

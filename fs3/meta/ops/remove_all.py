@@ -81,7 +81,7 @@ async def run(tr: Transaction, request: RemoveAllRequest, ctx: OpContext) -> Emp
     if trash.keeps(parent, child) and not request.skip_trash:
         await trash.put(tr, ctx, parent, found.name, child, request.caller)
     elif child.attr.type == model.DIRECTORY:
-        tree.detach(tr, ctx, child)
+        await tree.detach(tr, ctx, child)
     else:
         await tree.drop_link(tr, ctx, child, hold_session=b"", client_id=request.op.client_id)
     return Empty()

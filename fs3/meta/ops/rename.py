@@ -6,7 +6,7 @@ from typing import Final
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, making, model, tree, walk
+from fs3.meta import access, keys, making, model, quotas, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -19,7 +19,8 @@ async def run(tr: Transaction, request: RenameRequest, ctx: OpContext) -> Rename
     """Move, replace or exchange, atomically.
 
     Raises NOT_FOUND, EXISTS (no_replace), IS_DIRECTORY, NOT_DIRECTORY, NOT_EMPTY, ACCESS, NOT_PERMITTED,
-    BUSY ("." and ".."), INVALID_ARGUMENT (a directory into itself).
+    BUSY ("." and ".."), INVALID_ARGUMENT (a directory into itself), CROSS_QUOTA (directories, files with several
+    names), QUOTA_EXCEEDED.
     """
     caller = request.caller
     if request.no_replace and request.exchange:
@@ -61,9 +62,16 @@ def _check_parents(source: walk.Found, dest: walk.Found, caller: Caller) -> None
 
 
 def _check_move(old: InodeRecord, new: InodeRecord, moved: InodeRecord, caller: Caller) -> None:
-    """A directory that gets another parent is written itself: its ".." changes."""
-    if moved.attr.type == model.DIRECTORY and old.attr.inode != new.attr.inode:
+    """A directory that gets another parent is written itself: its ".." changes.
+
+    What other things or names hang on does not move from one quota to another.
+    """
+    directory = moved.attr.type == model.DIRECTORY
+    if directory and old.attr.inode != new.attr.inode:
         access.require(moved.attr, caller, access.WRITE)
+    if old.quota != new.quota and (directory or moved.attr.nlink > 1):
+        what = "a directory" if directory else "a file with several names"
+        raise error(Code.CODE_CROSS_QUOTA, f"{what} is not moved from one quota to another; copy it")
 
 
 async def check_no_cycle(tr: Transaction, moved: InodeRecord, new_parent: InodeRecord) -> None:
@@ -98,6 +106,11 @@ async def _check_replaceable(tr: Transaction, moved: InodeRecord, replaced: Inod
         raise walk.not_directory(replaced)
 
 
+async def _place(tr: Transaction, ctx: OpContext, moved: InodeRecord, parent: InodeRecord, name: bytes) -> None:
+    await quotas.adopt(tr, ctx, moved, parent.quota, within=True)
+    await tree.place(tr, ctx, moved, parent.attr.inode, name)
+
+
 async def _finish(
     tr: Transaction,
     request: RenameRequest,
@@ -113,13 +126,13 @@ async def _finish(
     if replaced is not None:
         tree.remove_entry(tr, dest.parent.attr.inode, dest.name, replaced.attr.type)
         if replaced.attr.type == model.DIRECTORY:
-            tree.erase(tr, ctx, replaced)
+            await tree.erase(tr, ctx, replaced)
             replaced.attr.nlink = 0
         else:
             await tree.drop_link(tr, ctx, replaced, hold_session=request.hold_session, client_id=request.op.client_id)
         response.replaced.CopyFrom(replaced.attr)
     tree.remove_entry(tr, source.parent.attr.inode, source.name, moved.attr.type)
-    await tree.place(tr, ctx, moved, dest.parent.attr.inode, dest.name)
+    await _place(tr, ctx, moved, dest.parent, dest.name)
     _touch_parents(tr, ctx, source.parent, dest.parent)
     response.attr.CopyFrom(await tree.complete(tr, moved))
     return response
@@ -137,8 +150,8 @@ async def _exchange(
     assert dest.parent is not None
     tree.remove_entry(tr, source.parent.attr.inode, source.name, moved.attr.type)
     tree.remove_entry(tr, dest.parent.attr.inode, dest.name, other.attr.type)
-    await tree.place(tr, ctx, moved, dest.parent.attr.inode, dest.name)
-    await tree.place(tr, ctx, other, source.parent.attr.inode, source.name)
+    await _place(tr, ctx, moved, dest.parent, dest.name)
+    await _place(tr, ctx, other, source.parent, source.name)
     _touch_parents(tr, ctx, source.parent, dest.parent)
     return RenameResponse(attr=await tree.complete(tr, moved), replaced=await tree.complete(tr, other))
 

@@ -32,5 +32,5 @@ async def run(tr: Transaction, request: RmdirRequest, ctx: OpContext) -> Empty:
     if trash.keeps(parent, child):
         await trash.put(tr, ctx, parent, found.name, child, request.caller)
     else:
-        tree.erase(tr, ctx, child)
+        await tree.erase(tr, ctx, child)
     return Empty()

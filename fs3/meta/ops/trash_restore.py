@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, making, model, trash, tree, walk
+from fs3.meta import access, keys, making, model, quotas, trash, tree, walk
 from fs3.meta.context import OpContext
 from fs3.meta.ops import rename
 from fs3.v1.disk_meta_pb2 import InodeRecord
@@ -15,7 +15,8 @@ from fs3.v1.meta_pb2 import AttrResponse, TrashRestoreRequest
 async def run(tr: Transaction, request: TrashRestoreRequest, ctx: OpContext) -> AttrResponse:
     """Where it was, or to ``to``. What was removed from a directory before it was removed itself stays in the trash.
 
-    Raises NOT_FOUND (it, or the directory it goes to), EXISTS, NOT_PERMITTED, ACCESS, INVALID_ARGUMENT.
+    It is counted by the quotas of where it goes, what is in a directory in the background. Raises NOT_FOUND (it, or the
+    directory it goes to), EXISTS, NOT_PERMITTED, ACCESS, INVALID_ARGUMENT, QUOTA_EXCEEDED.
     """
     found = await trash.find(tr, request.id, request.caller)
     if found is None:
@@ -26,6 +27,7 @@ async def run(tr: Transaction, request: TrashRestoreRequest, ctx: OpContext) -> 
     child = found.child
     await rename.check_no_cycle(tr, child, parent)
     trash.take(tr, found)
+    await quotas.adopt(tr, ctx, child, parent.quota, within=True)
     await tree.place(tr, ctx, child, parent.attr.inode, name)
     tree.touch_directory(tr, parent.attr.inode, ctx.now_ns)
     return AttrResponse(attr=await tree.complete(tr, child))

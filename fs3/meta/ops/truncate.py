@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, making, model, tree, walk
+from fs3.meta import access, keys, making, model, quotas, tree, walk
 from fs3.meta.context import OpContext, TruncationPending
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import AttrResponse, TruncateRequest
@@ -14,7 +14,7 @@ async def run(tr: Transaction, request: TruncateRequest, ctx: OpContext) -> Attr
     """The length changes here; the runner cuts the chunks before it answers.
 
     A session of the inode stands for the permission it was opened with. Raises ACCESS, IS_DIRECTORY,
-    INVALID_ARGUMENT (not a file), FILE_TOO_LARGE.
+    INVALID_ARGUMENT (not a file), FILE_TOO_LARGE, QUOTA_EXCEEDED.
     """
     record = await walk.target(tr, request.at, request.caller)
     attr = record.attr
@@ -33,7 +33,7 @@ async def run(tr: Transaction, request: TruncateRequest, ctx: OpContext) -> Attr
     if record.truncating:
         raise TruncationPending(attr.inode)
     sessions = await tree.has_sessions(tr, attr.inode)
-    tree.set_length(tr, ctx, record, request.length, sessions=sessions)
+    await tree.set_length(tr, ctx, record, request.length, sessions=sessions)
     making.content_changed(record, request.caller, ctx.now_ns)
     tree.store(tr, record)
-    return AttrResponse(attr=attr)
+    return AttrResponse(attr=attr, length_limit=await quotas.length_limit(tr, record))

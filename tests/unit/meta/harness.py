@@ -17,7 +17,7 @@ from fs3.core.layout import chains_of, place_of
 from fs3.kv.api import KvStore
 from fs3.kv.faults import KvFaults
 from fs3.kv.memory import MemoryKv
-from fs3.meta import acl, keys, model
+from fs3.meta import acl, keys, model, quotas
 from fs3.meta.engine import Engine
 from fs3.meta.placement import RoutingPlacement
 from fs3.meta.registry import OPERATIONS
@@ -258,6 +258,33 @@ class Meta:
         """The error code of an operation, 0 if it succeeds."""
         return await code(self.do(name, path, **fields))
 
+    async def set_quota(self, path: str, **limits: int) -> pb.QuotaInfo:
+        quota: pb.QuotaInfo = (await self.do("QuotaSet", path, **limits)).quota
+        return quota
+
+    async def quotas(self, path: str) -> list[pb.QuotaInfo]:
+        """Those that count an inode, the innermost first."""
+        return list((await self.do("QuotaGet", path)).quotas)
+
+    async def used(self, path: str) -> tuple[int, int]:
+        """(inodes, bytes) that the innermost quota of an inode counts."""
+        quota = (await self.quotas(path))[0]
+        return quota.inodes, quota.bytes
+
+    async def write(self, path: str, length: int) -> None:
+        """Make a file, if need be, and write up to `length` bytes."""
+        made = await self.create(path, open_write=True)
+        self.chunks.write(made.attr, length)
+        report = pb.WriteReport(wrote=True, length=length, truncate_version=made.attr.truncate_version)
+        await self.do("Close", inode=made.attr.inode, session=made.session, report=report)
+
+    async def settle_quotas(self) -> None:
+        """Restamp until there is nothing to do but to wait for inodes to go."""
+        for _ in range(100):
+            if not await self.engine.quota_walker.step():
+                return
+        raise AssertionError("the quotas do not settle")
+
     async def collect(self) -> None:
         """Run the garbage collector until it finds nothing to do."""
         for _ in range(100):
@@ -356,6 +383,7 @@ async def audit(meta: Meta) -> None:
     assert queued <= inodes.keys()
     await _audit_trash(meta)
     await _audit_xattrs(meta, inodes)
+    await _audit_quotas(meta, inodes)
     total = sum(model.decode_count(value) for _, value in await meta.rows(keys.COUNTER))
     assert total == len(inodes)
 
@@ -366,6 +394,32 @@ async def _audit_trash(meta: Meta) -> None:
         keys.dirent_name(key) for key, _ in await meta.rows(keys.DIRENT) if keys.inode_of(key) == keys.TRASH_INODE
     }
     assert entries == {keys.trash_entry_name(key) for key, _ in await meta.rows(keys.TRASH)}
+
+
+async def _audit_quotas(meta: Meta, inodes: dict[int, Any]) -> None:
+    """Quotas count what is stamped; once all is walked, what is in a directory has its stamp."""
+    records = {record.id: record for record in (model.decode_quota(v) for _, v in await meta.rows(keys.QUOTA))}
+    stamped = dict.fromkeys(records, quotas.NOTHING)
+    for record in inodes.values():
+        quota = record.quota
+        while quota in records:
+            stamped[quota] = stamped[quota].plus(quotas.of(record))
+            quota = records[quota].outer
+    counted = dict.fromkeys(records, quotas.NOTHING)
+    for key, value in await meta.rows(keys.QUOTA_COUNTER):
+        assert keys.inode_of(key) in records
+        counted[keys.inode_of(key)] = counted[keys.inode_of(key)].plus(quotas.total([(key, value)]))
+    if not any(record.carries for record in records.values()):
+        assert counted == stamped
+    if await meta.rows(keys.QUOTA_WALK):
+        return
+    for key, value in await meta.rows(keys.DIRENT):
+        parent, child = inodes[keys.inode_of(key)], inodes[model.decode_dirent(value)[0]]
+        inner = records.get(child.quota)
+        stamp = inner.outer if inner is not None and inner.directory == child.attr.inode else child.quota
+        several = child.attr.type != model.DIRECTORY and (child.attr.nlink > 1 or child.lost_names)
+        kept = parent.attr.inode == keys.TRASH_INODE
+        assert parent.detached or kept or several or stamp == parent.quota, f"inode {child.attr.inode:#x}: {child}"
 
 
 async def _audit_xattrs(meta: Meta, inodes: dict[int, Any]) -> None:

@@ -14,6 +14,8 @@ from meta.harness import BY_NAME, CHAINS, CHUNK, Meta, audit, code, faults, memo
 
 async def prepared(**options) -> tuple[Meta, pb.OpenResponse]:
     meta = await Meta.start(**options)
+    await meta.set_quota("/", bytes_max=1 << 30)
+    await meta.settle_quotas()
     await meta.mkdir("/d/sub", parents=True)
     await meta.mkdir("/empty")
     made = await meta.create("/f", open_write=True)
@@ -50,6 +52,7 @@ def every_mutation(meta: Meta, made: pb.OpenResponse) -> dict[str, object]:
         "Rename": meta.request("Rename", **paths("/f", "/d/f")),
         "Setattr": meta.request("Setattr", "/f", mode=0o600),
         "Truncate": meta.request("Truncate", "/f", length=7),
+        "QuotaSet": meta.request("QuotaSet", "/d", inodes_max=5),
         "Setxattr": meta.request("Setxattr", "/f", name=b"user.new", value=b"v", create=True),
         "Removexattr": meta.request("Removexattr", "/f", name=b"user.old"),
         "TrashRestore": meta.request("TrashRestore", id=meta.trashed[0]),

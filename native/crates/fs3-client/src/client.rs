@@ -398,8 +398,10 @@ impl Client {
         };
         let at = Some(crate::at_inode(inode));
         let request = TruncateRequest { caller: some(caller), op: self.inner().op_id(), at, length, session };
-        let attr = self.attr(Method::MetaTruncate, &request).await?;
+        let response: AttrResponse = self.inner().meta(Method::MetaTruncate, &request).await?;
+        let attr = self.inner().inodes.merge(response.attr.ok_or_else(no_attr)?);
         if let Some(state) = &state {
+            state.limit_length(response.length_limit);
             state.set_mtime();
         }
         Ok(attr)
@@ -494,8 +496,8 @@ impl Client {
         Ok(self.inner().inodes.merge(response.attr.ok_or_else(no_attr)?))
     }
 
-    fn opened(&self, caller: &Caller, response: OpenResponse, write: bool) -> Result<Arc<OpenFile>> {
-        let attr = response.attr.ok_or_else(no_attr)?;
+    fn opened(&self, caller: &Caller, mut response: OpenResponse, write: bool) -> Result<Arc<OpenFile>> {
+        let attr = response.attr.take().ok_or_else(no_attr)?;
         match attr.r#type() {
             FileType::File => check_layout(&attr.layout.unwrap_or_default())?,
             FileType::Directory => return Err(Error::new(Code::IsDirectory, "a directory cannot be read as a file")),
@@ -504,7 +506,7 @@ impl Client {
         if write && response.session.is_empty() {
             return Err(Error::new(Code::Protocol, "the service opened a file for writing without a session"));
         }
-        Ok(OpenFile::new(self.clone(), caller.clone(), &attr, response.session, response.created))
+        Ok(OpenFile::new(self.clone(), caller.clone(), &attr, response))
     }
 
     /// A session to keep an inode alive that may be open here while it loses its last name.

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
-use fs3_proto::v1::{Attr, AttrResponse, Caller, CloseRequest, Layout, Method, SyncRequest};
+use fs3_proto::v1::{Attr, AttrResponse, Caller, CloseRequest, Layout, Method, OpenResponse, SyncRequest};
 use fs3_rt::Instant;
 use tokio::sync::Mutex;
 
-use crate::inode::InodeState;
+use crate::inode::{InodeState, Pending};
 use crate::{Client, at_inode};
 
 /// How long an inode that was seen to exist is taken to.
@@ -38,17 +38,18 @@ struct Handle {
 }
 
 impl OpenFile {
-    pub(crate) fn new(client: Client, caller: Caller, attr: &Attr, session: Bytes, created: bool) -> Arc<Self> {
+    pub(crate) fn new(client: Client, caller: Caller, attr: &Attr, opened: OpenResponse) -> Arc<Self> {
         let state = client.inner().inodes.open(attr);
-        if !session.is_empty() {
+        if !opened.session.is_empty() {
             client.inner().session_opened();
+            state.limit_length(opened.length_limit);
         }
         let handle = Handle {
             client,
             caller,
             state,
-            session,
-            created,
+            session: opened.session,
+            created: opened.created,
             closed: AtomicBool::new(false),
             closing: Mutex::new(()),
             confirmed: Mutex::new(None),
@@ -132,7 +133,7 @@ impl OpenFile {
     /// Write all of `data` at `offset`. Returns after every serving replica has it (it survives kill -9 of all);
     /// power loss needs [`OpenFile::sync`]. On an error a part may have been applied. `data` must not change
     /// until this returns; a change is refused as damaged or stored as of some moment, never mixed unnoticed.
-    /// Errors: NoSpace, FileTooLarge, InvalidArgument when not open for writing, Timeout.
+    /// Errors: NoSpace, QuotaExceeded, FileTooLarge, InvalidArgument when not open for writing, Timeout.
     pub async fn write(&self, offset: u64, data: Region) -> Result<usize> {
         self.check_open()?;
         if !self.writable() {
@@ -144,6 +145,7 @@ impl OpenFile {
         let state = self.state();
         let _shared = state.gate.read().await;
         let (end, count) = (offset.saturating_add(data.len() as u64), data.len());
+        self.require_room(end).await?;
         match crate::write::write(self.client().inner(), state, offset, data).await {
             Ok(()) => {
                 state.acknowledge_write(end, fs3_rt::wall_ns());
@@ -184,7 +186,7 @@ impl OpenFile {
 
     /// Make the file at least `length` bytes long, without writing: what is added reads as zeros. Others see it as they
     /// see a write; it never makes a file shorter, whatever they do meanwhile. Errors: InvalidArgument when not open
-    /// for writing, FileTooLarge.
+    /// for writing, FileTooLarge, QuotaExceeded.
     pub async fn extend(&self, length: u64) -> Result<()> {
         self.check_open()?;
         if !self.writable() {
@@ -194,6 +196,7 @@ impl OpenFile {
         let _shared = state.gate.read().await;
         if length > self.length() {
             drop(crate::plan::pieces(state.inode, self.layout().chunk_bytes, length - 1, 1)?);
+            self.require_room(length).await?;
             state.acknowledge_write(length, fs3_rt::wall_ns());
         }
         Ok(())
@@ -221,17 +224,51 @@ impl OpenFile {
     /// Publish length and mtime without asking the disks to sync (close-to-open for readers elsewhere).
     pub async fn publish(&self) -> Result<Attr> {
         self.check_open()?;
+        match self.state().pending() {
+            Some(pending) => self.tell(Some(pending), 0).await,
+            None => Ok(self.state().merged()),
+        }
+    }
+
+    /// How long the file may become by writing before the service is asked for more, in bytes; `u64::MAX` without a
+    /// quota.
+    pub fn length_limit(&self) -> u64 {
+        self.state().length_limit()
+    }
+
+    /// Make sure that the quotas of the directories above let the file become `end` bytes long. Costs nothing within
+    /// [`OpenFile::length_limit`]. Errors: QuotaExceeded.
+    pub async fn require_room(&self, end: u64) -> Result<()> {
+        let state = self.state();
+        if end <= state.length_limit() {
+            return Ok(());
+        }
+        let _turn = state.room_turn.lock().await;
+        if end > state.length_limit() {
+            self.tell(state.pending(), end).await?;
+        }
+        if end > state.length_limit() {
+            return Err(Error::new(Code::QuotaExceeded, "the quota of a directory above has no room left"));
+        }
+        Ok(())
+    }
+
+    /// Sync with the service; it answers how long the file may become, `wanted_length` if there is room.
+    async fn tell(&self, pending: Option<Pending>, wanted_length: u64) -> Result<Attr> {
         let (state, client) = (self.state(), self.client());
-        let Some(pending) = state.pending() else { return Ok(state.merged()) };
         let request = SyncRequest {
             caller: Some(self.handle.caller.clone()),
             op: client.inner().op_id(),
             inode: state.inode,
             session: self.handle.session.clone(),
-            report: Some(pending.report),
+            report: pending.as_ref().map(|pending| pending.report),
+            wanted_length,
         };
         let response: AttrResponse = client.inner().meta(Method::MetaSync, &request).await?;
-        state.published(&pending);
+        if let Some(pending) = &pending {
+            state.published(pending);
+        }
+        state.limit_length(response.length_limit);
         Ok(response.attr.map_or_else(|| state.merged(), |attr| state.merge(&attr)))
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fs3_proto::v1::{Attr, Layout, WriteReport};
 use parking_lot::Mutex;
@@ -16,6 +17,10 @@ pub(crate) struct InodeState {
     pub append_turn: tokio::sync::Mutex<()>,
     /// Held by the sync that runs.
     pub sync_turn: tokio::sync::Mutex<()>,
+    /// Held by the write that asks for room.
+    pub room_turn: tokio::sync::Mutex<()>,
+    /// How long the file may become by writing before the service is asked; without a quota as long as it likes.
+    length_limit: AtomicU64,
     known: Mutex<Known>,
 }
 
@@ -52,6 +57,8 @@ impl InodeState {
             gate: Default::default(),
             append_turn: Default::default(),
             sync_turn: Default::default(),
+            room_turn: Default::default(),
+            length_limit: AtomicU64::new(u64::MAX),
             known: Mutex::new(known),
         }
     }
@@ -81,6 +88,16 @@ impl InodeState {
     pub fn length(&self) -> u64 {
         let known = self.known.lock();
         known.attr.length.max(known.written_end)
+    }
+
+    /// How long the file may become before the service is asked.
+    pub fn length_limit(&self) -> u64 {
+        self.length_limit.load(Ordering::Relaxed)
+    }
+
+    /// The service has said how long the file may become.
+    pub fn limit_length(&self, limit: Option<u64>) {
+        self.length_limit.store(limit.unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// A write up to `end` begins.

@@ -411,6 +411,29 @@ async fn appends_through_different_open_files_never_overlap() {
 }
 
 #[tokio::test]
+async fn a_file_grows_beyond_its_limit_only_when_the_service_allows_it() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let syncs = || cluster.state.log.lock().metas.iter().filter(|m| m.0 == Method::MetaSync).count();
+    cluster.faults(|faults| faults.length_max = Some(10 * K as u64));
+    let file = create(&client, "f").await;
+    write(&file, 0, &pattern(1, K)).await.unwrap();
+    assert_eq!(syncs(), 0, "there is room for a chunk that nobody has to be asked for");
+    write(&file, 2 * K as u64, &pattern(2, 6 * K)).await.unwrap();
+    assert_eq!((syncs(), cluster.state.log.lock().reports[0].length), (1, K as u64));
+    let refused = write(&file, 8 * K as u64, &pattern(3, 3 * K)).await.unwrap_err();
+    assert_eq!((refused.code, file.length()), (Code::QuotaExceeded, 8 * K as u64));
+    assert_eq!(file.extend(11 * K as u64).await.unwrap_err().code, Code::QuotaExceeded);
+    write(&file, 0, &pattern(4, 8 * K)).await.unwrap();
+    write(&file, 8 * K as u64, &pattern(5, 2 * K)).await.unwrap();
+    cluster.faults(|faults| faults.length_max = None);
+    write(&file, 10 * K as u64, &pattern(6, K)).await.unwrap();
+    let asked = syncs();
+    write(&file, 11 * K as u64, &pattern(7, 9 * K)).await.unwrap();
+    assert_eq!((syncs(), file.length()), (asked, 20 * K as u64));
+}
+
+#[tokio::test]
 async fn a_failed_sync_is_an_error_and_done_again_by_the_next() {
     let cluster = FakeCluster::start().await;
     let client = cluster.client().await;

@@ -48,7 +48,7 @@ codes! {
     NotPermitted = 9 / EPERM / false,
     /// A name over 255 bytes or a path over its limit.
     NameTooLong = 10 / ENAMETOOLONG / false,
-    /// The disks or a quota are full.
+    /// The disks are full.
     NoSpace = 11 / ENOSPC / false,
     /// Beyond the largest file.
     FileTooLarge = 12 / EFBIG / false,
@@ -68,6 +68,10 @@ codes! {
     OutOfRange = 20 / ERANGE / false,
     /// The value of an extended attribute is too long.
     TooLarge = 21 / E2BIG / false,
+    /// A directory above has no room left by its quota.
+    QuotaExceeded = 22 / EDQUOT / false,
+    /// It would come under another quota.
+    CrossQuota = 23 / EXDEV / false,
     /// Bad or missing token.
     Unauthenticated = 30 / EACCES / false,
     /// The other side belongs to another cluster.

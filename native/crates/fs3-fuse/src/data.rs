@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fs3_client::{Code, Error, OpenFile, Region, Result, at_inode};
+use fs3_client::{Code, Error, OpenFile, Region, Result, at_path};
 use fuser::{ReplyData, ReplyWrite};
 
 use crate::blocks::Block;
@@ -143,7 +143,7 @@ impl Core {
         let place = if handle.to_end { Place::End } else { Place::At(offset) };
         let (place, done) = match handle.inode.write(&self.io, place, data) {
             Accepted::Taken { offset, bytes } => (Place::At(offset + bytes as u64), bytes),
-            Accepted::NoWriter => (place, 0),
+            Accepted::NoWriter | Accepted::Full => (place, 0),
         };
         if done == data.len() && !handle.direct {
             return reply.written(data.len() as u32);
@@ -169,6 +169,10 @@ impl Core {
                 }
                 // It is being closed early at this moment; then it is opened again.
                 Accepted::NoWriter => tokio::task::yield_now().await,
+                Accepted::Full => {
+                    handle.inode.require_room(place, data.len() - done).await?;
+                    continue;
+                }
             }
             if done < data.len() {
                 if Instant::now() >= deadline {
@@ -199,7 +203,7 @@ impl Core {
             _ => return Err(Error::new(Code::NotSupported, "fallocate makes longer files, holes and zeros")),
         };
         if zero == 0 {
-            let space = self.client.statfs(&superuser(), at_inode(handle.inode.id)).await?;
+            let space = self.client.statfs(&superuser(), at_path(b"", false)).await?;
             if space.free_bytes < length {
                 return Err(Error::new(Code::NoSpace, "the cluster has less free space"));
             }

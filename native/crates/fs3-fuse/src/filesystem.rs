@@ -26,7 +26,7 @@ const WRITE_BYTES_MAX: u32 = 1 << 20;
 const BACKGROUND_MAX: u16 = 64;
 /// Unit of `statfs` counts in bytes.
 const BLOCK_BYTES: u64 = 4096;
-/// Inodes that may still be made, as shown by `statfs`: there is no limit short of the ids.
+/// Inodes that may still be made, as shown by `statfs`: without a quota there is no limit short of the ids.
 const FREE_INODES: u64 = 1 << 40;
 /// Inode ids are never used twice.
 const GENERATION: Generation = Generation(0);
@@ -401,7 +401,8 @@ impl Filesystem for Fs {
                     let (all, free) = (s.capacity_bytes / BLOCK_BYTES, s.free_bytes / BLOCK_BYTES);
                     let size = BLOCK_BYTES as u32;
                     let name_max = if s.name_bytes_max == 0 { 255 } else { s.name_bytes_max };
-                    reply.statfs(all, free, free, s.inodes + FREE_INODES, FREE_INODES, size, name_max, size);
+                    let free_inodes = s.free_inodes.unwrap_or(FREE_INODES);
+                    reply.statfs(all, free, free, s.inodes + free_inodes, free_inodes, size, name_max, size);
                 }
                 Err(error) => reply.error(errno(&error)),
             }

@@ -70,6 +70,8 @@ pub(crate) enum Accepted {
     Taken { offset: u64, bytes: usize },
     /// No file is open for writing at the moment.
     NoWriter,
+    /// Nothing: quotas have to allow that the file becomes so long first, see [`Inode::require_room`].
+    Full,
 }
 
 impl<F: FileIo> Inode<F> {
@@ -118,10 +120,10 @@ impl<F: FileIo> Inode<F> {
     pub fn write(self: &Arc<Self>, io: &Arc<Io<F>>, place: Place, data: &[u8]) -> Accepted {
         let mut state = self.state.lock();
         let Some(writer) = state.writers.last() else { return Accepted::NoWriter };
-        let offset = match place {
-            Place::At(offset) => offset,
-            Place::End => writer.length().max(state.pending_end()),
-        };
+        let offset = state.position(writer, place);
+        if offset.saturating_add(data.len() as u64) > writer.length_limit() {
+            return Accepted::Full;
+        }
         let mut out = Vec::new();
         let bytes = state.gather.write(offset, data, |n| io.write_pool.try_take(n, 0), &mut out);
         for piece in out {
@@ -140,6 +142,17 @@ impl<F: FileIo> Inode<F> {
             }
         }
         Accepted::Taken { offset, bytes }
+    }
+
+    /// Make sure that quotas allow a write of `bytes` bytes. Errors: QuotaExceeded.
+    pub async fn require_room(&self, place: Place, bytes: usize) -> Result<()> {
+        let (writer, end) = {
+            let state = self.state.lock();
+            let Some(writer) = state.writers.last().cloned() else { return Ok(()) };
+            let end = state.position(&writer, place).saturating_add(bytes as u64);
+            (writer, end)
+        };
+        writer.require_room(end).await
     }
 
     /// Start writing a piece, after the earlier ones that it overlaps.
@@ -370,6 +383,16 @@ impl<F: FileIo> Inode<F> {
     /// It has no name any more: closing its last file would end it.
     pub fn set_unlinked(&self) {
         self.state.lock().unlinked = true;
+    }
+}
+
+impl<F: FileIo> State<F> {
+    /// First byte of a write.
+    fn position(&self, writer: &F, place: Place) -> u64 {
+        match place {
+            Place::At(offset) => offset,
+            Place::End => writer.length().max(self.pending_end()),
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fs3_client::{Attr, Code, Error, Region, RegionMut, Result};
@@ -19,6 +19,9 @@ struct Fake {
     writes: AtomicUsize,
     published: AtomicUsize,
     closed: AtomicBool,
+    /// What it may become without asking, and what it gets when it asks.
+    limit: AtomicU64,
+    room: AtomicU64,
 }
 
 impl Fake {
@@ -30,6 +33,8 @@ impl Fake {
             writes: AtomicUsize::new(0),
             published: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
+            limit: AtomicU64::new(u64::MAX),
+            room: AtomicU64::new(u64::MAX),
         })
     }
 }
@@ -69,6 +74,18 @@ impl FileIo for Fake {
 
     fn length(&self) -> u64 {
         self.bytes.lock().len() as u64
+    }
+
+    fn length_limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    async fn require_room(&self, end: u64) -> Result<()> {
+        if end > self.room.load(Ordering::Relaxed) {
+            return Err(Error::new(Code::QuotaExceeded, "full"));
+        }
+        self.limit.store(end, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -192,6 +209,22 @@ async fn a_failure_that_a_write_or_a_close_told_is_told_by_the_sync_after_it() {
         assert_eq!(inode.new_error(&told, teller).map(|e| e.code), Some(Code::NoSpace), "{teller:?}");
         assert!(inode.new_error(&told, teller).is_none(), "{teller:?} once");
     }
+}
+
+#[tokio::test]
+async fn a_write_beyond_the_limit_is_taken_once_there_is_room() {
+    let (io, inode, file) = setup(10);
+    file.limit.store(4, Ordering::Relaxed);
+    file.room.store(8, Ordering::Relaxed);
+    put(&inode, &io, Place::At(0), b"1234");
+    assert!(matches!(inode.write(&io, Place::End, b"5"), Accepted::Full));
+    inode.require_room(Place::End, 4).await.unwrap();
+    put(&inode, &io, Place::End, b"5678");
+    assert!(matches!(inode.write(&io, Place::At(2), b"overlong"), Accepted::Full));
+    assert_eq!(inode.require_room(Place::At(2), 8).await.unwrap_err().code, Code::QuotaExceeded);
+    put(&inode, &io, Place::At(0), b"abcd");
+    inode.flush(&io).await;
+    assert_eq!(file.bytes.lock()[..], *b"abcd5678");
 }
 
 #[tokio::test]

@@ -28,6 +28,10 @@ pub(crate) trait FileIo: Send + Sync + 'static {
     fn close(&self) -> impl Future<Output = Result<Attr>> + Send;
     /// See [`OpenFile::length`].
     fn length(&self) -> u64;
+    /// See [`OpenFile::length_limit`].
+    fn length_limit(&self) -> u64;
+    /// See [`OpenFile::require_room`].
+    fn require_room(&self, end: u64) -> impl Future<Output = Result<()>> + Send;
 }
 
 impl FileIo for OpenFile {
@@ -49,6 +53,14 @@ impl FileIo for OpenFile {
 
     fn length(&self) -> u64 {
         OpenFile::length(self)
+    }
+
+    fn length_limit(&self) -> u64 {
+        OpenFile::length_limit(self)
+    }
+
+    fn require_room(&self, end: u64) -> impl Future<Output = Result<()>> + Send {
+        OpenFile::require_room(self, end)
     }
 }
 

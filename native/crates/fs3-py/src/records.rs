@@ -143,7 +143,7 @@ impl From<fs3_client::DirEntry> for DirEntry {
     }
 }
 
-/// Capacity and use of the cluster, as a user counts (raw capacity / replicas).
+/// Capacity and use of the cluster, as a user counts (raw capacity / replicas), or of what quotas leave of it.
 #[pyclass(frozen, get_all, module = "fs3._native")]
 pub struct Statfs {
     capacity_bytes: u64,
@@ -151,6 +151,7 @@ pub struct Statfs {
     inodes: u64,
     chunk_bytes: u32,
     name_bytes_max: u32,
+    free_inodes: Option<u64>,
 }
 
 impl From<fs3_client::Statfs> for Statfs {
@@ -161,6 +162,7 @@ impl From<fs3_client::Statfs> for Statfs {
             inodes: statfs.inodes,
             chunk_bytes: statfs.chunk_bytes,
             name_bytes_max: statfs.name_bytes_max,
+            free_inodes: statfs.free_inodes,
         }
     }
 }

@@ -94,10 +94,15 @@ impl Service for Meta {
             }
             Method::MetaOpen => {
                 let session = vec![7; 16].into();
-                Ok(Response::new(&OpenResponse { attr: Some(self.attr()?), session, created: false }))
+                Ok(Response::new(&OpenResponse {
+                    attr: Some(self.attr()?),
+                    session,
+                    created: false,
+                    length_limit: None,
+                }))
             }
             Method::MetaStat | Method::MetaSync | Method::MetaClose => {
-                Ok(Response::new(&AttrResponse { attr: Some(self.attr()?) }))
+                Ok(Response::new(&AttrResponse { attr: Some(self.attr()?), length_limit: None }))
             }
             Method::MetaKeepalive => Ok(Response::new(&KeepaliveResponse { interval_ms: 30_000 })),
             _ => Ok(Response::new(&Empty {})),

@@ -31,7 +31,7 @@ async def use(meta: Meta, rng: random.Random, done: asyncio.Event) -> None:
 
 
 async def operate(meta: Meta, rng: random.Random, path: str, other: str) -> None:
-    choice = rng.randrange(10)
+    choice = rng.randrange(12)
     if choice < 3:
         await write(meta, rng, path)
     elif choice < 5:
@@ -42,6 +42,10 @@ async def operate(meta: Meta, rng: random.Random, path: str, other: str) -> None
         await meta.link(path, other)
     elif choice == 8:
         await meta.do(rng.choice(("Unlink", "Rmdir", "RemoveAll")), path)
+    elif choice == 9:
+        await meta.do("QuotaSet", rng.choice(DIRECTORIES), clear=rng.random() < 0.4)
+    elif choice == 10:
+        await meta.engine.quota_walker.step()
     else:
         await meta.engine.collector.step()
 
@@ -80,6 +84,7 @@ def test_a_sound_file_system_is_sound_while_it_is_used(seed: int, monkeypatch: p
             done.set()
             await asyncio.gather(*users)
         await meta.collect()
+        await meta.settle_quotas()
         assert await kinds(meta) == []
 
     run(main())

@@ -42,6 +42,8 @@ pub struct Faults {
     pub read_error: Option<Code>,
     /// All syncs fail with this.
     pub sync_error: Option<Code>,
+    /// How long quotas let files become.
+    pub length_max: Option<u64>,
 }
 
 #[derive(Default)]
@@ -422,25 +424,27 @@ impl Fake {
                 self.state.names.lock().insert(name, inode);
                 self.state.files.lock().insert(inode, attr.clone());
                 let session = session(request.open_write);
-                reply(OpenResponse { attr: Some(attr), session, created: true })
+                let length_limit = self.length_limit(0, 0);
+                reply(OpenResponse { attr: Some(attr), session, created: true, length_limit })
             }
             Method::MetaOpen => {
                 let request = OpenRequest::decode(body).unwrap();
                 let attr = self.find(&request.at.unwrap())?;
-                reply(OpenResponse { attr: Some(attr), session: session(request.write), created: false })
+                let (session, length_limit) = (session(request.write), self.length_limit(attr.length, 0));
+                reply(OpenResponse { attr: Some(attr), session, created: false, length_limit })
             }
             Method::MetaStat => {
                 let request = StatRequest::decode(body).unwrap();
-                reply(AttrResponse { attr: Some(self.find(&request.at.unwrap())?) })
+                reply(AttrResponse { attr: Some(self.find(&request.at.unwrap())?), length_limit: None })
             }
             Method::MetaClose => {
                 let request = CloseRequest::decode(body).unwrap();
                 self.state.log.lock().closes.push(request.clone());
-                self.report(request.inode, request.report)
+                self.report(request.inode, request.report, 0)
             }
             Method::MetaSync => {
                 let request = SyncRequest::decode(body).unwrap();
-                self.report(request.inode, request.report)
+                self.report(request.inode, request.report, request.wanted_length)
             }
             Method::MetaTruncate => {
                 let request = TruncateRequest::decode(body).unwrap();
@@ -459,7 +463,7 @@ impl Fake {
                 let mut attr = self.find(&request.at.unwrap())?;
                 attr.mtime_ns = request.mtime_ns.unwrap_or(attr.mtime_ns);
                 self.state.files.lock().insert(attr.inode, attr.clone());
-                reply(AttrResponse { attr: Some(attr) })
+                reply(AttrResponse { attr: Some(attr), length_limit: None })
             }
             Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 100 }),
             other => Err(Error::new(Code::Unimplemented, format!("the fake has no {other:?}"))),
@@ -474,7 +478,13 @@ impl Fake {
         attr.ok_or_else(|| Error::new(Code::NotFound, "no such file"))
     }
 
-    fn report(&self, inode: u64, report: Option<WriteReport>) -> Result<Response> {
+    /// A chunk more than the service knows of, or what is wanted, if there is room.
+    fn length_limit(&self, length: u64, wanted: u64) -> Option<u64> {
+        let max = self.state.faults.lock().length_max?;
+        Some(max.min(wanted.max(length + u64::from(CHUNK))))
+    }
+
+    fn report(&self, inode: u64, report: Option<WriteReport>, wanted: u64) -> Result<Response> {
         let mut files = self.state.files.lock();
         let attr = files.get_mut(&inode).ok_or_else(|| Error::new(Code::StaleHandle, "gone"))?;
         if let Some(report) = report {
@@ -484,7 +494,8 @@ impl Fake {
             }
             attr.mtime_ns = report.mtime_ns;
         }
-        reply(AttrResponse { attr: Some(attr.clone()) })
+        let length_limit = self.length_limit(attr.length, wanted);
+        reply(AttrResponse { attr: Some(attr.clone()), length_limit })
     }
 
     fn truncate(&self, mut attr: Attr, length: u64) -> Result<Response> {
@@ -501,7 +512,7 @@ impl Fake {
                 id.inode != attr.inode || start < length
             });
         }
-        reply(AttrResponse { attr: Some(attr) })
+        reply(AttrResponse { attr: Some(attr), length_limit: None })
     }
 }
 

@@ -239,7 +239,7 @@ impl Fake {
     fn meta(&self, method: Method, body: &[u8]) -> Result<Response> {
         let mut names = self.state.names.lock();
         let names = &mut *names;
-        let done = |attr: Attr| reply(AttrResponse { attr: Some(attr) });
+        let done = |attr: Attr| reply(AttrResponse { attr: Some(attr), length_limit: None });
         match method {
             Method::MetaLookup => {
                 let r = LookupRequest::decode(body).unwrap();
@@ -261,14 +261,19 @@ impl Fake {
                         names.truncated(id, 0);
                     }
                     names.open(id, &session);
-                    return reply(OpenResponse { attr: Some(names.get(id)?), session, created: false });
+                    return reply(OpenResponse {
+                        attr: Some(names.get(id)?),
+                        session,
+                        created: false,
+                        length_limit: None,
+                    });
                 }
                 let kind = if r.r#type() == FileType::Unspecified { FileType::File } else { r.r#type() };
                 let c = r.caller.unwrap_or_default();
                 let new = Attr { mode: r.mode & !r.umask, uid: c.uid, gid: c.gid, rdev: r.rdev, ..attr(kind) };
                 let made = names.add(parent, name, new)?;
                 names.open(made.inode, &session);
-                reply(OpenResponse { attr: Some(made), session, created: true })
+                reply(OpenResponse { attr: Some(made), session, created: true, length_limit: None })
             }
             Method::MetaOpen => {
                 let r = OpenRequest::decode(body).unwrap();
@@ -279,7 +284,7 @@ impl Fake {
                 }
                 let session = session(r.write);
                 names.open(id, &session);
-                reply(OpenResponse { attr: Some(names.get(id)?), session, created: false })
+                reply(OpenResponse { attr: Some(names.get(id)?), session, created: false, length_limit: None })
             }
             Method::MetaClose => {
                 let r = CloseRequest::decode(body).unwrap();
@@ -391,7 +396,7 @@ impl Fake {
             Method::MetaStatfs => {
                 let inodes = names.inodes.len() as u64;
                 let (capacity_bytes, free_bytes) = (1 << 40, 1 << 39);
-                reply(StatfsResponse { capacity_bytes, free_bytes, inodes, chunk_bytes: CHUNK, name_bytes_max: 255 })
+                reply(StatfsResponse { capacity_bytes, free_bytes, inodes, chunk_bytes: CHUNK, ..Default::default() })
             }
             Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 1000 }),
             other => panic!("the mount does not use {other:?}"),
