@@ -15,8 +15,9 @@ from fs3.cli.output import human_bytes, json_option, print_json
 from fs3.cli.target import directory_argument
 from fs3.core.errors import Fs3Error, error
 from fs3.testing.cluster import LocalCluster
-from fs3.testing.storage_status import ask_storage, engine_statuses
+from fs3.testing.node_status import ask_storage, engine_statuses
 from fs3.v1.frame_pb2 import Code, Method
+from fs3.v1.meta_pb2 import MetaStatus
 from fs3.v1.routing_pb2 import LocalState, Routing
 from fs3.v1.storage_pb2 import EngineStatus, ScrubRequest, ScrubResponse
 
@@ -92,6 +93,32 @@ def _target(t: EngineStatus.TargetStatus) -> dict[str, Any]:
             for r in t.resyncs
         ],
     }
+
+
+def describe_metas(statuses: Mapping[int, MetaStatus | Fs3Error]) -> list[dict[str, Any]]:
+    """Make the machine-readable form."""
+    described: list[dict[str, Any]] = []
+    for node, status in sorted(statuses.items()):
+        if isinstance(status, Fs3Error):
+            described.append({"node": node, "error": status.message})
+        else:
+            fields = status.DESCRIPTOR.fields
+            described.append({"node": node, **{field.name: getattr(status, field.name) for field in fields}})
+    return described
+
+
+def meta_lines(metas: list[dict[str, Any]]) -> list[str]:
+    """Make the lines for a person: services that are silent, and removed files whose space is not free yet."""
+    lines = [f"node {node['node']} does not answer: {node['error']}" for node in metas if "error" in node]
+    answered = [node for node in metas if "error" not in node]
+    if waiting := max((node["gc_waiting"] for node in answered), default=0):
+        oldest_s = max(node["gc_oldest_ms"] for node in answered) / 1000
+        refused = sum(node["gc_refused"] for node in answered)
+        trouble = f"; storage does not take {refused} of them now" if refused else ""
+        lines.append(
+            f"{waiting} removed files wait for their space to be freed, the first for {oldest_s:.0f} s{trouble}"
+        )
+    return lines
 
 
 def is_sound(storage: list[dict[str, Any]]) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from fs3.cli.health import describe_storage, is_sound, storage_lines
+from fs3.cli.health import describe_metas, describe_storage, is_sound, meta_lines, storage_lines
 from fs3.cli.output import human_bytes, json_option, print_json, print_table
 from fs3.cli.target import DEFAULT_DIRECTORY, directory_argument
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
 from fs3.testing.cluster import ClusterSpec, LocalCluster
-from fs3.testing.storage_status import engine_statuses
+from fs3.testing.node_status import engine_statuses, meta_statuses
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import NodeStatus, PublicState, Routing
 
@@ -141,6 +141,7 @@ def _describe(cluster: LocalCluster) -> dict[str, Any]:
     ]
     result["chains"] = _chain_rows(routing)
     result["storage"] = describe_storage(engine_statuses(cluster, routing))
+    result["meta"] = describe_metas(meta_statuses(cluster, routing))
     result["capacity_bytes"] = sum(d.capacity_bytes for d in routing.disks)
     result["used_bytes"] = sum(t.used_bytes for t in routing.targets)
     return result
@@ -189,7 +190,7 @@ def status_command(directory: str, show_chains: bool, as_json: bool) -> int:
                 for c in described["chains"]
             ],
         )
-    for line in storage_lines(described["storage"]):
+    for line in meta_lines(described["meta"]) + storage_lines(described["storage"]):
         click.echo(line)
     click.echo("healthy" if ok else "NOT fully serving" if is_sound(described["storage"]) else "NOT healthy")
     return 0 if ok else 1

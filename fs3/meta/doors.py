@@ -14,7 +14,7 @@ from fs3.meta.registry import OPERATIONS, Operation
 from fs3.meta.routing import RoutingHolder
 from fs3.rpc.server import Context, HandlerFn
 from fs3.v1.frame_pb2 import GetRoutingRequest, Method
-from fs3.v1.meta_pb2 import FsckCancelRequest, FsckPollRequest, FsckStartRequest
+from fs3.v1.meta_pb2 import FsckCancelRequest, FsckPollRequest, FsckStartRequest, MetaStatus, MetaStatusRequest
 from fs3.v1.routing_pb2 import GetRoutingResponse
 
 SERVICE: Final = "fs3.v1.Meta"
@@ -52,7 +52,12 @@ def frame_handlers(
     handlers: dict[int, tuple[type[Message], HandlerFn]] = {
         operation.method: (operation.request, handler(operation)) for operation in OPERATIONS
     }
+
+    async def status(ctx: Context, request: MetaStatusRequest) -> MetaStatus:
+        return engine.status(holder.view.version)
+
     handlers[Method.METHOD_GET_ROUTING] = (GetRoutingRequest, routing)
+    handlers[Method.METHOD_META_STATUS] = (MetaStatusRequest, status)
     return handlers | fsck_handlers(audits)
 
 

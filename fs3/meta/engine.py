@@ -28,7 +28,7 @@ from fs3.meta.trash import Expirer
 from fs3.meta.truncation import Truncator
 from fs3.v1.disk_meta_pb2 import IdempotencyRecord, InodeRecord
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.meta_pb2 import Attr
+from fs3.v1.meta_pb2 import Attr, MetaStatus
 
 # How often one request may stop for a truncation or a length before the server gives up.
 ROUNDS_MAX: Final = 16
@@ -128,6 +128,17 @@ class Engine:
             return await self._read(operation, request, ends_s)
         except KvError as exc:
             raise _translated(exc) from exc
+
+    def status(self, routing_version: int) -> MetaStatus:
+        """What this service says of itself."""
+        return MetaStatus(
+            served=self._served,
+            routing_version=routing_version,
+            gc_waiting=self.collector.queued,
+            gc_oldest_ms=self.collector.oldest_ms,
+            gc_refused=self.collector.refused,
+            gc_collected=self.collector.collected,
+        )
 
     def _limit(self, ends_s: float | None) -> float:
         latest_s = monotonic_s(self.clock) + REQUEST_S_MAX

@@ -71,8 +71,9 @@ class Collector:
         self._backoff: dict[int, tuple[float, float]] = {}
         self._event = asyncio.Event()
         self.collected = 0
-        # Entries seen in the last pass that are still queued.
+        # Entries seen in the last pass that are still queued, and when the oldest of all was queued.
         self.queued = 0
+        self._oldest_ns = 0
 
     def wake(self) -> None:
         """There is new work."""
@@ -90,8 +91,10 @@ class Collector:
     async def step(self) -> int:
         """One pass over the queue; returns how many entries it finished."""
         finished = left = 0
+        oldest_ns = self._clock.wall_ns()
         async for rows in scan.pages(self._store, keys.table(keys.GC), limit=SCAN_ROWS):
             ready = [(keys.inode_of(key), model.decode_gc(value)) for key, value in rows]
+            oldest_ns = min([oldest_ns, *(entry.time_ns for _, entry in ready)])
             ready = [(inode, entry) for inode, entry in ready if self._ready(inode, entry)]
             left += len(rows) - len(ready)
             for at in range(0, len(ready), BATCH_FILES):
@@ -100,8 +103,18 @@ class Collector:
                 finished += done
                 left += len(batch) - done
         self.collected += finished
-        self.queued = left
+        self.queued, self._oldest_ns = left, oldest_ns
         return finished
+
+    @property
+    def oldest_ms(self) -> int:
+        """How long the oldest entry that is still queued after the last pass has waited."""
+        return max(0, self._clock.wall_ns() - self._oldest_ns) // 1_000_000 if self.queued else 0
+
+    @property
+    def refused(self) -> int:
+        """Entries whose removal failed and is tried again."""
+        return len(self._backoff)
 
     def _ready(self, inode: int, entry: GcRecord) -> bool:
         age_ns = self._clock.wall_ns() - entry.time_ns

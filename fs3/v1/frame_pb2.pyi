@@ -79,6 +79,7 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     """The audit of the cluster; by frames only."""
     METHOD_META_FSCK_POLL: _Method.ValueType  # 281
     METHOD_META_FSCK_CANCEL: _Method.ValueType  # 282
+    METHOD_META_STATUS: _Method.ValueType  # 283
     METHOD_META_TRASH_LIST: _Method.ValueType  # 285
     METHOD_META_TRASH_RESTORE: _Method.ValueType  # 286
     METHOD_META_TRASH_PURGE: _Method.ValueType  # 287
@@ -136,6 +137,7 @@ METHOD_META_FSCK_START: Method.ValueType  # 280
 """The audit of the cluster; by frames only."""
 METHOD_META_FSCK_POLL: Method.ValueType  # 281
 METHOD_META_FSCK_CANCEL: Method.ValueType  # 282
+METHOD_META_STATUS: Method.ValueType  # 283
 METHOD_META_TRASH_LIST: Method.ValueType  # 285
 METHOD_META_TRASH_RESTORE: Method.ValueType  # 286
 METHOD_META_TRASH_PURGE: Method.ValueType  # 287

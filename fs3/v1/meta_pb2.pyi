@@ -2110,6 +2110,62 @@ class QuotaListResponse(_message.Message):
 Global___QuotaListResponse: _TypeAlias = QuotaListResponse  # noqa: Y015
 
 @_typing.final
+class MetaStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetaStatusRequest: _TypeAlias = MetaStatusRequest  # noqa: Y015
+
+@_typing.final
+class MetaStatus(_message.Message):
+    """What a metadata service says of itself, and of the removal of what has no name any more as it last saw it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVED_FIELD_NUMBER: _builtins.int
+    ROUTING_VERSION_FIELD_NUMBER: _builtins.int
+    GC_WAITING_FIELD_NUMBER: _builtins.int
+    GC_OLDEST_MS_FIELD_NUMBER: _builtins.int
+    GC_REFUSED_FIELD_NUMBER: _builtins.int
+    GC_COLLECTED_FIELD_NUMBER: _builtins.int
+    served: _builtins.int
+    """operations since it started"""
+    routing_version: _builtins.int
+    gc_waiting: _builtins.int
+    """inodes that wait for removal, whichever service is to remove them"""
+    gc_oldest_ms: _builtins.int
+    """how long the first of them has waited"""
+    gc_refused: _builtins.int
+    """of those this service removes: storage did not do it, tried again later"""
+    gc_collected: _builtins.int
+    """removed by this service since it started"""
+    def __init__(
+        self,
+        *,
+        served: _builtins.int = ...,
+        routing_version: _builtins.int = ...,
+        gc_waiting: _builtins.int = ...,
+        gc_oldest_ms: _builtins.int = ...,
+        gc_refused: _builtins.int = ...,
+        gc_collected: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gc_collected", b"gc_collected", "gc_oldest_ms", b"gc_oldest_ms", "gc_refused", b"gc_refused", "gc_waiting", b"gc_waiting", "routing_version", b"routing_version", "served", b"served"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetaStatus: _TypeAlias = MetaStatus  # noqa: Y015
+
+@_typing.final
 class Empty(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -39,6 +39,7 @@ def test_starting_twice_is_refused_and_harmless(cluster: LocalCluster) -> None:
     status = json.loads(run("status", str(cluster.directory), "--json").stdout)
     assert status["healthy"] is True
     assert {s["state"] for s in status["services"]} == {"up"}
+    assert [set(node) >= {"served", "gc_waiting", "gc_refused"} for node in status["meta"]] == [True]
 
 
 def test_the_command_line_starts_reports_and_stops_a_cluster(tmp_path: Path) -> None:

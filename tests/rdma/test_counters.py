@@ -5,7 +5,7 @@ from __future__ import annotations
 import fs3
 from fs3.cli.health import describe_storage
 from fs3.testing.cluster import LocalCluster
-from fs3.testing.storage_status import engine_statuses
+from fs3.testing.node_status import engine_statuses
 from tests.cluster.conftest import cluster, make_cluster
 from tests.rdma.test_cluster import MIB, read, write
 

@@ -26,12 +26,18 @@ def test_records_stay_until_every_chain_has_removed_the_chunks() -> None:
         assert meta.engine.collector.queued == 1
         assert len(await meta.rows(keys.GC)) == 1
         assert (await meta.stat("", inode=inode)).nlink == 0
+        await clock.advance(0.5)
+        status = meta.engine.status(7)
+        assert (status.gc_waiting, status.gc_refused, status.gc_collected, status.routing_version) == (1, 1, 0, 7)
+        assert status.gc_oldest_ms == 500
         meta.chunks.down = set()
         assert await meta.engine.collector.step() == 0, "the entry backs off first"
         await clock.advance(2)
         assert await meta.engine.collector.step() == 1
         assert meta.chunks.chunks == {}
         assert await meta.rows(keys.GC) == []
+        status = meta.engine.status(7)
+        assert (status.gc_waiting, status.gc_oldest_ms, status.gc_refused, status.gc_collected) == (0, 0, 0, 1)
         await audit(meta)
 
     run(main())

@@ -1,4 +1,4 @@
-"""Questions to all storage nodes of a cluster at once."""
+"""Questions to all storage or metadata nodes of a cluster at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from fs3.core.errors import Fs3Error
 from fs3.rpc.client import Peers
 from fs3.v1.frame_pb2 import Method, Role
+from fs3.v1.meta_pb2 import MetaStatus, MetaStatusRequest
 from fs3.v1.routing_pb2 import LocalState, Routing
 from fs3.v1.storage_pb2 import EngineStatus, StatusRequest
 
@@ -21,14 +22,20 @@ M = TypeVar("M", bound=Message)
 CALL_S: Final = 2.0
 
 
-def _storage_addresses(routing: Routing) -> dict[int, str]:
-    return {n.node_id: f"{n.host}:{n.frame_port}" for n in routing.nodes if n.role == "storage" and n.frame_port}
+def _addresses(routing: Routing, role: str) -> dict[int, str]:
+    return {n.node_id: f"{n.host}:{n.frame_port}" for n in routing.nodes if n.role == role and n.frame_port}
 
 
 def ask_storage(
     cluster: LocalCluster, routing: Routing, method: int, request: Message, response_class: type[M]
 ) -> dict[int, M | Fs3Error]:
     """Ask every storage node at the same time; its answer, or why there is none, by node id."""
+    return _ask(cluster, _addresses(routing, "storage"), method, request, response_class)
+
+
+def _ask(
+    cluster: LocalCluster, addresses: dict[int, str], method: int, request: Message, response_class: type[M]
+) -> dict[int, M | Fs3Error]:
 
     async def ask() -> dict[int, M | Fs3Error]:
         peers = Peers(role=Role.ROLE_CLIENT, cluster_id=cluster.cluster_id, token=cluster.token)
@@ -40,7 +47,6 @@ def ask_storage(
                 return e
             return response
 
-        addresses = _storage_addresses(routing)
         try:
             answers = await asyncio.gather(*(one(address) for address in addresses.values()))
         finally:
@@ -53,6 +59,12 @@ def ask_storage(
 def engine_statuses(cluster: LocalCluster, routing: Routing) -> dict[int, EngineStatus | Fs3Error]:
     """What every storage node says of itself, by node id."""
     return ask_storage(cluster, routing, Method.METHOD_STORAGE_STATUS, StatusRequest(), EngineStatus)
+
+
+def meta_statuses(cluster: LocalCluster, routing: Routing) -> dict[int, MetaStatus | Fs3Error]:
+    """What every metadata node says of itself, by node id."""
+    addresses = _addresses(routing, "meta")
+    return _ask(cluster, addresses, Method.METHOD_META_STATUS, MetaStatusRequest(), MetaStatus)
 
 
 def unready(cluster: LocalCluster, routing: Routing) -> set[int]:
