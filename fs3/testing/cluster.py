@@ -24,8 +24,8 @@ from typing import TextIO
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
 from fs3.rpc.grpc_client import fetch_routing
-from fs3.testing.process import ProcessRef, spawn
 from fs3.testing.node_status import unready
+from fs3.testing.process import ProcessRef, spawn
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.routing_pb2 import PublicState, Routing
 

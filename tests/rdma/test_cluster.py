@@ -15,9 +15,9 @@ from fs3.cli.health import describe_storage
 from fs3.client import FileSystem
 from fs3.core.errors import Fs3Error
 from fs3.testing.cluster import LocalCluster
+from fs3.testing.node_status import engine_statuses
 from fs3.testing.process import wait_until
 from fs3.testing.replicas import compare_replicas
-from fs3.testing.node_status import engine_statuses
 from tests.cluster.conftest import cluster, make_cluster
 from tests.cluster.kills import kill_cycles, write_load
 from tests.rdma.conftest import set_roce_port
