@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -177,10 +178,16 @@ class RawFile(io.RawIOBase):
         return count
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position; it may lie beyond the end. Returns it."""
+        """Move the position; it may lie beyond the end. Returns it.
+
+        os.SEEK_DATA and os.SEEK_HOLE find data and holes. Raises OSError ENXIO when there is none in the file.
+        """
         self._check_open()
         with self._turn:
             match whence:
+                case os.SEEK_DATA | os.SEEK_HOLE:
+                    self._position = self._sparse(_offset(offset), whence)
+                    return self._position
                 case os.SEEK_SET:
                     base = 0
                 case os.SEEK_CUR:
@@ -191,6 +198,12 @@ class RawFile(io.RawIOBase):
                     raise ValueError(f"invalid whence: {whence}")
             self._position = _offset(base + offset)
             return self._position
+
+    def _sparse(self, offset: int, whence: int) -> int:
+        position = self._file.seek_sparse(offset, whence == os.SEEK_HOLE).wait()
+        if position is None:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        return position
 
     def tell(self) -> int:
         """The position."""

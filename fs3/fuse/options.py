@@ -18,7 +18,14 @@ from fs3.v1.frame_pb2 import Code
 MEMORY_BYTES_MIN = 16 << 20
 
 # What `mount -o` calls some of them, and options of mount(8) that mean nothing here.
-_ALIASES = {"ro": ("read_only", True), "rw": ("read_only", False), "nosuid": ("suid", False), "nodev": ("dev", False)}
+_ALIASES = {
+    "ro": ("read_only", True),
+    "rw": ("read_only", False),
+    "nosuid": ("suid", False),
+    "nodev": ("dev", False),
+    "locallocks": ("local_locks", True),
+    "nolock": ("local_locks", True),
+}
 _IGNORED = frozenset({"defaults", "noauto", "auto", "nofail", "_netdev", "user", "nouser", "async"})
 
 
@@ -49,6 +56,8 @@ class MountOptions:
     """How long the kernel may use the inode behind a name without asking."""
     readahead_bytes: int = 4 << 20
     """What the kernel reads ahead of a sequential reader (only root can raise it)."""
+    local_locks: bool = False
+    """Locks of files (flock, fcntl) hold within this mount only, and cost nothing."""
     op_timeout_s: float = 30.0
     """How long one operation may take, retries included, before it fails."""
     transport: str = "auto"

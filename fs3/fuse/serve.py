@@ -68,6 +68,7 @@ def _start(parameters: Parameters) -> Any:
         attr_timeout_s=options.attr_timeout_s,
         entry_timeout_s=options.entry_timeout_s,
         readahead_bytes=options.readahead_bytes,
+        local_locks=options.local_locks,
         op_timeout_s=options.op_timeout_s,
         transport=options.transport,
         rdma=options.rdma,

@@ -56,6 +56,7 @@ class OpContext:
     ``measured`` maps (inode, truncate version) to the length that storage reported. ``cut``: what the runner is to
     cut after the commit. ``collect``: there is new work for the garbage collector. ``renew``: an open for writing
     also writes the client's keepalive record. ``counter_shard``: which shard of counters this server adds to.
+    ``relocked``: the inode whose locks changed, 0: none.
     """
 
     __slots__ = (
@@ -71,8 +72,10 @@ class OpContext:
         "new_session",
         "now_ns",
         "placement",
+        "relocked",
         "renew",
         "renewed_client",
+        "session_ms",
     )
 
     def __init__(
@@ -84,7 +87,7 @@ class OpContext:
         instance_id: bytes,
         counter_shard: int,
         new_session: SessionSource,
-        keepalive_ms: int,
+        session_ms: int,
     ) -> None:
         self.now_ns = now_ns
         self.ids = ids
@@ -92,12 +95,14 @@ class OpContext:
         self.instance_id = instance_id
         self.counter_shard = counter_shard
         self.new_session = new_session
-        self.keepalive_ms = keepalive_ms
+        self.session_ms = session_ms
+        self.keepalive_ms = session_ms // 4
         self.measured: dict[tuple[int, int], int] = {}
         self.cut: Cut | None = None
         self.collect = False
         self.renew = True
         self.renewed_client = b""
+        self.relocked = 0
         self._spare_ids: list[int] = []
         self._used_ids: list[int] = []
 
@@ -106,6 +111,7 @@ class OpContext:
         self.cut = None
         self.collect = False
         self.renewed_client = b""
+        self.relocked = 0
         if self._used_ids:
             self._spare_ids, self._used_ids = self._used_ids[::-1] + self._spare_ids, []
 

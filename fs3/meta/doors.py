@@ -14,7 +14,14 @@ from fs3.meta.registry import OPERATIONS, Operation
 from fs3.meta.routing import RoutingHolder
 from fs3.rpc.server import Context, HandlerFn
 from fs3.v1.frame_pb2 import GetRoutingRequest, Method
-from fs3.v1.meta_pb2 import FsckCancelRequest, FsckPollRequest, FsckStartRequest, MetaStatus, MetaStatusRequest
+from fs3.v1.meta_pb2 import (
+    AwaitLockRequest,
+    FsckCancelRequest,
+    FsckPollRequest,
+    FsckStartRequest,
+    MetaStatus,
+    MetaStatusRequest,
+)
 from fs3.v1.routing_pb2 import GetRoutingResponse
 
 SERVICE: Final = "fs3.v1.Meta"
@@ -56,8 +63,12 @@ def frame_handlers(
     async def status(ctx: Context, request: MetaStatusRequest) -> MetaStatus:
         return engine.status(holder.view.version)
 
+    async def await_lock(ctx: Context, request: AwaitLockRequest) -> Message:
+        return await engine.await_lock(request, left_s=ctx.remaining_s() - MARGIN_S)
+
     handlers[Method.METHOD_GET_ROUTING] = (GetRoutingRequest, routing)
     handlers[Method.METHOD_META_STATUS] = (MetaStatusRequest, status)
+    handlers[Method.METHOD_META_AWAIT_LOCK] = (AwaitLockRequest, await_lock)
     return handlers | fsck_handlers(audits)
 
 

@@ -20,15 +20,16 @@ from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, Placement, TruncationPending
 from fs3.meta.gc import Collector
 from fs3.meta.ids import IdAllocator
+from fs3.meta.lock_waits import LockWaits
 from fs3.meta.quota_walk import QuotaWalker
-from fs3.meta.registry import Operation, Prepare
+from fs3.meta.registry import AWAIT_LOCK, Operation, Prepare
 from fs3.meta.sessions import Reaper
 from fs3.meta.sweeper import Sweeper
 from fs3.meta.trash import Expirer
 from fs3.meta.truncation import Truncator
 from fs3.v1.disk_meta_pb2 import IdempotencyRecord, InodeRecord
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.meta_pb2 import Attr, MetaStatus
+from fs3.v1.meta_pb2 import Attr, AwaitLockRequest, AwaitLockResponse, MetaStatus
 
 # How often one request may stop for a truncation or a length before the server gives up.
 ROUNDS_MAX: Final = 16
@@ -67,6 +68,7 @@ class Engine:
         self._served = 0
         # Clients whose keepalive record this server has written lately, with the monotonic time.
         self._alive: OrderedDict[bytes, float] = OrderedDict()
+        self.lock_waits = LockWaits(clock)
         self.truncator = Truncator(store, chunk_store, clock, self.instance_id)
         self.collector = Collector(store, chunk_store, clock, self.context, delay_ms=gc_delay_ms)
         self.collector.served = lambda: self._served
@@ -74,6 +76,7 @@ class Engine:
             store, chunk_store, clock, self.context, self.truncator, self.collector, session_ms=session_ms
         )
         self.quota_walker = QuotaWalker(store, self.context)
+        self.reaper.unlocked = self.lock_waits.changed
         self.sweeper = Sweeper(store, clock, keep_ms=idempotency_ms)
         self.expirer = Expirer(store, clock, self.context)
 
@@ -86,7 +89,7 @@ class Engine:
             instance_id=self.instance_id,
             counter_shard=self._counter_shard,
             new_session=self._new_session,
-            keepalive_ms=self.session_ms // 4,
+            session_ms=self.session_ms,
         )
 
     def _new_session(self) -> bytes:
@@ -139,6 +142,10 @@ class Engine:
             gc_refused=self.collector.refused,
             gc_collected=self.collector.collected,
         )
+
+    async def await_lock(self, request: AwaitLockRequest, *, left_s: float) -> AwaitLockResponse:
+        """Wait at most `left_s` for a lock to come free. Raises Fs3Error."""
+        return await self.lock_waits.wait(request, lambda: self.call(AWAIT_LOCK, request), left_s=left_s)
 
     def _limit(self, ends_s: float | None) -> float:
         latest_s = monotonic_s(self.clock) + REQUEST_S_MAX
@@ -249,6 +256,8 @@ class Engine:
             self._remember_alive(ctx.renewed_client, started_s)
         if ctx.collect:
             self.collector.wake()
+        if ctx.relocked:
+            self.lock_waits.changed(ctx.relocked)
         if replayed and operation.cuts:
             await self.truncator.complete(response.attr.inode, ends_s=ends_s)
         elif ctx.cut is not None:

@@ -45,6 +45,7 @@ TRASH: Final = b"FT"
 QUOTA: Final = b"Fq"
 QUOTA_COUNTER: Final = b"Fu"
 QUOTA_WALK: Final = b"Fw"
+LOCK: Final = b"Fl"
 
 TIMES_SUFFIX: Final = b"t"
 SUBDIRS_SUFFIX: Final = b"s"
@@ -172,6 +173,21 @@ def trash_from(parent: int, after: bytes = b"") -> tuple[bytes, bytes]:
 
 def trash_entry_name(key: bytes) -> bytes:
     """The name in the trash directory, of a TrashRecord's key."""
+    return key[10:]
+
+
+def lock(ino: int, client_id: bytes) -> bytes:
+    """The LockRecord of a client for an inode."""
+    return _PREFIXED.pack(LOCK, ino) + client_id
+
+
+def locks(ino: int) -> tuple[bytes, bytes]:
+    """The LockRecords of an inode."""
+    return _PREFIXED.pack(LOCK, ino), _PREFIXED.pack(LOCK, ino + 1)
+
+
+def lock_client(key: bytes) -> bytes:
+    """The client of a lock key."""
     return key[10:]
 
 

@@ -12,6 +12,7 @@ from fs3.v1.disk_meta_pb2 import (
     IdempotencyRecord,
     InodeRecord,
     KeepaliveRecord,
+    LockRecord,
     PendingTruncation,
     QuotaRecord,
     QuotaWalk,
@@ -57,6 +58,7 @@ _R = TypeVar(
     TrashRecord,
     QuotaRecord,
     QuotaWalk,
+    LockRecord,
 )
 
 
@@ -113,6 +115,11 @@ def decode_quota(value: bytes) -> QuotaRecord:
 def decode_quota_walk(value: bytes) -> QuotaWalk:
     """How far the walk through a directory is."""
     return _decode(QuotaWalk, value)
+
+
+def decode_lock(value: bytes) -> LockRecord:
+    """The locks of a client."""
+    return _decode(LockRecord, value)
 
 
 def encode_dirent(ino: int, file_type: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The reaper: ends write sessions of clients that have been silent, and settles the length they left.
+"""The reaper: ends write sessions and locks of clients that have been silent, and settles the length they left.
 
 Silence is judged on this server's monotonic clock: the client's keepalive record has not changed for the whole
 session time. The reaping transaction reads that record again, so that a client which comes back in time wins.
@@ -52,27 +52,35 @@ class Reaper:
         self._truncator = truncator
         self._collector = collector
         self._session_s = session_ms / 1000
+        # Told of inodes whose locks went.
+        self.unlocked: Callable[[int], None] = lambda inode: None
         # Clients with sessions or a keepalive record: the record's value and since when it has been that.
         self._seen: dict[bytes, tuple[bytes | None, float]] = {}
 
     async def step(self) -> int:
         """Look at every session once; returns how many were reaped."""
         alive = await self._clients()
-        silent: set[bytes] = set()
         now_s = monotonic_s(self._clock)
-        with_sessions: set[bytes] = set()
+        silence_s: dict[bytes, float] = {}
         reaped = 0
+
+        def is_silent(client_id: bytes) -> bool:
+            if client_id not in silence_s:
+                silence_s[client_id] = self._silent_s(client_id, alive.get(client_id), now_s)
+            return silence_s[client_id] >= self._session_s
+
         async for rows in scan.pages(self._store, keys.table(keys.SESSION), limit=SCAN_ROWS):
             for key, value in rows:
                 client_id = model.decode_session(value).client_id
-                keepalive = alive.get(client_id)
-                if client_id not in with_sessions:
-                    with_sessions.add(client_id)
-                    if self._silent_s(client_id, keepalive, now_s) >= self._session_s:
-                        silent.add(client_id)
-                if client_id in silent:
-                    reaped += await self._attempt(keys.inode_of(key), keys.session_id(key), client_id, keepalive)
-        await self._forget(alive, with_sessions, now_s)
+                if is_silent(client_id):
+                    session = keys.session_id(key)
+                    reaped += await self._attempt(keys.inode_of(key), session, client_id, alive.get(client_id))
+        async for rows in scan.pages(self._store, keys.table(keys.LOCK), limit=SCAN_ROWS):
+            for key, _ in rows:
+                client_id = keys.lock_client(key)
+                if is_silent(client_id):
+                    await self._unlock(key, client_id, alive.get(client_id))
+        await self._forget(alive, set(silence_s), now_s)
         return reaped
 
     def _silent_s(self, client_id: bytes, value: bytes | None, now_s: float) -> float:
@@ -100,6 +108,25 @@ class Reaper:
                 continue
             if self._silent_s(client_id, value, now_s) >= self._session_s * FORGET_FACTOR:
                 await retry.run(self._store, _clearer(keys.keepalive(client_id), value), idempotent=True)
+
+    async def _unlock(self, key: bytes, client_id: bytes, keepalive: bytes | None) -> None:
+        """End what a silent client holds of an inode, and waits for."""
+
+        async def unlock(tr: Transaction) -> bool:
+            if await tr.get(keys.keepalive(client_id)) != keepalive:
+                return False
+            tr.clear(key)
+            return True
+
+        inode = keys.inode_of(key)
+        try:
+            done = await retry.run(self._store, unlock, idempotent=True)
+        except KvError as exc:
+            log.warning("the locks of a silent client on inode %#x stay for now: %s", inode, exc)
+            return
+        if done:
+            log.info("ended the locks of client %s on inode %#x", client_id.hex(), inode)
+            self.unlocked(inode)
 
     async def _attempt(self, inode: int, session: bytes, client_id: bytes, keepalive: bytes | None) -> bool:
         try:

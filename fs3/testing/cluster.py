@@ -55,6 +55,7 @@ class ClusterSpec:
     chunk_bytes: int = 1 << 20
     lease_ms: int = 6000
     heartbeat_ms: int = 1000
+    session_ms: int = 60_000
     kv_durable: bool = True
     kv: str = ""
     read_cache_bytes: int = 512 << 20
@@ -302,6 +303,7 @@ class LocalCluster:
                 "kv": kv,
                 "frame_port": self.meta_ports[index],
                 "chunk_bytes": self.spec.chunk_bytes,
+                "session_ms": self.spec.session_ms,
                 "data_dir": str(service.directory),
             }
         return {

@@ -388,3 +388,62 @@ class QuotaWalk(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QuotaWalk: _TypeAlias = QuotaWalk  # noqa: Y015
+
+@_typing.final
+class LockRecord(_message.Message):
+    """What one client holds of an inode, and what it waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[_meta_pb2.FileLock]:
+        """of one owner and kind: disjoint, in the order of `start`"""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___LockWaiter]: ...
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        held: _abc.Iterable[_meta_pb2.FileLock] | None = ...,
+        waiting: _abc.Iterable[Global___LockWaiter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "held", b"held", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LockRecord: _TypeAlias = LockRecord  # noqa: Y015
+
+@_typing.final
+class LockWaiter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCK_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    UNTIL_NS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.int
+    """smaller ones come first, of whichever client"""
+    until_ns: _builtins.int
+    """wall clock; it counts no longer after it"""
+    @_builtins.property
+    def lock(self) -> _meta_pb2.FileLock: ...
+    def __init__(
+        self,
+        *,
+        lock: _meta_pb2.FileLock | None = ...,
+        ticket: _builtins.int = ...,
+        until_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock", "ticket", b"ticket", "until_ns", b"until_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LockWaiter: _TypeAlias = LockWaiter  # noqa: Y015

@@ -86,6 +86,11 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_META_QUOTA_SET: _Method.ValueType  # 290
     METHOD_META_QUOTA_GET: _Method.ValueType  # 291
     METHOD_META_QUOTA_LIST: _Method.ValueType  # 292
+    METHOD_META_LOCK: _Method.ValueType  # 293
+    """Locks of files between clients."""
+    METHOD_META_GET_LOCK: _Method.ValueType  # 294
+    METHOD_META_AWAIT_LOCK: _Method.ValueType  # 295
+    """by frames only"""
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
     METHOD_STORAGE_REMOVE: _Method.ValueType  # 514
@@ -144,6 +149,11 @@ METHOD_META_TRASH_PURGE: Method.ValueType  # 287
 METHOD_META_QUOTA_SET: Method.ValueType  # 290
 METHOD_META_QUOTA_GET: Method.ValueType  # 291
 METHOD_META_QUOTA_LIST: Method.ValueType  # 292
+METHOD_META_LOCK: Method.ValueType  # 293
+"""Locks of files between clients."""
+METHOD_META_GET_LOCK: Method.ValueType  # 294
+METHOD_META_AWAIT_LOCK: Method.ValueType  # 295
+"""by frames only"""
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513
 METHOD_STORAGE_REMOVE: Method.ValueType  # 514

@@ -81,6 +81,44 @@ XATTR_BIT_DEFAULT_ACL: XattrBit.ValueType  # 8
 """system.posix_acl_default"""
 Global___XattrBit: _TypeAlias = XattrBit  # noqa: Y015
 
+class _LockKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LockKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LockKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOCK_KIND_UNSPECIFIED: _LockKind.ValueType  # 0
+    LOCK_KIND_POSIX: _LockKind.ValueType  # 1
+    """of fcntl(2)"""
+    LOCK_KIND_FLOCK: _LockKind.ValueType  # 2
+    """of flock(2); conflicts with its own kind only"""
+
+class LockKind(_LockKind, metaclass=_LockKindEnumTypeWrapper): ...
+
+LOCK_KIND_UNSPECIFIED: LockKind.ValueType  # 0
+LOCK_KIND_POSIX: LockKind.ValueType  # 1
+"""of fcntl(2)"""
+LOCK_KIND_FLOCK: LockKind.ValueType  # 2
+"""of flock(2); conflicts with its own kind only"""
+Global___LockKind: _TypeAlias = LockKind  # noqa: Y015
+
+class _LockType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LockTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LockType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOCK_TYPE_UNLOCK: _LockType.ValueType  # 0
+    LOCK_TYPE_READ: _LockType.ValueType  # 1
+    LOCK_TYPE_WRITE: _LockType.ValueType  # 2
+
+class LockType(_LockType, metaclass=_LockTypeEnumTypeWrapper): ...
+
+LOCK_TYPE_UNLOCK: LockType.ValueType  # 0
+LOCK_TYPE_READ: LockType.ValueType  # 1
+LOCK_TYPE_WRITE: LockType.ValueType  # 2
+Global___LockType: _TypeAlias = LockType  # noqa: Y015
+
 class _QuotaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1465,25 +1503,6 @@ class KeepaliveRequest(_message.Message):
 Global___KeepaliveRequest: _TypeAlias = KeepaliveRequest  # noqa: Y015
 
 @_typing.final
-class KeepaliveResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    INTERVAL_MS_FIELD_NUMBER: _builtins.int
-    interval_ms: _builtins.int
-    def __init__(
-        self,
-        *,
-        interval_ms: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_ms", b"interval_ms"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___KeepaliveResponse: _TypeAlias = KeepaliveResponse  # noqa: Y015
-
-@_typing.final
 class TrashEntry(_message.Message):
     """Something that was removed from a directory with trash, and is kept until `expires_ns`."""
 
@@ -1666,6 +1685,235 @@ class TrashPurgeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrashPurgeResponse: _TypeAlias = TrashPurgeResponse  # noqa: Y015
+
+@_typing.final
+class KeepaliveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    SESSION_MS_FIELD_NUMBER: _builtins.int
+    interval_ms: _builtins.int
+    """when to send the next one"""
+    session_ms: _builtins.int
+    """what a client has keeps this long after its last keepalive"""
+    def __init__(
+        self,
+        *,
+        interval_ms: _builtins.int = ...,
+        session_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_ms", b"interval_ms", "session_ms", b"session_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepaliveResponse: _TypeAlias = KeepaliveResponse  # noqa: Y015
+
+@_typing.final
+class FileLock(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    kind: Global___LockKind.ValueType
+    type: Global___LockType.ValueType
+    owner: _builtins.int
+    """unique among the owners of a client"""
+    start: _builtins.int
+    """first byte"""
+    end: _builtins.int
+    """last byte, 2^63-1: whatever follows"""
+    pid: _builtins.int
+    """of the process, for those who ask who holds it"""
+    def __init__(
+        self,
+        *,
+        kind: Global___LockKind.ValueType = ...,
+        type: Global___LockType.ValueType = ...,
+        owner: _builtins.int = ...,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+        pid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "kind", b"kind", "owner", b"owner", "pid", b"pid", "start", b"start", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileLock: _TypeAlias = FileLock  # noqa: Y015
+
+@_typing.final
+class LockRequest(_message.Message):
+    """Sets, changes and ends locks. A client loses its locks when it is silent for the session time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    LOCK_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
+    inode: _builtins.int
+    wait: _builtins.bool
+    """When it is not granted: take or keep a place in the queue for it, for a while. Ask again when AwaitLock has answered."""
+    leave: _builtins.bool
+    """give the place in the queue up, and do nothing else"""
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def lock(self) -> Global___FileLock: ...
+    def __init__(
+        self,
+        *,
+        op: Global___OpId | None = ...,
+        inode: _builtins.int = ...,
+        lock: Global___FileLock | None = ...,
+        wait: _builtins.bool = ...,
+        leave: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock", "op", b"op"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inode", b"inode", "leave", b"leave", "lock", b"lock", "op", b"op", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LockRequest: _TypeAlias = LockRequest  # noqa: Y015
+
+@_typing.final
+class LockResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTED_FIELD_NUMBER: _builtins.int
+    ATTR_FIELD_NUMBER: _builtins.int
+    SESSION_MS_FIELD_NUMBER: _builtins.int
+    granted: _builtins.bool
+    session_ms: _builtins.int
+    @_builtins.property
+    def attr(self) -> Global___Attr:
+        """when a lock was granted"""
+
+    def __init__(
+        self,
+        *,
+        granted: _builtins.bool = ...,
+        attr: Global___Attr | None = ...,
+        session_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "granted", b"granted", "session_ms", b"session_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LockResponse: _TypeAlias = LockResponse  # noqa: Y015
+
+@_typing.final
+class GetLockRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    LOCK_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.bytes
+    inode: _builtins.int
+    @_builtins.property
+    def lock(self) -> Global___FileLock: ...
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.bytes = ...,
+        inode: _builtins.int = ...,
+        lock: Global___FileLock | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "inode", b"inode", "lock", b"lock"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLockRequest: _TypeAlias = GetLockRequest  # noqa: Y015
+
+@_typing.final
+class GetLockResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFLICT_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
+    own: _builtins.bool
+    """the lock in the way is the caller's, of another owner"""
+    @_builtins.property
+    def conflict(self) -> Global___FileLock:
+        """absent: it would be granted"""
+
+    def __init__(
+        self,
+        *,
+        conflict: Global___FileLock | None = ...,
+        own: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conflict", b"conflict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflict", b"conflict", "own", b"own"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLockResponse: _TypeAlias = GetLockResponse  # noqa: Y015
+
+@_typing.final
+class AwaitLockRequest(_message.Message):
+    """Answers when the lock would be granted to one who has a place in the queue, or after wait_ms."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    LOCK_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.bytes
+    inode: _builtins.int
+    wait_ms: _builtins.int
+    @_builtins.property
+    def lock(self) -> Global___FileLock: ...
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.bytes = ...,
+        inode: _builtins.int = ...,
+        lock: Global___FileLock | None = ...,
+        wait_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "inode", b"inode", "lock", b"lock", "wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitLockRequest: _TypeAlias = AwaitLockRequest  # noqa: Y015
+
+@_typing.final
+class AwaitLockResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREE_FIELD_NUMBER: _builtins.int
+    free: _builtins.bool
+    def __init__(
+        self,
+        *,
+        free: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free", b"free"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitLockResponse: _TypeAlias = AwaitLockResponse  # noqa: Y015
 
 @_typing.final
 class FsckStartRequest(_message.Message):

@@ -182,6 +182,16 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.KeepaliveResponse.FromString,
                 _registered_method=True)
+        self.Lock = channel.unary_unary(
+                '/fs3.v1.Meta/Lock',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.LockRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.LockResponse.FromString,
+                _registered_method=True)
+        self.GetLock = channel.unary_unary(
+                '/fs3.v1.Meta/GetLock',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.GetLockRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.GetLockResponse.FromString,
+                _registered_method=True)
         self.GetRouting = channel.unary_unary(
                 '/fs3.v1.Meta/GetRouting',
                 request_serializer=fs3_dot_v1_dot_frame__pb2.GetRoutingRequest.SerializeToString,
@@ -367,6 +377,18 @@ class MetaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lock(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLock(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRouting(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -520,6 +542,16 @@ def add_MetaServicer_to_server(servicer, server):
                     servicer.Keepalive,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.KeepaliveResponse.SerializeToString,
+            ),
+            'Lock': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lock,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.LockRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.LockResponse.SerializeToString,
+            ),
+            'GetLock': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLock,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.GetLockRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.GetLockResponse.SerializeToString,
             ),
             'GetRouting': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRouting,
@@ -1311,6 +1343,60 @@ class Meta:
             '/fs3.v1.Meta/Keepalive',
             fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.KeepaliveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Lock',
+            fs3_dot_v1_dot_meta__pb2.LockRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.LockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/GetLock',
+            fs3_dot_v1_dot_meta__pb2.GetLockRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.GetLockResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -68,6 +68,8 @@ class MetaStub:
     QuotaGet: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaGetRequest, _meta_pb2.QuotaGetResponse]
     QuotaList: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaListRequest, _meta_pb2.QuotaListResponse]
     Keepalive: _grpc.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]
+    Lock: _grpc.UnaryUnaryMultiCallable[_meta_pb2.LockRequest, _meta_pb2.LockResponse]
+    GetLock: _grpc.UnaryUnaryMultiCallable[_meta_pb2.GetLockRequest, _meta_pb2.GetLockResponse]
     GetRouting: _grpc.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]
 
 @_typing.type_check_only
@@ -104,6 +106,8 @@ class MetaAsyncStub(MetaStub):
     QuotaGet: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaGetRequest, _meta_pb2.QuotaGetResponse]  # type: ignore[assignment]
     QuotaList: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaListRequest, _meta_pb2.QuotaListResponse]  # type: ignore[assignment]
     Keepalive: _aio.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]  # type: ignore[assignment]
+    Lock: _aio.UnaryUnaryMultiCallable[_meta_pb2.LockRequest, _meta_pb2.LockResponse]  # type: ignore[assignment]
+    GetLock: _aio.UnaryUnaryMultiCallable[_meta_pb2.GetLockRequest, _meta_pb2.GetLockResponse]  # type: ignore[assignment]
     GetRouting: _aio.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]  # type: ignore[assignment]
 
 class MetaServicer(metaclass=_abc_1.ABCMeta):
@@ -311,6 +315,20 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
         request: _meta_pb2.KeepaliveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.KeepaliveResponse, _abc.Awaitable[_meta_pb2.KeepaliveResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Lock(
+        self,
+        request: _meta_pb2.LockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.LockResponse, _abc.Awaitable[_meta_pb2.LockResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetLock(
+        self,
+        request: _meta_pb2.GetLockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.GetLockResponse, _abc.Awaitable[_meta_pb2.GetLockResponse]]: ...
 
     @_abc_1.abstractmethod
     def GetRouting(

@@ -686,6 +686,7 @@ class ListChunksRequest(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
     chain_id: _builtins.int
     chain_version: _builtins.int
     """0: any (audits); resync sends the exact one"""
@@ -695,6 +696,8 @@ class ListChunksRequest(_message.Message):
     limit: _builtins.int
     resync: _builtins.bool
     """the sender is the predecessor that starts or continues a resync"""
+    inode: _builtins.int
+    """Not 0: the chunks of this inode alone, from a target that serves under chain_version. What is not listed then is a hole."""
     def __init__(
         self,
         *,
@@ -704,10 +707,11 @@ class ListChunksRequest(_message.Message):
         after: _builtins.bytes = ...,
         limit: _builtins.int = ...,
         resync: _builtins.bool = ...,
+        inode: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "chain_id", b"chain_id", "chain_version", b"chain_version", "limit", b"limit", "resync", b"resync", "target_id", b"target_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "chain_id", b"chain_id", "chain_version", b"chain_version", "inode", b"inode", "limit", b"limit", "resync", b"resync", "target_id", b"target_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

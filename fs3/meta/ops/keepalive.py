@@ -20,4 +20,4 @@ async def run(tr: Transaction, request: KeepaliveRequest, ctx: OpContext) -> Kee
     if len(request.client_id) != CLIENT_ID_BYTES:
         raise error(Code.CODE_INVALID_ARGUMENT, f"a client id has {CLIENT_ID_BYTES} bytes")
     tree.keep_alive(tr, ctx, request.client_id, request.description[:DESCRIPTION_CHARACTERS_MAX])
-    return KeepaliveResponse(interval_ms=ctx.keepalive_ms)
+    return KeepaliveResponse(interval_ms=ctx.keepalive_ms, session_ms=ctx.session_ms)

@@ -196,9 +196,9 @@ class Meta:
             fields["inode"] = inode
         if operation.mutates and "op" not in fields:
             fields["op"] = self.op()
-        if name == "Keepalive":
-            return operation.request(**fields)
-        return operation.request(caller=caller, **fields)
+        if "caller" in operation.request.DESCRIPTOR.fields_by_name:
+            fields["caller"] = caller
+        return operation.request(**fields)
 
     async def do(self, name: str, path: str | bytes | None = None, /, **fields: Any) -> Any:
         return await self.call(name, self.request(name, path, **fields))

@@ -202,6 +202,19 @@ impl OpenFile {
         Ok(())
     }
 
+    /// The first byte at or after `offset` that is not in a hole (as `lseek` with SEEK_DATA); `None` when there is none
+    /// before the end of the file. Holes are chunks that were never written and what chunks lack at their ends. Bytes
+    /// that other clients are writing may count as either. Errors: as [`OpenFile::read`].
+    pub async fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
+        crate::holes::seek_data(self, offset).await
+    }
+
+    /// The first byte at or after `offset` that is in a hole, the end of the file being one (as `lseek` with SEEK_HOLE);
+    /// `None` when `offset` is not in the file. Otherwise like [`OpenFile::seek_data`].
+    pub async fn seek_hole(&self, offset: u64) -> Result<Option<u64>> {
+        crate::holes::seek_hole(self, offset).await
+    }
+
     /// Write all of `data` at the end of the file, as this client knows it; returns the end afterwards. Appends of
     /// one client to one inode never overlap, through whichever open files; those of different clients may.
     /// Otherwise like [`OpenFile::write`].

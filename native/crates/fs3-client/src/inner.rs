@@ -19,6 +19,7 @@ use crate::channels::Channels;
 use crate::health::Health;
 use crate::inode::OpenInodes;
 use crate::latency::Latencies;
+use crate::locks::Lease;
 use crate::meta::{CallLimits, Metas, call, decoded};
 use crate::pool::ScratchPool;
 use crate::report::Reports;
@@ -39,6 +40,7 @@ pub(crate) struct Inner {
     pub routing: watch::Sender<Arc<RoutingView>>,
     pub health: Health,
     pub latencies: Latencies,
+    pub lease: Lease,
     pub reports: Reports,
     pub inodes: OpenInodes,
     pub channels: Channels,
@@ -77,6 +79,7 @@ impl Inner {
             routing: watch::Sender::new(view),
             health: Health::default(),
             latencies: Latencies::default(),
+            lease: Lease::default(),
             reports: Reports::default(),
             inodes: OpenInodes::default(),
             channels: Channels::new(id, config.write_channels),
@@ -259,9 +262,14 @@ pub(crate) async fn keep_sessions(inner: Arc<Inner>) {
             client_id: bytes::Bytes::copy_from_slice(&inner.id.0),
             description: inner.config.description.clone(),
         };
+        let sent = Instant::now();
         let result: Result<KeepaliveResponse> = inner.meta(Method::MetaKeepalive, &request).await;
         let pause = match result {
-            Ok(response) => response.interval_ms.clamp(*KEEPALIVE_MS.start(), *KEEPALIVE_MS.end()),
+            Ok(response) => {
+                let session = Duration::from_millis(u64::from(response.session_ms));
+                inner.lease.renew(sent, session, Instant::now());
+                response.interval_ms.clamp(*KEEPALIVE_MS.start(), *KEEPALIVE_MS.end())
+            }
             Err(error) => {
                 tracing::warn!(%error, "keepalive failed");
                 1_000

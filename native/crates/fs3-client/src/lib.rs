@@ -11,10 +11,12 @@ mod file;
 #[cfg(test)]
 mod golden;
 mod health;
+mod holes;
 mod inner;
 mod inode;
 mod latency;
 mod loan;
+mod locks;
 mod meta;
 mod plan;
 mod pool;
@@ -30,9 +32,10 @@ pub use config::ClientConfig;
 pub use file::OpenFile;
 pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
 pub use fs3_proto::v1::{
-    Attr, Caller, ChunkInfo, DirEntry, FileType, Layout, ListResponse as DirPage, Method, PathAt, Routing,
-    StatfsResponse as Statfs, XattrBit,
+    Attr, Caller, ChunkInfo, DirEntry, FileLock, FileType, Layout, ListResponse as DirPage, LockKind, LockType, Method,
+    PathAt, Routing, StatfsResponse as Statfs, XattrBit,
 };
+pub use locks::{Granted, KeptAlive};
 pub use types::{
     CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp, at_child, at_inode,
     at_path,

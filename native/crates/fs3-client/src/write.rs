@@ -122,7 +122,7 @@ async fn punch_piece(
 }
 
 /// The chain of a chunk, waiting for a routing that has the file's table.
-async fn locate(inner: &Inner, layout: &Layout, index: u64, deadline: Instant) -> Result<u32> {
+pub(crate) async fn locate(inner: &Inner, layout: &Layout, index: u64, deadline: Instant) -> Result<u32> {
     loop {
         let view = inner.view();
         if let Some(chain_id) = view.chain_of(layout, index) {

@@ -83,6 +83,45 @@ async fn holes_are_zeros() {
 }
 
 #[tokio::test]
+async fn seeking_finds_data_and_holes() {
+    let cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    assert_eq!((file.seek_data(0).await.unwrap(), file.seek_hole(0).await.unwrap()), (None, None));
+    let k = K as u64;
+    // More chunks on every chain than the fake lists at a time; the last of them is short.
+    write(&file, 3 * k + 5, &pattern(1, 30 * K)).await.unwrap();
+    write(&file, 100 * k, b"far").await.unwrap();
+    file.extend(200 * k).await.unwrap();
+    let end = 33 * k + 5;
+    for (offset, data, hole) in [
+        (0, Some(3 * k), Some(0)),
+        (3 * k + 7, Some(3 * k + 7), Some(end)),
+        (end - 1, Some(end - 1), Some(end)),
+        (end, Some(100 * k), Some(end)),
+        (100 * k + 1, Some(100 * k + 1), Some(100 * k + 3)),
+        (100 * k + 3, None, Some(100 * k + 3)),
+        (200 * k - 1, None, Some(200 * k - 1)),
+        (200 * k, None, None),
+    ] {
+        assert_eq!(file.seek_data(offset).await.unwrap(), data, "data from {offset}");
+        assert_eq!(file.seek_hole(offset).await.unwrap(), hole, "hole from {offset}");
+    }
+}
+
+#[tokio::test]
+async fn holes_are_found_when_a_replica_leaves() {
+    let mut cluster = FakeCluster::start().await;
+    let client = cluster.client().await;
+    let file = create(&client, "f").await;
+    write(&file, 2 * K as u64, &pattern(1, K)).await.unwrap();
+    cluster.kill(NODES[0]);
+    assert_eq!(file.seek_data(0).await.unwrap(), Some(2 * K as u64));
+    cluster.drop_from_chains(NODES[0]);
+    assert_eq!(file.seek_hole(2 * K as u64).await.unwrap(), Some(3 * K as u64));
+}
+
+#[tokio::test]
 async fn random_writes_and_reads_match_a_flat_buffer() {
     let cluster = FakeCluster::start().await;
     let client = cluster.client().await;

@@ -87,6 +87,13 @@ pub(crate) fn now_ns() -> i64 {
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
+/// What `stat` shows as used, in units of 512 bytes. What is used is not known, but whether there may be holes is: programs
+/// look for holes in files that use less than their length.
+fn blocks(attr: &Attr, size: u64) -> u64 {
+    let may_have_holes = attr.layout.is_some_and(|layout| size > u64::from(layout.chunk_bytes));
+    if may_have_holes { size / 512 - 1 } else { size.div_ceil(512) }
+}
+
 /// What the kernel is told.
 pub(crate) fn file_attr(attr: &Attr) -> FileAttr {
     let size = match attr.r#type() {
@@ -96,7 +103,7 @@ pub(crate) fn file_attr(attr: &Attr) -> FileAttr {
     FileAttr {
         ino: INodeNo(attr.inode),
         size,
-        blocks: size.div_ceil(512),
+        blocks: blocks(attr, size),
         atime: system_time(attr.atime_ns),
         mtime: system_time(attr.mtime_ns),
         ctime: system_time(attr.ctime_ns),
@@ -152,6 +159,15 @@ mod tests {
         attr.symlink_target = b"a/b".to_vec().into();
         let shown = file_attr(&attr);
         assert_eq!((shown.size, shown.blocks, shown.kind), (3, 1, fuser::FileType::Symlink));
+    }
+
+    #[test]
+    fn a_file_of_many_chunks_looks_as_if_it_had_holes() {
+        let layout = fs3_client::Layout { chunk_bytes: 1 << 16, ..Default::default() };
+        let shown = |length| file_attr(&Attr { length, layout: Some(layout), ..Attr::default() });
+        assert_eq!(shown(1 << 16).blocks, 128);
+        let large = shown((1 << 16) + 1);
+        assert!(large.blocks < large.size / 512 && large.blocks + 2 > large.size / 512);
     }
 
     #[test]

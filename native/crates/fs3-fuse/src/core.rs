@@ -19,6 +19,7 @@ use crate::dirattrs::DirAttrs;
 use crate::dirs::DirStream;
 use crate::inode::Inode;
 use crate::io::{DIRTY_AGE_MAX, Io};
+use crate::locks::{HandleLocks, Locks};
 use crate::mount::MountOptions;
 use crate::readahead::Stream;
 use crate::tables::Recent;
@@ -44,6 +45,9 @@ pub(crate) struct Handle {
     pub sync: bool,
     /// Writes go to the end of the file whatever position the kernel names.
     pub to_end: bool,
+    /// The kernel does not tell when a descriptor of it is closed.
+    pub unflushed: bool,
+    pub locks: HandleLocks,
     pub stream: Mutex<Stream>,
     /// Failures of background writes that were told through this handle.
     pub told: Told,
@@ -70,6 +74,7 @@ pub(crate) struct HandleFlags {
     pub direct: bool,
     pub sync: bool,
     pub to_end: bool,
+    pub unflushed: bool,
 }
 
 /// Everything that a mount knows. Shared by all operations.
@@ -89,6 +94,7 @@ pub(crate) struct Core {
     /// Inodes of files that the kernel was told, by (parent, name).
     names: Recent<u64>,
     pub dir_attrs: DirAttrs,
+    pub locks: Locks,
     tasks: Arc<Tasks>,
 }
 
@@ -148,6 +154,7 @@ impl Core {
             told: Recent::new(RECENT_PLACES, options.attr_timeout),
             names: Recent::new(RECENT_PLACES, options.entry_timeout),
             dir_attrs: DirAttrs::new(options.attr_timeout),
+            locks: Locks::default(),
             tasks: Arc::default(),
             options,
         }
@@ -204,6 +211,7 @@ impl Core {
         for inode in open {
             inode.blocks.drop_aged();
         }
+        self.forget_lost();
     }
 
     async fn write_back(&self, inode: &Arc<File>) {
@@ -312,6 +320,8 @@ impl Core {
             direct: flags.direct,
             sync: flags.sync,
             to_end: flags.to_end,
+            unflushed: flags.unflushed,
+            locks: HandleLocks::default(),
             stream: Mutex::default(),
             reopened: Default::default(),
         };
@@ -322,6 +332,17 @@ impl Core {
 
     pub fn handle(&self, id: u64) -> Option<Arc<Handle>> {
         self.handles.read().get(&id).cloned()
+    }
+
+    pub fn all_handles(&self) -> Vec<Arc<Handle>> {
+        self.handles.read().values().cloned().collect()
+    }
+
+    /// A handle that may be used. Errors: EBADF, EIO when locks it had are lost.
+    pub fn usable(&self, id: u64) -> std::result::Result<Arc<Handle>, Errno> {
+        let handle = self.handle(id).ok_or(Errno::EBADF)?;
+        self.check_locks(&handle)?;
+        Ok(handle)
     }
 
     pub fn add_dir(&self, inode: u64) -> u64 {
@@ -460,6 +481,8 @@ impl Core {
                 tracing::warn!(inode = inode.id, %error, "closing a file failed");
             }
         }
+        // After what was written under them is there for all to see.
+        self.end_handle_locks(&handle).await;
         self.leave(inode);
     }
 

@@ -63,7 +63,7 @@ impl Core {
         }
     }
 
-    async fn read_exact(&self, file: &Arc<OpenFile>, offset: u64, len: usize) -> Result<Region> {
+    pub async fn read_exact(&self, file: &Arc<OpenFile>, offset: u64, len: usize) -> Result<Region> {
         let buffer = self.io.read_pool.take(len, || {}).await?;
         let (result, region) = file.read(offset, buffer.into_region_mut(len)).await;
         result.map(|n| region.freeze().slice(0, n))
@@ -157,7 +157,7 @@ impl Core {
         });
     }
 
-    async fn finish_write(&self, handle: &Arc<Handle>, mut place: Place, data: &[u8]) -> Result<()> {
+    pub async fn finish_write(&self, handle: &Arc<Handle>, mut place: Place, data: &[u8]) -> Result<()> {
         let deadline = Instant::now() + WRITE_WAIT_MAX;
         let mut done = 0;
         while done < data.len() {
@@ -228,6 +228,16 @@ impl Core {
         let changed = changed.await;
         handle.inode.reshaped(&self.io);
         changed
+    }
+
+    /// SEEK_DATA and SEEK_HOLE. Data that is not written yet goes out first, so that it counts as data.
+    pub async fn seek(&self, handle: &Arc<Handle>, offset: u64, hole: bool) -> Result<Option<u64>> {
+        self.getattr(handle.inode.id).await?;
+        handle.inode.flush(&self.io).await;
+        self.with_file(handle, |file| async move {
+            if hole { file.seek_hole(offset).await } else { file.seek_data(offset).await }
+        })
+        .await
     }
 
     /// Make everything written to the file survive power loss.

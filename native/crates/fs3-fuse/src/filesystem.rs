@@ -9,15 +9,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use fs3_client::{Result, Setattr, at_inode};
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
-    ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, RequestId,
+    TimeOrNow, WriteFlags,
 };
 
 use crate::attrs::{file_attr, kind, set_times};
 use crate::caller::{Who, superuser};
+use crate::copy::Range;
 use crate::core::{Core, errno};
+use crate::locks::Asked;
 use crate::names::{Change, Listed, NewMode};
 
 /// Largest write that the kernel sends, in bytes.
@@ -94,6 +97,9 @@ impl Filesystem for Fs {
         // Together they let the service apply default access control lists. The kernel then checks permissions in any case.
         let lists = InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK;
         let wanted = if self.core.options.default_permissions { wanted | lists } else { wanted };
+        // Without them the kernel keeps locks by itself, for this mount alone.
+        let locks = InitFlags::FUSE_POSIX_LOCKS | InitFlags::FUSE_FLOCK_LOCKS;
+        let wanted = if self.core.options.local_locks { wanted } else { wanted | locks };
         let offered = config.capabilities();
         let _ = config.add_capabilities(wanted & offered);
         let _ = config.set_max_write(WRITE_BYTES_MAX);
@@ -279,7 +285,10 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
         let read = Core::plan_read(handle, offset, size as usize);
         let core = self.core.clone();
         self.core.spawn(async move { core.read(read, reply).await });
@@ -297,7 +306,10 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
         if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && handle.inode.has_set_id() {
             let (core, data) = (self.core.clone(), data.to_vec());
             self.core.spawn(async move {
@@ -311,10 +323,74 @@ impl Filesystem for Fs {
         self.core.write(handle, offset, data, reply);
     }
 
-    fn flush(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, _request: &Request, inode: INodeNo, fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
         let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
         let core = self.core.clone();
-        self.core.spawn(async move { answer_empty(reply, core.flush(&handle).await) });
+        self.core.spawn(async move {
+            let flushed = core.flush(&handle).await;
+            core.closed_by(inode.0, owner.0).await;
+            match core.check_locks(&handle) {
+                Ok(()) => answer_empty(reply, flushed),
+                Err(error) => reply.error(error),
+            }
+        });
+    }
+
+    fn getlk(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        pid: u32,
+        reply: ReplyLock,
+    ) {
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
+        let core = self.core.clone();
+        self.core.spawn(async move {
+            match core.get_lock(&handle, Asked { flock: false, owner: owner.0, start, end, kind, pid }).await {
+                Ok(Some(found)) => reply.locked(found.start, found.end, found.kind, found.pid),
+                Ok(None) => reply.locked(0, 0, libc::F_UNLCK, 0),
+                Err(error) => reply.error(error),
+            }
+        });
+    }
+
+    fn setlk(
+        &self,
+        request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        pid: u32,
+        sleep: bool,
+        flock: bool,
+        reply: ReplyEmpty,
+    ) {
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
+        let (core, wait) = (self.core.clone(), sleep.then_some(request.unique().0));
+        self.core.spawn(async move {
+            match core.set_lock(&handle, Asked { flock, owner: owner.0, start, end, kind, pid }, wait).await {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(error),
+            }
+        });
+    }
+
+    fn interrupt(&self, request: RequestId) {
+        self.core.locks.interrupt(request.0);
     }
 
     fn release(
@@ -335,7 +411,10 @@ impl Filesystem for Fs {
     }
 
     fn fsync(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
         let core = self.core.clone();
         self.core.spawn(async move { answer_empty(reply, core.fsync(&handle).await) });
     }
@@ -409,15 +488,23 @@ impl Filesystem for Fs {
         });
     }
 
-    fn lseek(&self, _request: &Request, inode: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        let hole = match whence {
+            libc::SEEK_DATA => false,
+            libc::SEEK_HOLE => true,
+            _ => return reply.error(Errno::EINVAL),
+        };
         let core = self.core.clone();
         self.core.spawn(async move {
-            match core.getattr(inode.0).await {
+            match core.seek(&handle, offset, hole).await {
+                Ok(Some(position)) => reply.offset(position as i64),
+                Ok(None) => reply.error(Errno::ENXIO),
                 Err(error) => reply.error(errno(&error)),
-                Ok(attr) => match seek(offset, whence, attr.size as i64) {
-                    Ok(position) => reply.offset(position),
-                    Err(error) => reply.error(error),
-                },
             }
         });
     }
@@ -490,6 +577,33 @@ impl Filesystem for Fs {
         reply.error(Errno::ENOSYS);
     }
 
+    fn copy_file_range(
+        &self,
+        request: &Request,
+        _inode: INodeNo,
+        fh: FileHandle,
+        from: u64,
+        _inode_out: INodeNo,
+        fh_out: FileHandle,
+        to: u64,
+        bytes: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let (source, target) = match (self.core.usable(fh.0), self.core.usable(fh_out.0)) {
+            (Ok(source), Ok(target)) => (source, target),
+            (Err(error), _) | (_, Err(error)) => return reply.error(error),
+        };
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            match core.copy(&who, &source, &target, Range { from, to, bytes }).await {
+                // The kernel asks for fewer than 4 GiB.
+                Ok(copied) => reply.written(copied as u32),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
     fn fallocate(
         &self,
         request: &Request,
@@ -500,7 +614,10 @@ impl Filesystem for Fs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
+        let handle = match self.core.usable(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(error),
+        };
         let (core, who) = (self.core.clone(), Who::of(request));
         self.core.spawn(async move {
             answer_empty(reply, core.fallocate(&who, &handle, mode, offset, length).await);
@@ -512,28 +629,4 @@ fn bare_attr(entry: &Listed<'_>) -> FileAttr {
     let mut attr = fs3_client::Attr { inode: entry.inode, nlink: 1, ..Default::default() };
     attr.set_type(entry.kind);
     FileAttr { ctime: UNIX_EPOCH, ..file_attr(&attr) }
-}
-
-/// SEEK_DATA and SEEK_HOLE of a file that is data as a whole.
-fn seek(offset: i64, whence: i32, length: i64) -> Result<i64, Errno> {
-    match whence {
-        libc::SEEK_DATA | libc::SEEK_HOLE if !(0..length).contains(&offset) => Err(Errno::ENXIO),
-        libc::SEEK_DATA => Ok(offset),
-        libc::SEEK_HOLE => Ok(length),
-        _ => Err(Errno::EINVAL),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_is_data_up_to_its_end() {
-        assert_eq!(seek(3, libc::SEEK_DATA, 10), Ok(3));
-        assert_eq!(seek(3, libc::SEEK_HOLE, 10), Ok(10));
-        assert_eq!(seek(10, libc::SEEK_DATA, 10), Err(Errno::ENXIO));
-        assert_eq!(seek(-1, libc::SEEK_HOLE, 10), Err(Errno::ENXIO));
-        assert_eq!(seek(0, 77, 10), Err(Errno::EINVAL));
-    }
 }

@@ -10,6 +10,7 @@ mod attrs;
 mod blocks;
 mod buffers;
 mod caller;
+mod copy;
 mod core;
 mod data;
 mod dirattrs;
@@ -21,6 +22,7 @@ mod inode;
 #[cfg(test)]
 mod inode_tests;
 mod io;
+mod locks;
 mod mount;
 mod names;
 mod readahead;

@@ -49,6 +49,8 @@ pub struct MountOptions {
     pub auto_unmount: bool,
     /// What the kernel reads ahead of a sequential reader, in bytes; set where this process has the right to.
     pub readahead_bytes: usize,
+    /// Locks of files hold within this mount only.
+    pub local_locks: bool,
 }
 
 impl Default for MountOptions {
@@ -67,6 +69,7 @@ impl Default for MountOptions {
             entry_timeout: Duration::from_secs(1),
             auto_unmount: false,
             readahead_bytes: 4 << 20,
+            local_locks: false,
         }
     }
 }
@@ -162,6 +165,7 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
 
 /// Nothing more comes from the kernel: let what runs end, write what is left.
 async fn finish(core: &Arc<Core>) {
+    core.locks.interrupt_all();
     if !core.drain(END_WAIT_MAX).await {
         tracing::warn!("operations were still under way when the mount ended");
     }

@@ -325,8 +325,10 @@ impl Core {
         answer.set(FopenFlags::FOPEN_KEEP_CACHE, keep);
         answer.set(FopenFlags::FOPEN_DIRECT_IO, direct);
         answer.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, direct && flags & libc::O_APPEND == 0);
-        answer.set(FopenFlags::FOPEN_NOFLUSH, !options.write);
-        let flags = HandleFlags { write: options.write, direct, sync: flags & libc::O_DSYNC != 0, to_end };
+        // The close of a descriptor has to be told where it may end locks.
+        let unflushed = !options.write && !self.locks.used();
+        answer.set(FopenFlags::FOPEN_NOFLUSH, unflushed);
+        let flags = HandleFlags { write: options.write, direct, sync: flags & libc::O_DSYNC != 0, to_end, unflushed };
         Opened { handle: self.add_handle(inode, file, flags), flags: answer }
     }
 

@@ -2,7 +2,7 @@
 mod common;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -399,16 +399,56 @@ fn names_links_and_attributes_do_what_posix_says() {
     assert!(fs::metadata(bed.path("")).unwrap().is_dir());
 }
 
+/// Where `lseek` finds data or a hole.
+fn seek(file: &File, offset: i64, whence: i32) -> i64 {
+    // SAFETY: a plain system call on an open descriptor.
+    unsafe { libc::lseek(file.as_raw_fd(), offset, whence) }
+}
+
 #[test]
-fn a_sparse_file_is_data_as_a_whole() {
+fn holes_of_a_sparse_file_are_found() {
     let Some(bed) = Bed::new() else { return };
-    let mut file = open_rw(&bed.path("s"));
-    file.seek(SeekFrom::Start(1_000_000)).unwrap();
-    file.write_all(b"end").unwrap();
-    for (whence, expected) in [(libc::SEEK_DATA, 10), (libc::SEEK_HOLE, 1_000_003)] {
-        // SAFETY: a plain system call on an open descriptor.
-        assert_eq!(unsafe { libc::lseek(file.as_raw_fd(), 10, whence) }, expected);
+    let file = open_rw(&bed.path("s"));
+    let chunk = i64::from(common::CHUNK);
+    file.write_all_at(b"middle", 5 * chunk as u64).unwrap();
+    file.set_len(9 * chunk as u64).unwrap();
+    // Of data that is still in the daemon, too.
+    file.write_all_at(b"late", 7 * chunk as u64).unwrap();
+    assert_eq!(seek(&file, 10, libc::SEEK_HOLE), 10);
+    assert_eq!(seek(&file, 10, libc::SEEK_DATA), 5 * chunk);
+    assert_eq!(seek(&file, 5 * chunk, libc::SEEK_HOLE), 5 * chunk + 6);
+    assert_eq!(seek(&file, 5 * chunk + 6, libc::SEEK_DATA), 7 * chunk);
+    assert_eq!(seek(&file, 8 * chunk, libc::SEEK_DATA), -1);
+    assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::ENXIO));
+    assert_eq!(seek(&file, 8 * chunk, libc::SEEK_HOLE), 8 * chunk);
+    assert_eq!(seek(&file, 9 * chunk, libc::SEEK_HOLE), -1);
+}
+
+#[test]
+fn copies_are_made_in_the_daemon_and_keep_holes() {
+    let Some(bed) = Bed::new() else { return };
+    let source = open_rw(&bed.path("s"));
+    let chunk = u64::from(common::CHUNK);
+    let data: Vec<u8> = (0..3 * chunk as usize + 77).map(|i| (i % 251) as u8).collect();
+    source.write_all_at(&data, 4 * chunk + 1).unwrap();
+    source.set_len(20 * chunk).unwrap();
+    let target = open_rw(&bed.path("t"));
+    target.write_all_at(&vec![9; 6 * chunk as usize], 0).unwrap();
+    let (mut from, mut to, mut left) = (0, 0, 20 * chunk as usize);
+    while left > 0 {
+        // SAFETY: both positions live through the call.
+        let copied =
+            unsafe { libc::copy_file_range(source.as_raw_fd(), &mut from, target.as_raw_fd(), &mut to, left, 0) };
+        assert!(copied > 0, "{}", std::io::Error::last_os_error());
+        left -= copied as usize;
     }
+    let mut seen = vec![0; 20 * chunk as usize];
+    target.read_exact_at(&mut seen, 0).unwrap();
+    let end = 4 * chunk as usize + 1 + data.len();
+    assert!(seen[..4 * chunk as usize + 1].iter().chain(&seen[end..]).all(|byte| *byte == 0));
+    assert!(seen[4 * chunk as usize + 1..end] == data);
+    assert_eq!(target.metadata().unwrap().len(), 20 * chunk);
+    assert_eq!(seek(&target, end as i64 + 1, libc::SEEK_DATA), -1, "the end stayed a hole");
 }
 
 #[test]

@@ -116,6 +116,13 @@ impl File {
         }))
     }
 
+    /// The first byte at or after `offset` that is in a hole (`hole`) or is not; None when there is none in the file.
+    fn seek_sparse(&self, offset: u64, hole: bool) -> PyResult<Operation> {
+        let file = self.open_file()?;
+        let work = async move { if hole { file.seek_hole(offset).await } else { file.seek_data(offset).await } };
+        Ok(Operation::new(work, |_, position| Ok(position)))
+    }
+
     /// Cut or extend to `length`.
     fn truncate(&self, length: u64) -> PyResult<Operation> {
         self.attr_operation(move |file| async move { file.truncate(length).await })

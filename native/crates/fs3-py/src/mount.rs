@@ -50,7 +50,7 @@ impl Mount {
     #[new]
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
-        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, op_timeout_s=30.0,
+        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, local_locks=false, op_timeout_s=30.0,
         transport="auto", rdma=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -69,6 +69,7 @@ impl Mount {
         attr_timeout_s: f64,
         entry_timeout_s: f64,
         readahead_bytes: usize,
+        local_locks: bool,
         op_timeout_s: f64,
         transport: &str,
         rdma: Option<RdmaOptions>,
@@ -92,6 +93,7 @@ impl Mount {
             threads,
             max_memory_bytes,
             readahead_bytes,
+            local_locks,
             attr_timeout: seconds(attr_timeout_s),
             entry_timeout: seconds(entry_timeout_s),
             ..MountOptions::default()

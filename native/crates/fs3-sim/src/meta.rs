@@ -104,7 +104,7 @@ impl Service for Meta {
             Method::MetaStat | Method::MetaSync | Method::MetaClose => {
                 Ok(Response::new(&AttrResponse { attr: Some(self.attr()?), length_limit: None }))
             }
-            Method::MetaKeepalive => Ok(Response::new(&KeepaliveResponse { interval_ms: 30_000 })),
+            Method::MetaKeepalive => Ok(Response::new(&KeepaliveResponse { interval_ms: 30_000, session_ms: 120_000 })),
             _ => Ok(Response::new(&Empty {})),
         }
     }

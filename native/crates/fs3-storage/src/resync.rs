@@ -216,6 +216,7 @@ impl Target {
                 after,
                 limit: LIST_CHUNKS_MAX,
                 resync: true,
+                inode: 0,
             };
             let reply = self.call(other, Method::StorageListChunks, request, Vec::new()).await?;
             let page = ListChunksResponse::decode(reply.body)

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use fs3_core::{CRC_BLOCK_BYTES, Code, monotonic_ns, unpack_crcs, verify_crcs};
+use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, monotonic_ns, unpack_crcs, verify_crcs};
 use fs3_proto::v1::*;
 
 #[test]
@@ -25,6 +25,34 @@ fn an_acknowledged_write_is_read_from_every_replica_with_its_checksums() {
         assert!(part.data == expected[4096..8192]);
     }
     c.assert_replicas_equal(&[0, 1, 2]);
+}
+
+#[test]
+fn chunks_of_one_inode_are_told_by_replicas_that_serve_only() {
+    let mut c = Cluster::start();
+    let others = [ChunkId { inode: 76, ..chunk(9) }, ChunkId { inode: 78, ..chunk(0) }];
+    for id in [chunk(2), chunk(5), chunk(6), others[0], others[1]] {
+        c.write(0, id, 0, &bytes_of(1, 5_000)).unwrap();
+    }
+    let ask = |c: &Cluster, node, chain_version, after: ChunkId, limit| {
+        let (target_id, after) = (target(node), after.to_bytes().to_vec().into());
+        let request =
+            ListChunksRequest { chain_id: CHAIN, chain_version, target_id, after, limit, resync: false, inode: 77 };
+        c.request::<ListChunksResponse>(node, Method::StorageListChunks, request)
+    };
+    let ids = |listed: &ListChunksResponse| -> Vec<u32> {
+        listed.chunks.iter().map(|info| ChunkId::from_bytes(&info.chunk_id).unwrap().index).collect()
+    };
+    let before = ChunkId { inode: 76, index: u32::MAX, ..chunk(0) };
+    for node in 0..NODES {
+        let all = ask(&c, node, c.chain_version(), before, 0).unwrap();
+        assert_eq!((ids(&all), all.end, all.chunks[0].length), (vec![2, 5, 6], true, 5_000));
+        let some = ask(&c, node, c.chain_version(), chunk(2), 1).unwrap();
+        assert_eq!((ids(&some), some.end), (vec![5], false));
+    }
+    assert_eq!(code_of(ask(&c, 1, c.chain_version() + 1, before, 0)), Code::StaleChain);
+    c.reroute(&[(0, PublicState::Serving), (2, PublicState::Serving), (1, PublicState::Offline)]);
+    code_of(ask(&c, 1, c.chain_version(), before, 0));
 }
 
 #[test]

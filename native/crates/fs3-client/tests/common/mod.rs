@@ -365,8 +365,17 @@ impl Fake {
 
     fn list_chunks(&self, body: &[u8]) -> Result<Response> {
         let request = ListChunksRequest::decode(body).unwrap();
+        if request.inode != 0 {
+            self.admit(request.chain_id, request.chain_version, request.target_id)?;
+        }
+        // As the layout of new files says; listings for comparisons show all chunks.
+        let asked = |id: &[u8]| {
+            let id = fs3_core::ChunkId::from_bytes(id).unwrap();
+            request.inode == 0
+                || (id.inode == request.inode && 100 + (1 + id.index % CHAINS) % CHAINS == request.chain_id)
+        };
         let store = self.state.stores[&self.node].lock();
-        let found = store.iter().filter(|(id, _)| id[..] > request.after[..]).take(2);
+        let found = store.iter().filter(|(id, _)| id[..] > request.after[..] && asked(id)).take(2);
         let chunks: Vec<_> = found
             .map(|(id, data)| ChunkInfo {
                 chunk_id: id.clone().into(),
@@ -465,7 +474,7 @@ impl Fake {
                 self.state.files.lock().insert(attr.inode, attr.clone());
                 reply(AttrResponse { attr: Some(attr), length_limit: None })
             }
-            Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 100 }),
+            Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 100, ..Default::default() }),
             other => Err(Error::new(Code::Unimplemented, format!("the fake has no {other:?}"))),
         }
     }

@@ -49,6 +49,8 @@ struct Names {
     entries: BTreeMap<(u64, Vec<u8>), u64>,
     sessions: HashSet<(u64, Vec<u8>)>,
     xattrs: BTreeMap<(u64, Bytes), Bytes>,
+    /// Whole locks: a part of one is not ended by itself.
+    locks: Vec<(u64, Bytes, FileLock)>,
     next: u64,
 }
 
@@ -153,6 +155,12 @@ impl Service for Fake {
             Method::StorageRead => self.read(body),
             Method::StorageWrite => self.write(body, &request.payload),
             Method::StorageSync => reply(SyncChainResponse::default()),
+            Method::StorageListChunks => self.list_chunks(body),
+            Method::StoragePunch => self.punch(body),
+            Method::MetaAwaitLock => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                reply(AwaitLockResponse { free: true })
+            }
             method => self.meta(method, body),
         }
     }
@@ -222,6 +230,32 @@ impl Fake {
         chunk.resize(chunk.len().max(end), 0);
         chunk[request.offset as usize..end].copy_from_slice(payload);
         reply(WriteResponse::default())
+    }
+
+    fn punch(&self, body: &[u8]) -> Result<Response> {
+        let request = PunchChunkRequest::decode(body).unwrap();
+        if let Some(chunk) = self.state.chunks.lock().get_mut(&request.chunk_id[..]) {
+            let end = ((request.offset + request.length) as usize).min(chunk.len());
+            chunk[(request.offset as usize).min(end)..end].fill(0);
+        }
+        reply(WriteResponse::default())
+    }
+
+    fn list_chunks(&self, body: &[u8]) -> Result<Response> {
+        let request = ListChunksRequest::decode(body).unwrap();
+        let chunks = self.state.chunks.lock();
+        let asked = |id: &[u8]| {
+            let id = fs3_core::ChunkId::from_bytes(id).unwrap();
+            id.inode == request.inode && 1 + id.index % CHAINS == request.chain_id
+        };
+        let found = chunks.iter().filter(|(id, _)| id[..] > request.after[..] && asked(id));
+        let listed = found.map(|(id, data)| ChunkInfo {
+            chunk_id: id.clone().into(),
+            committed_version: 1,
+            length: data.len() as u32,
+            ..Default::default()
+        });
+        reply(ListChunksResponse { chunks: listed.collect(), end: true })
     }
 
     fn cut(&self, inode: u64, length: u64) {
@@ -398,7 +432,28 @@ impl Fake {
                 let (capacity_bytes, free_bytes) = (1 << 40, 1 << 39);
                 reply(StatfsResponse { capacity_bytes, free_bytes, inodes, chunk_bytes: CHUNK, ..Default::default() })
             }
-            Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 1000 }),
+            Method::MetaLock => {
+                let r = LockRequest::decode(body).unwrap();
+                let (client, lock) = (r.op.unwrap().client_id, r.lock.unwrap());
+                let mine = |(inode, by, held): &(u64, Bytes, FileLock)| {
+                    (*inode, by, held.kind, held.owner) == (r.inode, &client, lock.kind, lock.owner)
+                };
+                let conflict = |held: &&(u64, Bytes, FileLock)| {
+                    let types = [held.2.r#type(), lock.r#type()];
+                    let overlap = held.2.start <= lock.end && lock.start <= held.2.end;
+                    held.0 == r.inode && held.2.kind == lock.kind && overlap && types.contains(&LockType::Write)
+                };
+                let unlock = lock.r#type() == LockType::Unlock;
+                let granted = unlock || !names.locks.iter().any(|held| !mine(held) && conflict(&held));
+                if granted {
+                    let kept = |held: &FileLock| held.end < lock.start || lock.end < held.start;
+                    names.locks.retain(|held| !mine(held) || kept(&held.2));
+                    names.locks.extend((!unlock).then_some((r.inode, client.clone(), lock)));
+                }
+                let attr = names.inodes.get(&r.inode).cloned();
+                reply(LockResponse { granted, attr, session_ms: 60_000 })
+            }
+            Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 1000, ..Default::default() }),
             other => panic!("the mount does not use {other:?}"),
         }
     }

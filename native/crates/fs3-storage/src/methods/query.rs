@@ -89,13 +89,24 @@ pub(crate) fn scrub(core: &Core) -> Result<Response> {
     Ok(Response::new(&ScrubResponse { targets }))
 }
 
-/// Metadata of a target's chunks, for resync and audits. Serves without lease: it shows what is on the disk.
+/// Metadata of a target's chunks. For resync and audits it serves without lease, and shows what is on the disk; to a client
+/// that looks for the holes of a file it answers like a read.
 pub(crate) fn list_chunks(core: &Core, request: &Request) -> Result<Response> {
     let message: ListChunksRequest = decode(request)?;
     let target = core.target(message.target_id, message.chain_id)?;
+    if message.inode != 0 {
+        target.check_serving(message.chain_version)?;
+        let listed = list(&target, &message)?;
+        target.check_reply()?;
+        return Ok(Response::new(&listed));
+    }
     if message.chain_version != 0 && message.chain_version != target.view().chain_version {
         return Err(target.error(Code::StaleChain, "the chain has changed; refresh the routing".into()));
     }
+    list(&target, &message).map(|listed| Response::new(&listed))
+}
+
+fn list(target: &Target, message: &ListChunksRequest) -> Result<ListChunksResponse> {
     let mut after = match &message.after[..] {
         [] => None,
         bytes => Some(super::write::chunk_id(bytes)?),
@@ -106,14 +117,17 @@ pub(crate) fn list_chunks(core: &Core, request: &Request) -> Result<Response> {
         let page = target.store.list(after, limit);
         let end = page.len() < limit;
         for (id, meta) in page {
+            if message.inode != 0 && id.inode != message.inode {
+                return Ok(ListChunksResponse { chunks, end: true });
+            }
             if chunks.len() == limit {
-                return Ok(Response::new(&ListChunksResponse { chunks, end: false }));
+                return Ok(ListChunksResponse { chunks, end: false });
             }
             after = Some(id);
             chunks.extend(info(id, &meta));
         }
         if end {
-            return Ok(Response::new(&ListChunksResponse { chunks, end: true }));
+            return Ok(ListChunksResponse { chunks, end: true });
         }
     }
 }
