@@ -28,6 +28,7 @@ def _say(line: str) -> None:
 @click.option("--storage", type=int, metavar="N", help="Storage services of a new cluster.  [default: 3]")
 @click.option("--replicas", type=int, metavar="R", help="Copies of every chunk in a new cluster.  [default: 3]")
 @click.option("--meta", type=int, metavar="N", help="Metadata services of a new cluster.  [default: 1]")
+@click.option("--managers", type=int, metavar="N", help="Cluster managers of a new cluster.  [default: 1]")
 @click.option("--chunk-size", metavar="SIZE", help="Chunk size of a new cluster's files.  [default: 1MiB]")
 @click.option("--lease-ms", type=int, help="Silence after which a node counts as failed.  [default: 6000]")
 @click.option("--kv", metavar="URL", help="Key-value store of a new cluster, for example fdb:.  [default: lmdb in DIR]")
@@ -38,6 +39,7 @@ def up_command(
     storage: int | None,
     replicas: int | None,
     meta: int | None,
+    managers: int | None,
     chunk_size: str | None,
     lease_ms: int | None,
     kv: str | None,
@@ -50,7 +52,14 @@ def up_command(
     stays in DIRECTORY.
     """
     path = Path(directory)
-    given: dict[str, Any] = {"storage": storage, "replicas": replicas, "meta": meta, "lease_ms": lease_ms, "kv": kv}
+    given: dict[str, Any] = {
+        "storage": storage,
+        "replicas": replicas,
+        "meta": meta,
+        "managers": managers,
+        "lease_ms": lease_ms,
+        "kv": kv,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     if lease_ms is not None:
         given["heartbeat_ms"] = max(50, lease_ms // 6)

@@ -153,8 +153,11 @@ class MgmtdConfig(ServiceConfig):
     lease_ms: int = 6000
     """T: a node silent for T is failed; it serves until send time + T/2."""
     heartbeat_ms: int = 1000
-    primary_lease_ms: int = 5000
-    """Another manager takes over when the primary has been silent for this long."""
+    primary_lease_ms: int = 1200
+    """Another manager takes over when the primary has been silent for this long.
+
+    With `heartbeat_ms` well below half of `lease_ms`: nodes that find the new primary by then go on serving.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,8 +7,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from fs3.core.errors import error
 from fs3.rpc.grpc_common import CLUSTER_KEY, OPTIONS, TOKEN_KEY, from_rpc_error
-from fs3.v1.mgmtd_pb2 import WatchRoutingRequest
+from fs3.v1.frame_pb2 import Code
+from fs3.v1.mgmtd_pb2 import GetPrimaryRequest, WatchRoutingRequest
 from fs3.v1.mgmtd_pb2_grpc import MgmtdStub
 from fs3.v1.routing_pb2 import Routing
 
@@ -43,3 +45,20 @@ def fetch_routing(address: str, *, token: str, cluster_id: str = "", timeout_s: 
         finally:
             stream.cancel()
     return Routing()
+
+
+def fetch_primary(address: str, *, token: str, cluster_id: str = "", timeout_s: float = 5.0) -> str:
+    """Ask the manager at `address` who is primary, blocking at most `timeout_s` seconds; returns host:port.
+
+    Raises Fs3Error: UNAVAILABLE, also when it knows of none, TIMEOUT, UNAUTHENTICATED, ...
+    """
+    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+        stub: Any = MgmtdStub(channel)
+        try:
+            response = stub.GetPrimary(GetPrimaryRequest(), timeout=timeout_s, metadata=metadata(token, cluster_id))
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, address) from None
+    if not response.address:
+        raise error(Code.CODE_UNAVAILABLE, f"the cluster manager at {address} knows of no primary")
+    known: str = response.address
+    return known

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
-from fs3.rpc.grpc_client import fetch_routing
+from fs3.rpc.grpc_client import fetch_primary, fetch_routing
 from fs3.testing.node_status import unready
 from fs3.testing.process import ProcessRef, spawn
 from fs3.v1.frame_pb2 import Code
@@ -35,6 +35,7 @@ STOP_TIMEOUT_S = 20.0
 SERVING_TIMEOUT_S = 60.0
 
 Report = Callable[[str], None]
+T = TypeVar("T")
 
 
 def _quiet(_: str) -> None:
@@ -51,6 +52,7 @@ class ClusterSpec:
     storage: int = 3
     replicas: int = 3
     meta: int = 1
+    managers: int = 1
     targets_per_disk: int = 4
     chunk_bytes: int = 1 << 20
     lease_ms: int = 6000
@@ -63,7 +65,7 @@ class ClusterSpec:
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT with one line when the numbers do not fit together."""
-        for name in ("storage", "replicas", "meta", "targets_per_disk"):
+        for name in ("storage", "replicas", "meta", "managers", "targets_per_disk"):
             if getattr(self, name) < 1:
                 raise error(Code.CODE_INVALID_ARGUMENT, f"--{name.replace('_', '-')} must be at least 1")
         if self.replicas > self.storage:
@@ -83,6 +85,12 @@ class Service:
     name: str
     kind: str
     directory: Path
+
+    @property
+    def index(self) -> int:
+        """Its place among those of its kind, from 0."""
+        number = self.name.rpartition("-")[2]
+        return int(number) - 1 if number.isdigit() else 0
 
     @property
     def config(self) -> Path:
@@ -151,7 +159,8 @@ class LocalCluster:
                 f"{path} has format {data.get('format')}; this version of fs3 reads format {FORMAT}",
             )
         self.cluster_id = str(data["cluster_id"])
-        self.mgmtd_port = int(data["mgmtd_port"])
+        # Clusters of earlier versions have one manager.
+        self.mgmtd_ports = [int(p) for p in data.get("mgmtd_ports") or [data["mgmtd_port"]]]
         self.meta_ports = [int(p) for p in data["meta_ports"]]
         self.spec = ClusterSpec(**{f.name: data[f.name] for f in fields(ClusterSpec) if f.name in data})
 
@@ -175,7 +184,7 @@ class LocalCluster:
         values: dict[str, object] = {
             "format": FORMAT,
             "cluster_id": str(uuid.uuid4()),
-            "mgmtd_port": _free_port(),
+            "mgmtd_ports": [_free_port() for _ in range(spec.managers)],
             "meta_ports": [_free_port() for _ in range(spec.meta)],
             **asdict(spec),
         }
@@ -197,9 +206,9 @@ class LocalCluster:
         return self.token_file.read_text().strip()
 
     @property
-    def mgmtd_address(self) -> str:
-        """host:port of the cluster manager."""
-        return f"127.0.0.1:{self.mgmtd_port}"
+    def mgmtd_addresses(self) -> list[str]:
+        """host:port of every cluster manager."""
+        return [f"127.0.0.1:{port}" for port in self.mgmtd_ports]
 
     @property
     def url(self) -> str:
@@ -208,7 +217,8 @@ class LocalCluster:
 
     def services(self) -> list[Service]:
         """Every process, in the order of starting."""
-        names = [("mgmtd", "mgmtd")]
+        managers = self.spec.managers
+        names = [("mgmtd" if managers == 1 else f"mgmtd-{i + 1}", "mgmtd") for i in range(managers)]
         names += [(f"storage-{i + 1}", "storage") for i in range(self.spec.storage)]
         names += [(f"meta-{i + 1}", "meta") for i in range(self.spec.meta)]
         return [Service(name, kind, self.directory / name) for name, kind in names]
@@ -222,8 +232,25 @@ class LocalCluster:
         raise error(Code.CODE_NOT_FOUND, f"there is no service {name}; there are {known}")
 
     def routing(self, *, timeout_s: float = 5.0) -> Routing:
-        """The manager's routing now. Raises UNAVAILABLE."""
-        return fetch_routing(self.mgmtd_address, token=self.token, cluster_id=self.cluster_id, timeout_s=timeout_s)
+        """The primary manager's routing now; each manager is asked for `timeout_s` at most. Raises UNAVAILABLE."""
+        return self._ask_managers(fetch_routing, timeout_s)
+
+    def primary(self, *, timeout_s: float = 5.0) -> str:
+        """Name of the manager that is primary as far as the others know. Raises UNAVAILABLE."""
+        address = self._ask_managers(fetch_primary, timeout_s)
+        names = [service.name for service in self.services() if service.kind == "mgmtd"]
+        return dict(zip(self.mgmtd_addresses, names, strict=True))[address]
+
+    def _ask_managers(self, ask: Callable[..., T], timeout_s: float) -> T:
+        """The first answer that a manager gives. Raises the last one's Fs3Error."""
+        failure: Fs3Error | None = None
+        for address in self.mgmtd_addresses:
+            try:
+                return ask(address, token=self.token, cluster_id=self.cluster_id, timeout_s=timeout_s)
+            except Fs3Error as e:
+                failure = e
+        assert failure is not None
+        raise failure
 
     # ---- starting and stopping
 
@@ -287,7 +314,7 @@ class LocalCluster:
         if service.kind == "mgmtd":
             return {
                 **common,
-                "grpc_port": self.mgmtd_port,
+                "grpc_port": self.mgmtd_ports[service.index],
                 "kv": kv,
                 "replicas": self.spec.replicas,
                 "min_storage_nodes": self.spec.storage,
@@ -295,13 +322,12 @@ class LocalCluster:
                 "lease_ms": self.spec.lease_ms,
                 "heartbeat_ms": self.spec.heartbeat_ms,
             }
-        common["mgmtd"] = [self.mgmtd_address]
+        common["mgmtd"] = self.mgmtd_addresses
         if service.kind == "meta":
-            index = int(service.name.rpartition("-")[2]) - 1
             return {
                 **common,
                 "kv": kv,
-                "frame_port": self.meta_ports[index],
+                "frame_port": self.meta_ports[service.index],
                 "chunk_bytes": self.spec.chunk_bytes,
                 "session_ms": self.spec.session_ms,
                 "data_dir": str(service.directory),

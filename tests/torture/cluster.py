@@ -72,9 +72,10 @@ class TortureCluster(LocalCluster):
     # ---- where services run
 
     @property
-    def mgmtd_address(self) -> str:
-        """host:port of the cluster manager."""
-        return f"{self.network.address('mgmtd')}:{self.mgmtd_port}"
+    def mgmtd_addresses(self) -> list[str]:
+        """host:port of every cluster manager."""
+        pairs = zip(self.names_of("mgmtd"), self.mgmtd_ports, strict=True)
+        return [f"{self.network.address(name)}:{port}" for name, port in pairs]
 
     @property
     def url(self) -> str:
