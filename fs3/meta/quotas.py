@@ -87,6 +87,12 @@ async def own(tr: Transaction, directory: InodeRecord) -> QuotaRecord | None:
     return record if record is not None and record.directory == directory.attr.inode else None
 
 
+async def has_ended(tr: Transaction, quota: int) -> bool:
+    """Whether a stamp is of a quota that was removed: it is to be replaced wherever it is met."""
+    record = await load(tr, quota)
+    return quota != 0 and (record is None or record.state == CLEARING)
+
+
 def total(rows: Iterable[tuple[bytes, bytes]]) -> Usage:
     """The sum of counters. Pure."""
     sums = [0, 0]

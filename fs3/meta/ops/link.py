@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import making, model, tree, walk
+from fs3.meta import making, model, quotas, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import AttrResponse, LinkRequest
@@ -28,8 +28,9 @@ async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResp
         raise error(Code.CODE_TOO_MANY_LINKS, f"an inode has at most {model.NLINK_MAX} names")
     walk.check_name(found.name)
     parent = walk.writable_parent(found, request.caller)
-    if source.quota != parent.quota:
+    if source.quota != parent.quota and not await quotas.has_ended(tr, source.quota):
         raise error(Code.CODE_CROSS_QUOTA, "all names of a file are under the same quota; copy it")
+    await quotas.adopt(tr, ctx, source, parent.quota)
     attr.nlink += 1
     attr.ctime_ns = ctx.now_ns
     tree.store(tr, source)

@@ -286,6 +286,24 @@ def test_a_second_name_outside_lets_nothing_be_lost() -> None:
     run(main())
 
 
+def test_a_file_left_under_a_removed_quota_gets_names_and_is_counted_there() -> None:
+    async def main() -> None:
+        meta = await limited()
+        await meta.write("/o/f", 10)
+        await meta.set_quota("/o")
+        await meta.settle_quotas()
+        assert await code(meta.link("/o/f", "/h")) == Code.CODE_CROSS_QUOTA
+        await meta.do("QuotaSet", "/o", clear=True)
+        assert await meta.rows(keys.QUOTA_WALK)
+        await meta.link("/o/f", "/h")
+        assert await meta.quotas("/h") == []
+        await meta.settle_quotas()
+        assert len(await meta.rows(keys.QUOTA)) == 1
+        await audit(meta)
+
+    run(main())
+
+
 def test_a_writer_hears_how_long_its_file_may_become() -> None:
     async def main() -> None:
         meta = await limited(bytes_max=100 * MIB)
