@@ -183,7 +183,7 @@ class MetaConfig(ServiceConfig):
     chunk_bytes: int = 1 << 20
     """Chunk size of new files: a power of two, 64 KiB .. 64 MiB."""
     stripe: int = 0
-    """Chains per new file; 0: as many as the table has, at most 16."""
+    """Chains per new file; 0: 16, if there are as many, and up to 128 as the file grows."""
     session_ms: int = 60_000
     """A client silent for this long loses its write sessions."""
     gc_delay_ms: int = 0

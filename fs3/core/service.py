@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import uvloop
 
+from fs3.core import settings
 from fs3.core.errors import Fs3Error
 
 log = logging.getLogger("fs3.service")
@@ -41,6 +42,21 @@ def setup_logging(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+class LogLevel:
+    """Follows the setting of the cluster; `own` is the level of this service's configuration."""
+
+    def __init__(self, own: str) -> None:
+        self._own = own
+        self._text: str | None = None
+
+    def follow(self, values: Mapping[str, str]) -> None:
+        """Log what the settings say from now on. Nothing is touched as long as they say nothing."""
+        text = values.get(settings.LOG_LEVEL)
+        if text != self._text:
+            self._text = text
+            logging.getLogger().setLevel(settings.value_of(values, settings.LOG_LEVEL, self._own).upper())
 
 
 def one_line(exc: BaseException) -> str:

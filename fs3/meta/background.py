@@ -49,6 +49,7 @@ class Background:
         self._tasks: list[asyncio.Task[None]] = []
         self.node_id = 0
         engine.collector.owns = self._owns
+        engine.collector.settings = lambda: holder.settings
         engine.quota_walker.owns = self._owns
 
     def _owns(self, inode: int) -> bool:

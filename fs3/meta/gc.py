@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
+from fs3.core import settings
 from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
@@ -64,7 +65,8 @@ class Collector:
         self._chunks = chunk_store
         self._clock = clock
         self._new_context = new_context
-        self._delay_ns = delay_ms * 1_000_000
+        self._delay_ms = delay_ms
+        self.settings: Callable[[], Mapping[str, str]] = dict
         self.owns: Callable[[int], bool] = lambda inode: True
         # Counts the requests of clients, so that it can be told whether any came meanwhile.
         self.served: Callable[[], int] = lambda: 0
@@ -74,6 +76,10 @@ class Collector:
         # Entries seen in the last pass that are still queued, and when the oldest of all was queued.
         self.queued = 0
         self._oldest_ns = 0
+
+    @property
+    def _delay_ns(self) -> int:
+        return settings.value_of(self.settings(), settings.GC_DELAY, self._delay_ms) * 1_000_000
 
     def wake(self) -> None:
         """There is new work."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from fs3.core import settings
 from fs3.core.errors import error
 from fs3.core.layout import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, check_layout
 from fs3.meta.routing import RoutingHolder
@@ -18,16 +19,24 @@ STRIPE_MAX: Final = 128
 class RoutingPlacement:
     """:class:`fs3.meta.context.Placement` over a RoutingHolder. Belongs to one event loop.
 
-    `chunk_bytes` and `stripe` (0: STRIPE_FIRST chains, growing to STRIPE_MAX, as far as there are) are the cluster's
-    defaults.
+    `chunk_bytes` and `stripe` (0: STRIPE_FIRST chains, growing to STRIPE_MAX, as far as there are) are the
+    defaults where the settings of the cluster say nothing.
     `seed` is where the first file's stripe begins; the next file's begins one chain further.
     """
 
     def __init__(self, holder: RoutingHolder, *, chunk_bytes: int, stripe: int = 0, seed: int = 0) -> None:
         self._holder = holder
-        self._chunk_bytes = chunk_bytes
-        self._stripe = stripe
+        self._own_chunk_bytes = chunk_bytes
+        self._own_stripe = stripe
         self._next = seed
+
+    @property
+    def _chunk_bytes(self) -> int:
+        return settings.value_of(self._holder.settings, settings.CHUNK_BYTES, self._own_chunk_bytes)
+
+    @property
+    def _stripe(self) -> int:
+        return settings.value_of(self._holder.settings, settings.STRIPE, self._own_stripe)
 
     def file_layout(self, requested: Layout | None, inherited: Layout) -> Layout:
         """See Placement. What `requested` leaves 0 comes from the directory, then from the cluster."""

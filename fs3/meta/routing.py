@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fs3.core.clock import Clock
@@ -61,6 +62,11 @@ class RoutingHolder:
     def __init__(self) -> None:
         self.view = RoutingView()
         self._newer: asyncio.Future[None] | None = None
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Settings of the cluster."""
+        return self.view.routing.settings.values
 
     def take(self, routing: Routing) -> None:
         """Take a routing if it is newer, and wake who waits for it."""

@@ -17,7 +17,7 @@ from fs3 import __version__
 from fs3.core.clock import RealClock
 from fs3.core.config import MetaConfig
 from fs3.core.errors import error
-from fs3.core.service import run_service, write_ready
+from fs3.core.service import LogLevel, run_service, write_ready
 from fs3.kv.api import KvError, KvStore
 from fs3.kv.open import open_store
 from fs3.meta.background import Background
@@ -32,7 +32,7 @@ from fs3.rpc.grpc_server import listen, make_server
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.rpc.server import FrameServer, Identity
 from fs3.v1.frame_pb2 import Code, Role
-from fs3.v1.routing_pb2 import Node
+from fs3.v1.routing_pb2 import Node, Routing
 
 log = logging.getLogger("fs3.meta.service")
 
@@ -82,7 +82,14 @@ async def serve(config: MetaConfig, store: KvStore, stop: asyncio.Event) -> None
         try:
             await server.listen(token)
             node.frame_port, node.grpc_port = server.frame_port, server.grpc_port
-            session = NodeSession(manager, node, hooks=NodeHooks(on_routing=holder.take))
+
+            log_level = LogLevel(config.log_level)
+
+            def take(routing: Routing) -> None:
+                holder.take(routing)
+                log_level.follow(holder.settings)
+
+            session = NodeSession(manager, node, hooks=NodeHooks(on_routing=take))
             server.joined(await session.register(timeout_s=JOIN_S))
             await _serve_joined(config, server, session, stop)
         finally:

@@ -188,6 +188,8 @@ class Manager:
         state.routing_version += 1
         state.next_node_id = max(state.next_node_id, change.next_node_id)
         state.next_chain_id = max(state.next_chain_id, change.next_chain_id)
+        if change.settings is not None:
+            state.settings.CopyFrom(change.settings)
 
         async def write(tx: Transaction) -> None:
             if not lease.holds(await tx.get(LEASE_KEY), self.held):

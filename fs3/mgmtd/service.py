@@ -18,6 +18,7 @@ from fs3.kv.api import KvError, KvStore, Transaction, TransactionFn
 from fs3.kv.open import open_store
 from fs3.mgmtd import lease
 from fs3.mgmtd.manager import Manager
+from fs3.mgmtd.ops.change_settings import change_settings
 from fs3.mgmtd.ops.get_primary import get_primary
 from fs3.mgmtd.ops.heartbeat import heartbeat
 from fs3.mgmtd.ops.register import register
@@ -28,6 +29,7 @@ from fs3.rpc.network import GrpcNetwork, Network
 from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import (
+    ChangeSettingsRequest,
     GetPrimaryRequest,
     GetPrimaryResponse,
     HeartbeatRequest,
@@ -39,7 +41,7 @@ from fs3.v1.mgmtd_pb2 import (
     WatchRoutingRequest,
 )
 from fs3.v1.mgmtd_pb2_grpc import MgmtdServicer, add_MgmtdServicer_to_server
-from fs3.v1.routing_pb2 import GetRoutingResponse
+from fs3.v1.routing_pb2 import GetRoutingResponse, Settings
 
 log = logging.getLogger("fs3.mgmtd")
 
@@ -84,6 +86,10 @@ class _Servicer(MgmtdServicer):
     async def Unregister(self, request: UnregisterRequest, context: Any) -> UnregisterResponse:
         """See ops/unregister.py."""
         return await self._see_through(unregister(self._service.primary(), request))
+
+    async def ChangeSettings(self, request: ChangeSettingsRequest, context: Any) -> Settings:
+        """See ops/change_settings.py."""
+        return await self._see_through(change_settings(self._service.primary(), request))
 
     async def _see_through(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run `operation` to its end whatever becomes of the caller.

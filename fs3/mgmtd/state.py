@@ -11,7 +11,7 @@ from fs3.core.errors import error
 from fs3.kv.api import Transaction, strinc
 from fs3.v1.disk_mgmtd_pb2 import ChainRecord, ChainTableRecord, DiskRecord, ManagerState, NodeRecord
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.routing_pb2 import Disk, Routing, Target
+from fs3.v1.routing_pb2 import Disk, Routing, Settings, Target
 
 FORMAT: Final = 1
 LEASE_KEY: Final = b"Ml"
@@ -61,9 +61,11 @@ class Change(Records):
     next_chain_id: int = 0
     # The routing is published again although no record differs (free space).
     publish: bool = False
+    settings: Settings | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.nodes or self.disks or self.chains or self.tables or self.removed_nodes or self.publish)
+        records = self.nodes or self.disks or self.chains or self.tables or self.removed_nodes
+        return bool(records or self.publish or self.settings is not None)
 
     def writes(self) -> list[tuple[bytes, Message]]:
         """The keys and records to set."""
@@ -142,7 +144,9 @@ def make_routing(
     lease_ms: int,
 ) -> Routing:
     """Assemble the routing, everything in the order of ids."""
-    routing = Routing(version=state.routing_version, cluster_id=state.cluster_id, lease_ms=lease_ms)
+    routing = Routing(
+        version=state.routing_version, cluster_id=state.cluster_id, lease_ms=lease_ms, settings=state.settings
+    )
     routing.nodes.extend(records.nodes[n].node for n in sorted(records.nodes))
     for uuid in sorted(records.disks):
         disk = Disk()

@@ -16,7 +16,7 @@ from typing import Final
 
 from fs3.core.clock import Clock, RealClock
 from fs3.core.config import StorageConfig
-from fs3.core.service import run_service, write_ready
+from fs3.core.service import LogLevel, run_service, write_ready
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.rpc.network import GrpcNetwork, Network
 from fs3.storage.disks import NodeIdentity, open_node
@@ -66,6 +66,7 @@ class StorageService:
 
     def __init__(self, config: StorageConfig, surroundings: Surroundings | None = None) -> None:
         self.config = config
+        self._log_level = LogLevel(config.log_level)
         self._around = surroundings or Surroundings()
         self.ready = asyncio.Event()
         self.session: NodeSession | None = None
@@ -201,6 +202,7 @@ class StorageService:
         self._errors = errors
 
     def _on_routing(self, routing: Routing) -> None:
+        self._log_level.follow(routing.settings.values)
         if self._engine is not None:
             self._engine.apply_routing(routing.SerializeToString())
 

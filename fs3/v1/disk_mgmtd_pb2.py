@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fs3.v1 import routing_pb2 as fs3_dot_v1_dot_routing__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66s3/v1/disk_mgmtd.proto\x12\x06\x66s3.v1\x1a\x14\x66s3/v1/routing.proto\"\x7f\n\x0cManagerLease\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06holder\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04\x62\x65\x61t\x18\x05 \x01(\x04\x12\x10\n\x08released\x18\x06 \x01(\x08\x12\x0f\n\x07release\x18\x07 \x01(\r\"x\n\x0cManagerState\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x17\n\x0frouting_version\x18\x03 \x01(\x04\x12\x14\n\x0cnext_node_id\x18\x04 \x01(\r\x12\x15\n\rnext_chain_id\x18\x05 \x01(\r\"U\n\nNodeRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1a\n\x04node\x18\x02 \x01(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x13next_target_ordinal\x18\x03 \x01(\r\"8\n\nDiskRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1a\n\x04\x64isk\x18\x02 \x01(\x0b\x32\x0c.fs3.v1.Disk\"\\\n\x0b\x43hainRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1c\n\x05\x63hain\x18\x02 \x01(\x0b\x32\r.fs3.v1.Chain\x12\x1f\n\x07targets\x18\x03 \x03(\x0b\x32\x0e.fs3.v1.Target\"E\n\x10\x43hainTableRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12!\n\x05table\x18\x02 \x01(\x0b\x32\x12.fs3.v1.ChainTableb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66s3/v1/disk_mgmtd.proto\x12\x06\x66s3.v1\x1a\x14\x66s3/v1/routing.proto\"\x7f\n\x0cManagerLease\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06holder\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04\x62\x65\x61t\x18\x05 \x01(\x04\x12\x10\n\x08released\x18\x06 \x01(\x08\x12\x0f\n\x07release\x18\x07 \x01(\r\"\x9c\x01\n\x0cManagerState\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x17\n\x0frouting_version\x18\x03 \x01(\x04\x12\x14\n\x0cnext_node_id\x18\x04 \x01(\r\x12\x15\n\rnext_chain_id\x18\x05 \x01(\r\x12\"\n\x08settings\x18\x06 \x01(\x0b\x32\x10.fs3.v1.Settings\"U\n\nNodeRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1a\n\x04node\x18\x02 \x01(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x13next_target_ordinal\x18\x03 \x01(\r\"8\n\nDiskRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1a\n\x04\x64isk\x18\x02 \x01(\x0b\x32\x0c.fs3.v1.Disk\"\\\n\x0b\x43hainRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x1c\n\x05\x63hain\x18\x02 \x01(\x0b\x32\r.fs3.v1.Chain\x12\x1f\n\x07targets\x18\x03 \x03(\x0b\x32\x0e.fs3.v1.Target\"E\n\x10\x43hainTableRecord\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12!\n\x05table\x18\x02 \x01(\x0b\x32\x12.fs3.v1.ChainTableb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +34,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MANAGERLEASE']._serialized_start=57
   _globals['_MANAGERLEASE']._serialized_end=184
-  _globals['_MANAGERSTATE']._serialized_start=186
-  _globals['_MANAGERSTATE']._serialized_end=306
-  _globals['_NODERECORD']._serialized_start=308
-  _globals['_NODERECORD']._serialized_end=393
-  _globals['_DISKRECORD']._serialized_start=395
-  _globals['_DISKRECORD']._serialized_end=451
-  _globals['_CHAINRECORD']._serialized_start=453
-  _globals['_CHAINRECORD']._serialized_end=545
-  _globals['_CHAINTABLERECORD']._serialized_start=547
-  _globals['_CHAINTABLERECORD']._serialized_end=616
+  _globals['_MANAGERSTATE']._serialized_start=187
+  _globals['_MANAGERSTATE']._serialized_end=343
+  _globals['_NODERECORD']._serialized_start=345
+  _globals['_NODERECORD']._serialized_end=430
+  _globals['_DISKRECORD']._serialized_start=432
+  _globals['_DISKRECORD']._serialized_end=488
+  _globals['_CHAINRECORD']._serialized_start=490
+  _globals['_CHAINRECORD']._serialized_end=582
+  _globals['_CHAINTABLERECORD']._serialized_start=584
+  _globals['_CHAINTABLERECORD']._serialized_end=653
 # @@protoc_insertion_point(module_scope)

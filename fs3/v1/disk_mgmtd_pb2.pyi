@@ -76,12 +76,15 @@ class ManagerState(_message.Message):
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
     NEXT_NODE_ID_FIELD_NUMBER: _builtins.int
     NEXT_CHAIN_ID_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     cluster_id: _builtins.str
     routing_version: _builtins.int
     next_node_id: _builtins.int
     next_chain_id: _builtins.int
+    @_builtins.property
+    def settings(self) -> _routing_pb2.Settings: ...
     def __init__(
         self,
         *,
@@ -90,10 +93,11 @@ class ManagerState(_message.Message):
         routing_version: _builtins.int = ...,
         next_node_id: _builtins.int = ...,
         next_chain_id: _builtins.int = ...,
+        settings: _routing_pb2.Settings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "format", b"format", "next_chain_id", b"next_chain_id", "next_node_id", b"next_node_id", "routing_version", b"routing_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "format", b"format", "next_chain_id", b"next_chain_id", "next_node_id", b"next_node_id", "routing_version", b"routing_version", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

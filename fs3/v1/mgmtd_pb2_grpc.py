@@ -60,6 +60,11 @@ class MgmtdStub:
                 request_serializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterResponse.FromString,
                 _registered_method=True)
+        self.ChangeSettings = channel.unary_unary(
+                '/fs3.v1.Mgmtd/ChangeSettings',
+                request_serializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_routing__pb2.Settings.FromString,
+                _registered_method=True)
 
 
 class MgmtdServicer:
@@ -98,6 +103,13 @@ class MgmtdServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeSettings(self, request, context):
+        """Changes settings of the cluster, all or none. Without any it only tells them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MgmtdServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_MgmtdServicer_to_server(servicer, server):
                     servicer.Unregister,
                     request_deserializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterResponse.SerializeToString,
+            ),
+            'ChangeSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeSettings,
+                    request_deserializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_routing__pb2.Settings.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +279,33 @@ class Mgmtd:
             '/fs3.v1.Mgmtd/Unregister',
             fs3_dot_v1_dot_mgmtd__pb2.UnregisterRequest.SerializeToString,
             fs3_dot_v1_dot_mgmtd__pb2.UnregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Mgmtd/ChangeSettings',
+            fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.SerializeToString,
+            fs3_dot_v1_dot_routing__pb2.Settings.FromString,
             options,
             channel_credentials,
             insecure,

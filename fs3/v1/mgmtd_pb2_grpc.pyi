@@ -42,6 +42,8 @@ class MgmtdStub:
     GetPrimary: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.GetPrimaryRequest, _mgmtd_pb2.GetPrimaryResponse]
     Unregister: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.UnregisterRequest, _mgmtd_pb2.UnregisterResponse]
     """Says that a node's process has ended in good order, so that nobody waits for its lease."""
+    ChangeSettings: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeSettingsRequest, _routing_pb2.Settings]
+    """Changes settings of the cluster, all or none. Without any it only tells them."""
 
 @_typing.type_check_only
 class MgmtdAsyncStub(MgmtdStub):
@@ -54,6 +56,8 @@ class MgmtdAsyncStub(MgmtdStub):
     GetPrimary: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.GetPrimaryRequest, _mgmtd_pb2.GetPrimaryResponse]  # type: ignore[assignment]
     Unregister: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.UnregisterRequest, _mgmtd_pb2.UnregisterResponse]  # type: ignore[assignment]
     """Says that a node's process has ended in good order, so that nobody waits for its lease."""
+    ChangeSettings: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeSettingsRequest, _routing_pb2.Settings]  # type: ignore[assignment]
+    """Changes settings of the cluster, all or none. Without any it only tells them."""
 
 class MgmtdServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -93,5 +97,13 @@ class MgmtdServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_mgmtd_pb2.UnregisterResponse, _abc.Awaitable[_mgmtd_pb2.UnregisterResponse]]:
         """Says that a node's process has ended in good order, so that nobody waits for its lease."""
+
+    @_abc_1.abstractmethod
+    def ChangeSettings(
+        self,
+        request: _mgmtd_pb2.ChangeSettingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_routing_pb2.Settings, _abc.Awaitable[_routing_pb2.Settings]]:
+        """Changes settings of the cluster, all or none. Without any it only tells them."""
 
 def add_MgmtdServicer_to_server(servicer: MgmtdServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -306,6 +306,52 @@ class ChainTable(_message.Message):
 Global___ChainTable: _TypeAlias = ChainTable  # noqa: Y015
 
 @_typing.final
+class Settings(_message.Message):
+    """Settings of the whole cluster that hold without a restart; names and values are those of fs3/core/settings.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """raised by every change"""
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        values: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Settings: _TypeAlias = Settings  # noqa: Y015
+
+@_typing.final
 class Routing(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -317,6 +363,7 @@ class Routing(_message.Message):
     CHAINS_FIELD_NUMBER: _builtins.int
     TABLES_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     cluster_id: _builtins.str
     lease_ms: _builtins.int
@@ -331,6 +378,8 @@ class Routing(_message.Message):
     def chains(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chain]: ...
     @_builtins.property
     def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainTable]: ...
+    @_builtins.property
+    def settings(self) -> Global___Settings: ...
     def __init__(
         self,
         *,
@@ -342,10 +391,11 @@ class Routing(_message.Message):
         chains: _abc.Iterable[Global___Chain] | None = ...,
         tables: _abc.Iterable[Global___ChainTable] | None = ...,
         lease_ms: _builtins.int = ...,
+        settings: Global___Settings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster_id", b"cluster_id", "disks", b"disks", "lease_ms", b"lease_ms", "nodes", b"nodes", "tables", b"tables", "targets", b"targets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster_id", b"cluster_id", "disks", b"disks", "lease_ms", b"lease_ms", "nodes", b"nodes", "settings", b"settings", "tables", b"tables", "targets", b"targets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

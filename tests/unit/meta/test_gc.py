@@ -1,5 +1,6 @@
 import asyncio
 
+from fs3.core import settings
 from fs3.core.clock import VirtualClock
 from fs3.meta import keys
 from fs3.meta.background import owner_of
@@ -168,3 +169,21 @@ def test_shares_are_even_and_move_little_when_a_server_goes() -> None:
     without = {inode: owner_of(inode, [3, 11]) for inode in owners}
     assert all(without[i] == owners[i] for i in owners if owners[i] != 8)
     assert owner_of(5, []) == 0
+
+
+def test_how_long_removed_files_stay_may_change_while_the_service_runs() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock)
+        values = {settings.GC_DELAY: "10s"}
+        meta.engine.collector.settings = lambda: values
+        await removed(meta)
+        assert await meta.engine.collector.step() == 0
+        await clock.advance(11)
+        assert await meta.engine.collector.step() == 1
+        await removed(meta)
+        assert await meta.engine.collector.step() == 0
+        values.clear()
+        assert await meta.engine.collector.step() == 1
+
+    run(main())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from fs3.core import settings
 from fs3.core.layout import chains_of, place_of, width
 from fs3.v1 import meta_pb2 as pb
+from fs3.v1.routing_pb2 import Routing
 from meta.harness import CHUNK, FakeChunks, Meta, audit, run
 
 MANY = list(range(1, 101))
@@ -22,6 +24,23 @@ def test_with_few_chains_a_file_is_on_all_with_many_its_stripe_grows() -> None:
         await many.do("Setattr", "/", stripe=20)
         layout = (await many.create("/g")).attr.layout
         assert (layout.stripe, layout.stripe_first, layout.stripe_max) == (20, 0, 0)
+
+    run(main())
+
+
+def test_settings_of_the_cluster_take_the_place_of_the_services_own() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        changed = Routing()
+        changed.CopyFrom(meta.holder.view.routing)
+        changed.version += 1
+        changed.settings.values.update({settings.CHUNK_BYTES: "256KiB", settings.STRIPE: "2"})
+        meta.holder.take(changed)
+        layout = (await meta.create("/f")).attr.layout
+        assert (layout.chunk_bytes, layout.stripe) == (256 << 10, 2)
+        await meta.do("Setattr", "/", chunk_bytes=CHUNK, stripe=1)
+        layout = (await meta.create("/g")).attr.layout
+        assert (layout.chunk_bytes, layout.stripe) == (CHUNK, 1)
 
     run(main())
 

@@ -17,7 +17,7 @@ from fs3.rpc.grpc_client import fetch_routing
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeSession
 from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.mgmtd_pb2 import HeartbeatRequest
+from fs3.v1.mgmtd_pb2 import ChangeSettingsRequest, HeartbeatRequest
 from fs3.v1.routing_pb2 import Disk, Node, NodeStatus, Routing
 from mgmtd.harness import (
     CLUSTER,
@@ -383,5 +383,42 @@ def test_state_of_another_cluster_is_refused() -> None:
             await RunningManager.start(store, cluster_id="another")
         assert refused.value.code == Code.CODE_WRONG_CLUSTER
         await store.close()
+
+    run(body)
+
+
+def test_settings_reach_every_node_with_the_routing_and_outlive_the_manager() -> None:
+    async def body() -> None:
+        async with cluster(1, replicas=1) as (manager, nodes, store):
+            client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+            try:
+                changed = await client.call(
+                    "ChangeSettings", ChangeSettingsRequest(values={"meta.stripe": "4", "log_level": "debug"}), 5
+                )
+                assert changed.version == 1
+                session = nodes[0].session
+                assert session is not None
+                wanted = {"meta.stripe": "4", "log_level": "debug"}
+                await until(lambda: dict(session.routing.settings.values) == wanted, "the settings")
+                for bad in (
+                    ChangeSettingsRequest(values={"meta.stripe": "5", "nothing": "1"}),
+                    ChangeSettingsRequest(values={"meta.stripe": "x"}),
+                    ChangeSettingsRequest(unset=["nothing"]),
+                ):
+                    with pytest.raises(Fs3Error) as caught:
+                        await client.call("ChangeSettings", bad, 5)
+                    assert caught.value.code == Code.CODE_INVALID_ARGUMENT
+                changed = await client.call("ChangeSettings", ChangeSettingsRequest(unset=["log_level"]), 5)
+                assert (changed.version, dict(changed.values)) == (2, {"meta.stripe": "4"})
+                assert (await client.call("ChangeSettings", ChangeSettingsRequest(), 5)).version == 2
+            finally:
+                await client.close()
+            await manager.stop()
+            after = await RunningManager.start(store, replicas=1)
+            try:
+                settings = after.routing.settings
+                assert (settings.version, dict(settings.values)) == (2, {"meta.stripe": "4"})
+            finally:
+                await after.stop()
 
     run(body)
