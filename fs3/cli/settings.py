@@ -79,7 +79,7 @@ def _change(directory: str, request: ChangeSettingsRequest) -> Settings:
     cluster = LocalCluster(Path(directory))
 
     async def call() -> Any:
-        manager = MgmtdClient([cluster.mgmtd_address], cluster.token, cluster.cluster_id)
+        manager = MgmtdClient(cluster.mgmtd_addresses, cluster.token, cluster.cluster_id)
         try:
             return await manager.call("ChangeSettings", request, CALL_S)
         finally:
