@@ -135,6 +135,7 @@ def _describe(cluster: LocalCluster) -> dict[str, Any]:
     }
     try:
         routing = cluster.routing(timeout_s=2.0)
+        result["primary"] = cluster.primary(timeout_s=2.0)
     except Fs3Error as e:
         result["error"] = e.message
         return result
@@ -180,9 +181,14 @@ def status_command(directory: str, show_chains: bool, as_json: bool) -> int:
         print_json({**described, "healthy": ok})
         return 0 if ok else 1
     click.echo(f"cluster {described['cluster_id']}  {described['url']}")
+    # With one manager it goes without saying.
+    primary = described.get("primary") if cluster.spec.managers > 1 else None
     print_table(
-        ["SERVICE", "STATE", "PID", "ADDRESS"],
-        [[s["name"], s["state"], s["pid"] or "-", s["address"] or "-"] for s in described["services"]],
+        ["SERVICE", "STATE", "PID", "ADDRESS", ""],
+        [
+            [s["name"], s["state"], s["pid"] or "-", s["address"] or "-", "primary" * (s["name"] == primary)]
+            for s in described["services"]
+        ],
     )
     if "error" in described:
         click.echo(f"no routing: {described['error']}")

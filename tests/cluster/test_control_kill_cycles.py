@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
 
+from tests.cluster.command import fs3_command
 from tests.cluster.conftest import MakeCluster
 from tests.cluster.control_kills import SPEC, kill_cycles, name_load
 
@@ -18,3 +20,6 @@ def test_clients_go_on_over_kills_of_metadata_services_and_managers(make_cluster
     with name_load(cluster, tmp_path, natives=3, mounts=2, seed=SEED) as loads:
         report = kill_cycles(cluster, loads, cycles=CYCLES, rng=random.Random(SEED))
     print(*report.lines(), sep="\n")
+    status = json.loads(fs3_command("status", str(cluster.directory), "--json").stdout)
+    assert status["healthy"]
+    assert status["primary"] in {s.name for s in cluster.services() if s.kind == "mgmtd"}
