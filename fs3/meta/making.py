@@ -25,7 +25,7 @@ async def new_inode(
     tr: Transaction,
     ctx: OpContext,
     parent: InodeRecord,
-    name: bytes,
+    name: bytes | None,
     caller: Caller,
     *,
     file_type: int,
@@ -35,12 +35,13 @@ async def new_inode(
     symlink_target: bytes = b"",
     rdev: int = 0,
 ) -> InodeRecord:
-    """Make an inode and its entry `name` in `parent`. The caller has checked that the name is free.
+    """Make an inode and its entry `name` in `parent`, which the caller has checked is free; None: an inode without one.
 
     A default access control list of `parent` is inherited, and takes the place of `umask`. Raises ACCESS when the
     caller may not write the parent, QUOTA_EXCEEDED.
     """
-    walk.check_name(name)
+    if name is not None:
+        walk.check_name(name)
     above = parent.attr
     access.require(above, caller, access.WRITE)
     directory = file_type == model.DIRECTORY
@@ -56,7 +57,7 @@ async def new_inode(
             mode=mode,
             uid=caller.uid,
             gid=gid,
-            nlink=2 if directory else 1,
+            nlink=0 if name is None else 2 if directory else 1,
             length=len(symlink_target),
             atime_ns=now_ns,
             mtime_ns=now_ns,
@@ -67,7 +68,7 @@ async def new_inode(
             parent=above.inode if directory else 0,
             trash_ms=above.trash_ms if directory else 0,
         ),
-        name=name if directory else b"",
+        name=name if name is not None and directory else b"",
         quota=parent.quota,
     )
     await quotas.charge(tr, ctx, record.quota, quotas.of(record))
@@ -76,8 +77,9 @@ async def new_inode(
     tree.store(tr, record)
     if directory:
         tree.touch_directory(tr, ino, now_ns)
-    tree.add_entry(tr, above.inode, name, ino, file_type)
-    tree.touch_directory(tr, above.inode, now_ns)
+    if name is not None:
+        tree.add_entry(tr, above.inode, name, ino, file_type)
+        tree.touch_directory(tr, above.inode, now_ns)
     tr.add(keys.counter(ctx.counter_shard), 1)
     return record
 

@@ -38,6 +38,7 @@ class InodeRecord(_message.Message):
     QUOTA_FIELD_NUMBER: _builtins.int
     LOST_NAMES_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    LINKABLE_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     truncating: _builtins.bool
@@ -63,6 +64,8 @@ class InodeRecord(_message.Message):
     """Files: had several names, so that it may be counted under the quota of a directory that does not name it any more."""
     name: _builtins.bytes
     """Directories: the name in attr.parent, to find a path quickly. Who uses it looks whether it is still right."""
+    linkable: _builtins.bool
+    """files: made without a name, may get one"""
     @_builtins.property
     def attr(self) -> _meta_pb2.Attr:
         """Of a directory, nlink, mtime_ns and ctime_ns are not kept here but under keys of their own, so that
@@ -85,10 +88,11 @@ class InodeRecord(_message.Message):
         quota: _builtins.int = ...,
         lost_names: _builtins.bool = ...,
         name: _builtins.bytes = ...,
+        linkable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "quota", b"quota", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "linkable", b"linkable", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "quota", b"quota", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -610,6 +610,7 @@ class CreateRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     OPEN_READ_FIELD_NUMBER: _builtins.int
     UMASK_FIELD_NUMBER: _builtins.int
+    UNNAMED_FIELD_NUMBER: _builtins.int
     mode: _builtins.int
     exclusive: _builtins.bool
     """O_EXCL"""
@@ -624,6 +625,10 @@ class CreateRequest(_message.Message):
     """with exclusive=false on an existing file: check read permission"""
     umask: _builtins.int
     """taken from the mode, unless the directory has a default access control list"""
+    unnamed: _builtins.bool
+    """O_TMPFILE: `at` is the directory. The file has no name and lives as long as its session; unless `exclusive`, Link may
+    give it a name.
+    """
     @_builtins.property
     def caller(self) -> Global___Caller: ...
     @_builtins.property
@@ -651,10 +656,11 @@ class CreateRequest(_message.Message):
         layout: Global___Layout | None = ...,
         open_read: _builtins.bool = ...,
         umask: _builtins.int = ...,
+        unnamed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "layout", b"layout", "op", b"op"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "exclusive", b"exclusive", "layout", b"layout", "mode", b"mode", "op", b"op", "open_read", b"open_read", "open_write", b"open_write", "rdev", b"rdev", "truncate", b"truncate", "type", b"type", "umask", b"umask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "caller", b"caller", "exclusive", b"exclusive", "layout", b"layout", "mode", b"mode", "op", b"op", "open_read", b"open_read", "open_write", b"open_write", "rdev", b"rdev", "truncate", b"truncate", "type", b"type", "umask", b"umask", "unnamed", b"unnamed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

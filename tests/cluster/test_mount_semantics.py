@@ -96,6 +96,31 @@ def test_sparse_files_truncation_and_extension_read_as_zeros(directory: Path) ->
         assert os.pread(file.fileno(), 3_000_000, 1_500_000) == bytes(1_000_000)
 
 
+def give_name(fd: int, path: Path) -> None:
+    """Link what a descriptor is open on."""
+    # Without a descriptor of a directory Python calls link(2), which does not follow the link.
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
+def test_a_file_without_a_name_may_be_given_one(directory: Path) -> None:
+    for linked in (False, True):
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o640)
+        assert os.write(fd, b"whole or not at all") == 19
+        st = os.fstat(fd)
+        assert (st.st_nlink, st.st_size, stat.S_IMODE(st.st_mode)) == (0, 19, 0o640)
+        assert os.listdir(directory) == []
+        os.close(os.dup(fd))
+        assert os.pread(fd, 5, 0) == b"whole"
+        if linked:
+            give_name(fd, directory / "named")
+        os.close(fd)
+    assert (directory / "named").read_bytes() == b"whole or not at all"
+    assert (directory / "named").stat().st_nlink == 1
+    exclusive = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_EXCL)
+    assert failure(give_name, exclusive, directory / "other") == errno.ENOENT
+    os.close(exclusive)
+
+
 def test_close_to_open_between_two_mounts(mounts: tuple[Path, Path]) -> None:
     a, b = mounts
     for round_ in range(20):

@@ -8,6 +8,7 @@ from fs3.core.errors import error
 from fs3.kv.api import Transaction
 from fs3.meta import making, model, quotas, tree, walk
 from fs3.meta.context import OpContext
+from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import CreateRequest, FileType, OpenResponse
 
@@ -32,6 +33,8 @@ async def run(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenRe
     file_type = request.type or model.FILE
     if file_type != model.FILE and file_type not in _SPECIAL:
         raise error(Code.CODE_INVALID_ARGUMENT, "create makes files, fifos, sockets and devices")
+    if request.unnamed:
+        return await _unnamed(tr, request, ctx)
     found = await walk.walk(tr, request.at, caller, follow=request.at.follow, entry=request.exclusive)
     if found.parent is None:
         raise making.exists(found.name) if request.exclusive else making.is_directory(found.existing())
@@ -70,8 +73,39 @@ async def run(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenRe
         layout=layout,
         rdev=request.rdev,
     )
+    return await _opened(tr, request, ctx, record)
+
+
+async def _unnamed(tr: Transaction, request: CreateRequest, ctx: OpContext) -> OpenResponse:
+    """A file that only its session keeps."""
+    if not request.open_write or (request.type or model.FILE) != model.FILE:
+        raise error(Code.CODE_INVALID_ARGUMENT, "what has no name is a file that is open for writing")
+    parent = await walk.target(tr, request.at, request.caller)
+    if parent.attr.type != model.DIRECTORY:
+        raise walk.not_directory(parent)
+    walk.enter(parent, request.caller)
+    if parent.detached:
+        raise walk.missing(b"")
+    requested = request.layout if request.HasField("layout") else None
+    record = await making.new_inode(
+        tr,
+        ctx,
+        parent,
+        None,
+        request.caller,
+        file_type=model.FILE,
+        mode=request.mode,
+        umask=request.umask,
+        layout=ctx.placement.file_layout(requested, parent.attr.layout),
+    )
+    record.linkable = not request.exclusive
+    tree.store(tr, record)
+    return await _opened(tr, request, ctx, record)
+
+
+async def _opened(tr: Transaction, request: CreateRequest, ctx: OpContext, record: InodeRecord) -> OpenResponse:
     response = OpenResponse(attr=record.attr, created=True)
-    if request.open_write and file_type == model.FILE:
+    if request.open_write and record.attr.type == model.FILE:
         response.session = tree.open_session(tr, ctx, record.attr.inode, request.op.client_id)
         if (limit := await quotas.length_limit(tr, record)) is not None:
             response.length_limit = limit

@@ -22,7 +22,7 @@ async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResp
         raise error(Code.CODE_NOT_PERMITTED, "a directory has one name only")
     if found.as_directory:
         raise walk.missing(found.name)
-    if attr.nlink == 0:
+    if attr.nlink == 0 and not source.linkable:
         raise error(Code.CODE_NOT_FOUND, "the last name of this inode has been removed")
     if attr.nlink >= model.NLINK_MAX:
         raise error(Code.CODE_TOO_MANY_LINKS, f"an inode has at most {model.NLINK_MAX} names")
@@ -31,6 +31,7 @@ async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResp
     if source.quota != parent.quota and not await quotas.has_ended(tr, source.quota):
         raise error(Code.CODE_CROSS_QUOTA, "all names of a file are under the same quota; copy it")
     await quotas.adopt(tr, ctx, source, parent.quota)
+    source.linkable = False
     attr.nlink += 1
     attr.ctime_ns = ctx.now_ns
     tree.store(tr, source)

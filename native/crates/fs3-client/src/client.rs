@@ -217,6 +217,26 @@ impl Client {
         self.opened(caller, response, options.write)
     }
 
+    /// Create a file without a name in the directory `at`, open for writing; it goes with its last open file. Unless
+    /// `options.exclusive` is set, [`Client::link`] may give it a name.
+    pub async fn create_unnamed(&self, caller: &Caller, at: PathAt, options: CreateOptions) -> Result<Arc<OpenFile>> {
+        let request = CreateRequest {
+            caller: some(caller),
+            op: self.inner().op_id(),
+            at: Some(at),
+            mode: options.mode,
+            umask: options.umask,
+            exclusive: options.exclusive,
+            open_write: true,
+            open_read: options.read,
+            layout: options.layout,
+            unnamed: true,
+            ..Default::default()
+        };
+        let response: OpenResponse = self.inner().meta(Method::MetaCreate, &request).await?;
+        self.opened(caller, response, true)
+    }
+
     /// Make a file, fifo, socket or device without opening it. Errors: Exists.
     pub async fn mknod(
         &self,

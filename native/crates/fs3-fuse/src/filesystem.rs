@@ -21,7 +21,7 @@ use crate::caller::{Who, superuser};
 use crate::copy::Range;
 use crate::core::{Core, errno};
 use crate::locks::Asked;
-use crate::names::{Change, Listed, NewMode};
+use crate::names::{Change, Listed, NewMode, Opened};
 
 /// Largest write that the kernel sends, in bytes.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
@@ -51,6 +51,16 @@ fn answer_entry(core: &Core, reply: ReplyEntry, result: Result<FileAttr>) {
 fn answer_attr(core: &Core, reply: ReplyAttr, result: Result<FileAttr>) {
     match result {
         Ok(attr) => reply.attr(&core.options.attr_timeout, &attr),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn answer_created(core: &Core, reply: ReplyCreate, result: Result<(FileAttr, Opened)>) {
+    match result {
+        Ok((attr, opened)) => {
+            let life = core.options.attr_timeout.min(core.options.entry_timeout);
+            reply.created(&life, &attr, GENERATION, FileHandle(opened.handle), opened.flags);
+        }
         Err(error) => reply.error(errno(&error)),
     }
 }
@@ -264,13 +274,16 @@ impl Filesystem for Fs {
     ) {
         let who = Who::of(request);
         self.named(name, |core, name| async move {
-            match core.create(who, parent.0, &name, NewMode::of(mode, umask), flags).await {
-                Ok((attr, opened)) => {
-                    let life = core.options.attr_timeout.min(core.options.entry_timeout);
-                    reply.created(&life, &attr, GENERATION, FileHandle(opened.handle), opened.flags);
-                }
-                Err(error) => reply.error(errno(&error)),
-            }
+            let made = core.create(who, parent.0, &name, NewMode::of(mode, umask), flags).await;
+            answer_created(&core, reply, made);
+        });
+    }
+
+    fn tmpfile(&self, request: &Request, parent: INodeNo, mode: u32, umask: u32, flags: i32, reply: ReplyCreate) {
+        let (core, who) = (self.core.clone(), Who::of(request));
+        self.core.spawn(async move {
+            let made = core.create_unnamed(who, parent.0, NewMode::of(mode, umask), flags).await;
+            answer_created(&core, reply, made);
         });
     }
 

@@ -357,6 +357,23 @@ impl Core {
         Ok((shown, opened))
     }
 
+    /// O_TMPFILE: a file without a name, which lives as long as it is open or until it is given one.
+    pub async fn create_unnamed(&self, who: Who, parent: u64, new: NewMode, flags: i32) -> Result<(FileAttr, Opened)> {
+        let exclusive = flags & libc::O_EXCL != 0;
+        let (mode, umask, read) = (new.bits(), new.umask, access(flags).read);
+        let options = CreateOptions { mode, umask, exclusive, read, write: true, ..Default::default() };
+        let options = &options;
+        let made = |c| async move { self.client.create_unnamed(&c, at_inode(parent), options.clone()).await };
+        let file = who.run(made).await?;
+        let attr = file.attr();
+        let opened = self.opened(file, flags, OpenOptions { read, write: true, truncate: false });
+        // Closing its last file would end it.
+        if let Some(inode) = self.inode(attr.inode) {
+            inode.set_unlinked();
+        }
+        Ok((self.tell(attr), opened))
+    }
+
     /// List a directory from `offset` until `add` says that it has enough.
     pub async fn list(
         &self,

@@ -210,3 +210,50 @@ def test_create_and_rmdir_of_the_parent_exclude_each_other() -> None:
             await audit(meta)
 
     run(main())
+
+
+def test_a_file_without_a_name_lives_as_long_as_its_session() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        await meta.mkdir("/d")
+        made = await meta.create("/d", mode=0o640, unnamed=True, open_write=True)
+        assert (made.attr.nlink, made.attr.mode, await meta.names("/d")) == (0, 0o640, [])
+        meta.chunks.write(made.attr, 5 * CHUNK)
+        await audit(meta)
+        report = pb.WriteReport(wrote=True, length=5 * CHUNK)
+        await meta.do("Close", inode=made.attr.inode, session=made.session, report=report)
+        await meta.collect()
+        assert meta.chunks.chunks == {}
+        await audit(meta)
+
+    run(main())
+
+
+def test_a_file_without_a_name_may_get_one_once_unless_it_is_exclusive() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        made = await meta.create("", unnamed=True, open_write=True)
+        at = {"from": pb.PathAt(inode=made.attr.inode), "to": pb.PathAt(inode=1, path=b"f")}
+        assert (await meta.do("Link", **at)).attr.nlink == 1
+        await meta.do("Unlink", "/f")
+        assert await meta.code("Link", **at) == Code.CODE_NOT_FOUND, "as any file that lost its last name"
+        other = await meta.create("", unnamed=True, open_write=True, exclusive=True)
+        at["from"] = pb.PathAt(inode=other.attr.inode)
+        assert await meta.code("Link", **at) == Code.CODE_NOT_FOUND
+        await audit(meta)
+
+    run(main())
+
+
+def test_a_file_without_a_name_needs_a_directory_that_may_be_written() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        await meta.create("/f")
+        await meta.mkdir("/d")
+        unnamed = {"unnamed": True, "open_write": True}
+        assert await meta.code("Create", "/f", **unnamed) == Code.CODE_NOT_DIRECTORY
+        assert await meta.code("Create", "/none", **unnamed) == Code.CODE_NOT_FOUND
+        assert await meta.code("Create", "/d", caller=user(5), **unnamed) == Code.CODE_ACCESS
+        assert await meta.code("Create", "/d", unnamed=True) == Code.CODE_INVALID_ARGUMENT
+
+    run(main())
