@@ -278,11 +278,15 @@ def test_a_primary_that_lost_its_lease_writes_and_answers_nothing_more() -> None
             await tx.commit()
             before = manager.routing
             client = MgmtdClient([manager.address], TOKEN, CLUSTER)
-            with pytest.raises(Fs3Error) as refused:
-                await client.register(
-                    Node(uuid=os.urandom(16), incarnation=os.urandom(16), role="meta"), timeout_s=0.01
-                )
-            assert refused.value.code == Code.CODE_NOT_PRIMARY
+            code = int(Code.CODE_TIMEOUT)
+            # So short that only one manager is asked; on a busy machine that may take several tries.
+            while code == Code.CODE_TIMEOUT:
+                with pytest.raises(Fs3Error) as refused:
+                    await client.register(
+                        Node(uuid=os.urandom(16), incarnation=os.urandom(16), role="meta"), timeout_s=0.01
+                    )
+                code = refused.value.code
+            assert code == Code.CODE_NOT_PRIMARY
             assert before.nodes[-1].role == "storage"
             await until(lambda: manager.service.manager is None or manager.service.manager.lost.is_set(), "it noticed")
             await client.close()
