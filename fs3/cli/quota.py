@@ -57,9 +57,9 @@ class Service:
         self._peers = Peers(role=Role.ROLE_CLIENT, cluster_id="", token=find_token(url, target.token))
         self.caller = Caller(uid=os.geteuid(), gid=os.getegid(), groups=os.getgroups())
 
-    def at(self, path: str) -> PathAt:
+    def at(self, path: str, *, follow: bool = True) -> PathAt:
         """A path on the cluster."""
-        return PathAt(inode=ROOT_INODE, path=to_service(self._base, path))
+        return PathAt(inode=ROOT_INODE, path=to_service(self._base, path), follow=follow)
 
     async def call(self, method: int, request: Message, response_class: type[M]) -> M:
         """Ask one service after the other, until one answers."""
@@ -92,19 +92,24 @@ def run(target: Target, work: Callable[[Service], Awaitable[T]]) -> T:
     return asyncio.run(main())
 
 
-def quotas_of(remote: RemotePath) -> QuotaGetResponse:
+def quotas_of(remote: RemotePath, *, follow: bool = True) -> QuotaGetResponse:
     """The inode of a path, and the quotas that count it, the innermost first."""
 
     async def work(service: Service) -> QuotaGetResponse:
-        request = QuotaGetRequest(caller=service.caller, at=service.at(remote.path))
+        request = QuotaGetRequest(caller=service.caller, at=service.at(remote.path, follow=follow))
         return await service.call(Method.METHOD_META_QUOTA_GET, request, QuotaGetResponse)
 
     return run(remote.target, work)
 
 
 def own_quota(remote: RemotePath) -> QuotaInfo | None:
-    """The quota of a directory itself, once everything in it is counted."""
-    found = quotas_of(remote)
+    """The quota of a directory itself, once everything in it is counted; a service older than quotas has none."""
+    try:
+        found = quotas_of(remote, follow=False)
+    except Fs3Error as exc:
+        if exc.code == Code.CODE_UNIMPLEMENTED:
+            return None
+        raise
     for quota in found.quotas:
         if quota.directory == found.inode and quota.state == QuotaState.QUOTA_STATE_ACTIVE:
             return quota
