@@ -26,8 +26,9 @@ COUNTING: Final = QuotaState.QUOTA_STATE_COUNTING
 ACTIVE: Final = QuotaState.QUOTA_STATE_ACTIVE
 CLEARING: Final = QuotaState.QUOTA_STATE_CLEARING
 
-# Quotas that count one inode.
+# Quotas that count one inode, and those with what is left of removed ones.
 DEPTH_MAX: Final = 16
+CHAIN_MAX: Final = 64
 # What one writer may add to a file before it reports again: a part of the room that is left, so that all of those who
 # write at the same time exceed it by little, but not so little that the last bytes take many reports.
 GRANT_DIVISOR: Final = 4
@@ -75,7 +76,7 @@ def store(tr: Transaction, record: QuotaRecord) -> None:
 async def chain(tr: Transaction, quota: int) -> list[QuotaRecord]:
     """The quotas that count an inode with this stamp, the innermost first."""
     found: list[QuotaRecord] = []
-    while (record := await load(tr, quota)) is not None:
+    while len(found) < CHAIN_MAX and (record := await load(tr, quota)) is not None:
         found.append(record)
         quota = record.outer
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from fs3.kv.api import Transaction
@@ -157,11 +159,15 @@ async def _sums(audit: Audit) -> dict[int, tuple[Usage, Usage] | None]:
         return dict.fromkeys(before)
     sums = dict.fromkeys(before, NOTHING)
     for stamp, amount in found.items():
-        quota = stamp
-        while (record := before.get(quota)) is not None:
+        for quota in islice(_chain(before, stamp), quotas.CHAIN_MAX):
             sums[quota] = sums[quota].plus(amount)
-            quota = record.outer
     return {quota: (sums[quota], values.pop()) if len(values) == 1 else None for quota, values in counted.items()}
+
+
+def _chain(records: dict[int, QuotaRecord], quota: int) -> Iterator[int]:
+    while (record := records.get(quota)) is not None:
+        yield quota
+        quota = record.outer
 
 
 async def _quotas(tr: Transaction) -> dict[int, QuotaRecord]:
