@@ -28,9 +28,9 @@ async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResp
         raise error(Code.CODE_TOO_MANY_LINKS, f"an inode has at most {model.NLINK_MAX} names")
     walk.check_name(found.name)
     parent = walk.writable_parent(found, request.caller)
-    if source.quota != parent.quota and not await quotas.has_ended(tr, source.quota):
+    if attr.nlink and source.quota != parent.quota and not await quotas.has_ended(tr, source.quota):
         raise error(Code.CODE_CROSS_QUOTA, "all names of a file are under the same quota; copy it")
-    await quotas.adopt(tr, ctx, source, parent.quota)
+    await quotas.adopt(tr, ctx, source, parent.quota, within=True)
     source.linkable = False
     attr.nlink += 1
     attr.ctime_ns = ctx.now_ns

@@ -286,6 +286,25 @@ def test_a_second_name_outside_lets_nothing_be_lost() -> None:
     run(main())
 
 
+def test_a_file_without_a_name_counts_where_it_was_made_until_it_gets_one() -> None:
+    async def main() -> None:
+        meta = await limited(inodes_max=2)
+        made = await meta.create("/o", unnamed=True, open_write=True)
+        paths = {"from": pb.PathAt(inode=made.attr.inode), "to": pb.PathAt(inode=1, path=b"q/f")}
+        await meta.do("Link", **paths)
+        await checked(meta, 2, 0)
+        assert await meta.code("Create", "/q", unnamed=True, open_write=True) == Code.CODE_QUOTA_EXCEEDED
+        await meta.do("Unlink", "/q/f")
+        await meta.do("Close", inode=made.attr.inode, session=made.session)
+        await checked(meta, 1, 0)
+        made = await meta.create("/q", unnamed=True, open_write=True)
+        await checked(meta, 2, 0)
+        await meta.do("Close", inode=made.attr.inode, session=made.session)
+        await checked(meta, 1, 0)
+
+    run(main())
+
+
 def test_a_file_left_under_a_removed_quota_gets_names_and_is_counted_there() -> None:
     async def main() -> None:
         meta = await limited()
