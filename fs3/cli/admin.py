@@ -15,6 +15,7 @@ import click
 from fs3.cli.fsck import fsck_command
 from fs3.cli.output import human_bytes, json_option, print_json
 from fs3.cli.settings import config_command
+from fs3.cli.tags import tag_command
 from fs3.core.errors import error
 from fs3.kv import migrate, retry
 from fs3.kv.api import KvError, KvStore, Transaction
@@ -38,6 +39,7 @@ def admin_command() -> None:
 
 admin_command.add_command(fsck_command)
 admin_command.add_command(config_command)
+admin_command.add_command(tag_command)
 
 
 @admin_command.command("migrate-kv")

@@ -150,6 +150,10 @@ class MgmtdConfig(ServiceConfig):
     min_storage_nodes: int = 0
     """Chains are made once so many storage nodes are connected; 0: as many as `replicas`."""
     targets_per_disk: int = 8
+    failure_domain: str = ""
+    """A tag of storage nodes, such as "rack": no new chain has two targets where it has the same value, and nodes
+    without it get no chains. Empty: every node by itself.
+    """
     lease_ms: int = 6000
     """T: a node silent for T is failed; it serves until send time + T/2."""
     heartbeat_ms: int = 1000

@@ -410,6 +410,9 @@ class Manager:
             and r.node.status == NodeStatus.NODE_STATUS_CONNECTED
             and not self.node_silent(n, now_ns)
         }
+        domains = self._domains(usable, change)
+        if domains is not None:
+            usable &= domains.keys()
         disks = [r.disk for r in self.records.disks.values() if r.disk.node_id in usable]
         needed = self.config.min_storage_nodes or self.config.replicas
         if not self.records.tables and len({d.node_id for d in disks}) < needed:
@@ -422,9 +425,17 @@ class Manager:
             [self._node_of[t.target_id] for t in self.records.chains[c].chain.targets]
             for c in sorted(self.records.chains)
         ]
-        plan = placement.plan_chains(free, self.config.replicas, existing)
+        plan = placement.plan_chains(free, self.config.replicas, existing, domains)
         if plan:
             self._make_chains(change, plan)
+
+    def _domains(self, nodes: set[int], change: Change) -> dict[int, str] | None:
+        """What each of `nodes` fails together with, by its tag; None: no such tag is configured."""
+        tag = self.config.failure_domain
+        if not tag:
+            return None
+        tags = {n: (change.nodes.get(n) or self.records.nodes[n]).node.tags for n in nodes}
+        return {n: found[tag] for n, found in tags.items() if tag in found}
 
     def _make_chains(self, change: Change, plan: list[tuple[placement.Place, ...]]) -> None:
         next_chain_id = self.state.next_chain_id

@@ -8,7 +8,7 @@ all others. Within a chain the order is such that every node is head, and every 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,10 +30,14 @@ class Place(NamedTuple):
 
 
 def plan_chains(
-    disks: Iterable[FreeDisk], replicas: int, existing: Sequence[Sequence[int]] = ()
+    disks: Iterable[FreeDisk],
+    replicas: int,
+    existing: Sequence[Sequence[int]] = (),
+    domains: Mapping[int, str] | None = None,
 ) -> list[tuple[Place, ...]]:
     """Make as many chains as the free slots allow, each on `replicas` distinct nodes, head first.
 
+    `domains`: what each node fails together with; no chain has two targets in one domain. None: every node by itself.
     `existing` are the node ids of the chains there are, in chain order: their neighbourhoods and positions count.
     The same input gives the same plan.
     """
@@ -48,7 +52,7 @@ def plan_chains(
         _count(nodes_before, shared, held)
     chains: list[tuple[Place, ...]] = []
     while True:
-        nodes = _pick_nodes(free, shared, replicas)
+        nodes = _pick_nodes(free, shared, replicas, domains)
         if nodes is None:
             return chains
         order = _order(nodes, held)
@@ -70,13 +74,21 @@ def _count(chain: Sequence[int], shared: Counter[tuple[int, int]], held: Counter
                 shared[node, other] += 1
 
 
-def _pick_nodes(free: dict[int, int], shared: Counter[tuple[int, int]], replicas: int) -> list[int] | None:
+def _pick_nodes(
+    free: dict[int, int], shared: Counter[tuple[int, int]], replicas: int, domains: Mapping[int, str] | None
+) -> list[int] | None:
+    domain_of: Mapping[int, object] = {n: n for n in free} if domains is None else domains
+    left_in: Counter[object] = Counter()
+    for node, slots in free.items():
+        left_in[domain_of[node]] += slots
     picked: list[int] = []
     while len(picked) < replicas:
-        left = [n for n in free if free[n] > 0 and n not in picked]
+        taken = {domain_of[n] for n in picked}
+        left = [n for n in free if free[n] > 0 and domain_of[n] not in taken]
         if not left:
             return None
-        picked.append(min(left, key=lambda n: (-free[n], sum(shared[n, p] for p in picked), n)))
+        # The fullest domains first, which makes the most chains, as with nodes.
+        picked.append(min(left, key=lambda n: (-left_in[domain_of[n]], -free[n], sum(shared[n, p] for p in picked), n)))
     return picked
 
 

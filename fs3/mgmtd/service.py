@@ -19,6 +19,7 @@ from fs3.kv.open import open_store
 from fs3.mgmtd import lease
 from fs3.mgmtd.manager import Manager
 from fs3.mgmtd.ops.change_settings import change_settings
+from fs3.mgmtd.ops.change_tags import change_tags
 from fs3.mgmtd.ops.get_primary import get_primary
 from fs3.mgmtd.ops.heartbeat import heartbeat
 from fs3.mgmtd.ops.register import register
@@ -30,6 +31,7 @@ from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import (
     ChangeSettingsRequest,
+    ChangeTagsRequest,
     GetPrimaryRequest,
     GetPrimaryResponse,
     HeartbeatRequest,
@@ -41,7 +43,7 @@ from fs3.v1.mgmtd_pb2 import (
     WatchRoutingRequest,
 )
 from fs3.v1.mgmtd_pb2_grpc import MgmtdServicer, add_MgmtdServicer_to_server
-from fs3.v1.routing_pb2 import GetRoutingResponse, Settings
+from fs3.v1.routing_pb2 import GetRoutingResponse, Node, Settings
 
 log = logging.getLogger("fs3.mgmtd")
 
@@ -90,6 +92,10 @@ class _Servicer(MgmtdServicer):
     async def ChangeSettings(self, request: ChangeSettingsRequest, context: Any) -> Settings:
         """See ops/change_settings.py."""
         return await self._see_through(change_settings(self._service.primary(), request))
+
+    async def ChangeTags(self, request: ChangeTagsRequest, context: Any) -> Node:
+        """See ops/change_tags.py."""
+        return await self._see_through(change_tags(self._service.primary(), request))
 
     async def _see_through(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run `operation` to its end whatever becomes of the caller.

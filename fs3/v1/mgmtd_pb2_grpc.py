@@ -60,6 +60,11 @@ class MgmtdStub:
                 request_serializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterResponse.FromString,
                 _registered_method=True)
+        self.ChangeTags = channel.unary_unary(
+                '/fs3.v1.Mgmtd/ChangeTags',
+                request_serializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeTagsRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_routing__pb2.Node.FromString,
+                _registered_method=True)
         self.ChangeSettings = channel.unary_unary(
                 '/fs3.v1.Mgmtd/ChangeSettings',
                 request_serializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.SerializeToString,
@@ -103,9 +108,16 @@ class MgmtdServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ChangeSettings(self, request, context):
+    def ChangeTags(self, request, context):
         """Changes settings of the cluster, all or none. Without any it only tells them.
+        Changes the tags of a node, all or none.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangeSettings(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -137,6 +149,11 @@ def add_MgmtdServicer_to_server(servicer, server):
                     servicer.Unregister,
                     request_deserializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_mgmtd__pb2.UnregisterResponse.SerializeToString,
+            ),
+            'ChangeTags': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeTags,
+                    request_deserializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeTagsRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_routing__pb2.Node.SerializeToString,
             ),
             'ChangeSettings': grpc.unary_unary_rpc_method_handler(
                     servicer.ChangeSettings,
@@ -279,6 +296,33 @@ class Mgmtd:
             '/fs3.v1.Mgmtd/Unregister',
             fs3_dot_v1_dot_mgmtd__pb2.UnregisterRequest.SerializeToString,
             fs3_dot_v1_dot_mgmtd__pb2.UnregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeTags(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Mgmtd/ChangeTags',
+            fs3_dot_v1_dot_mgmtd__pb2.ChangeTagsRequest.SerializeToString,
+            fs3_dot_v1_dot_routing__pb2.Node.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,8 +42,11 @@ class MgmtdStub:
     GetPrimary: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.GetPrimaryRequest, _mgmtd_pb2.GetPrimaryResponse]
     Unregister: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.UnregisterRequest, _mgmtd_pb2.UnregisterResponse]
     """Says that a node's process has ended in good order, so that nobody waits for its lease."""
+    ChangeTags: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeTagsRequest, _routing_pb2.Node]
+    """Changes settings of the cluster, all or none. Without any it only tells them.
+    Changes the tags of a node, all or none.
+    """
     ChangeSettings: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeSettingsRequest, _routing_pb2.Settings]
-    """Changes settings of the cluster, all or none. Without any it only tells them."""
 
 @_typing.type_check_only
 class MgmtdAsyncStub(MgmtdStub):
@@ -56,8 +59,11 @@ class MgmtdAsyncStub(MgmtdStub):
     GetPrimary: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.GetPrimaryRequest, _mgmtd_pb2.GetPrimaryResponse]  # type: ignore[assignment]
     Unregister: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.UnregisterRequest, _mgmtd_pb2.UnregisterResponse]  # type: ignore[assignment]
     """Says that a node's process has ended in good order, so that nobody waits for its lease."""
+    ChangeTags: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeTagsRequest, _routing_pb2.Node]  # type: ignore[assignment]
+    """Changes settings of the cluster, all or none. Without any it only tells them.
+    Changes the tags of a node, all or none.
+    """
     ChangeSettings: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeSettingsRequest, _routing_pb2.Settings]  # type: ignore[assignment]
-    """Changes settings of the cluster, all or none. Without any it only tells them."""
 
 class MgmtdServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -99,11 +105,20 @@ class MgmtdServicer(metaclass=_abc_1.ABCMeta):
         """Says that a node's process has ended in good order, so that nobody waits for its lease."""
 
     @_abc_1.abstractmethod
+    def ChangeTags(
+        self,
+        request: _mgmtd_pb2.ChangeTagsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_routing_pb2.Node, _abc.Awaitable[_routing_pb2.Node]]:
+        """Changes settings of the cluster, all or none. Without any it only tells them.
+        Changes the tags of a node, all or none.
+        """
+
+    @_abc_1.abstractmethod
     def ChangeSettings(
         self,
         request: _mgmtd_pb2.ChangeSettingsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_routing_pb2.Settings, _abc.Awaitable[_routing_pb2.Settings]]:
-        """Changes settings of the cluster, all or none. Without any it only tells them."""
+    ) -> _typing.Union[_routing_pb2.Settings, _abc.Awaitable[_routing_pb2.Settings]]: ...
 
 def add_MgmtdServicer_to_server(servicer: MgmtdServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

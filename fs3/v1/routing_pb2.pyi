@@ -102,6 +102,26 @@ Global___PublicState: _TypeAlias = PublicState  # noqa: Y015
 class Node(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TagsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NODE_ID_FIELD_NUMBER: _builtins.int
     UUID_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
@@ -112,6 +132,7 @@ class Node(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     uuid: _builtins.bytes
     """16 bytes, chosen once, kept in the node's directory"""
@@ -129,6 +150,10 @@ class Node(_message.Message):
     """informative"""
     version: _builtins.str
     """software version"""
+    @_builtins.property
+    def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """given by the operator, for example where it stands; kept by the manager"""
+
     def __init__(
         self,
         *,
@@ -142,10 +167,11 @@ class Node(_message.Message):
         incarnation: _builtins.bytes = ...,
         pid: _builtins.int = ...,
         version: _builtins.str = ...,
+        tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame_port", b"frame_port", "grpc_port", b"grpc_port", "host", b"host", "incarnation", b"incarnation", "node_id", b"node_id", "pid", b"pid", "role", b"role", "status", b"status", "uuid", b"uuid", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame_port", b"frame_port", "grpc_port", b"grpc_port", "host", b"host", "incarnation", b"incarnation", "node_id", b"node_id", "pid", b"pid", "role", b"role", "status", b"status", "tags", b"tags", "uuid", b"uuid", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -67,6 +67,9 @@ def _node(manager: Manager, request: RegisterRequest, change: Change) -> int:
         if before.node.incarnation != given.incarnation:
             manager.take_down(node_id, at_ns=now_ns, orderly=False)
     record.node.CopyFrom(given)
+    record.node.ClearField("tags")
+    if before is not None:
+        record.node.tags.update(before.node.tags)
     record.node.node_id = node_id
     record.node.status = NodeStatus.NODE_STATUS_CONNECTED
     same_life = before is not None and before.node.incarnation == given.incarnation

@@ -70,3 +70,20 @@ def test_no_disk_is_overfilled_and_no_chain_has_a_node_twice(nodes: list[list[in
     left.subtract(Counter(p.node_id for chain in plan for p in chain))
     assert sum(1 for v in left.values() if v > 0) < replicas
     assert plan == plan_chains(free, replicas)
+
+
+@pytest.mark.parametrize("racks", [(3, 3, 3), (4, 4, 1), (1, 2, 5, 3), (2, 2, 2, 2, 2)])
+def test_no_chain_has_two_targets_in_one_failure_domain(racks: tuple[int, ...]) -> None:
+    names = [f"rack-{i}" for i, count in enumerate(racks) for _ in range(count)]
+    domains = dict(enumerate(names, 1))
+    plan = plan_chains(disks(*[[4]] * len(names)), 3, domains=domains)
+    for chain in plan:
+        assert len({domains[place.node_id] for place in chain}) == 3
+    # As many as there can be: a chain takes a slot of three racks at a time.
+    slots = [4 * count for count in racks]
+    most = max(n for n in range(sum(slots) // 3 + 1) if sum(min(s, n) for s in slots) >= 3 * n)
+    assert len(plan) == most
+
+
+def test_too_few_failure_domains_make_no_chain() -> None:
+    assert plan_chains(disks([4], [4], [4]), 3, domains={1: "a", 2: "a", 3: "b"}) == []

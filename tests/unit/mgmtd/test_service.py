@@ -17,7 +17,7 @@ from fs3.rpc.grpc_client import fetch_routing
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeSession
 from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.mgmtd_pb2 import ChangeSettingsRequest, HeartbeatRequest
+from fs3.v1.mgmtd_pb2 import ChangeSettingsRequest, ChangeTagsRequest, HeartbeatRequest
 from fs3.v1.routing_pb2 import Disk, Node, NodeStatus, Routing
 from mgmtd.harness import (
     CLUSTER,
@@ -426,3 +426,45 @@ def test_settings_reach_every_node_with_the_routing_and_outlive_the_manager() ->
                 await after.stop()
 
     run(body)
+
+
+def test_nodes_get_chains_once_they_are_tagged_and_keep_their_tags() -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        manager = await RunningManager.start(store, replicas=2, failure_domain="rack")
+        nodes = [FakeNode(manager.address, name=f"n{i}") for i in range(3)]
+        client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+        racks = {1: "a", 2: "a", 3: "b"}
+        try:
+            for node in nodes:
+                await node.start()
+            for node_id in (1, 2):
+                await tag(client, node_id, rack=racks[node_id])
+            assert not manager.routing.chains
+            assert await tag(client, 3, rack="b", x="y") == {"rack": "b", "x": "y"}
+            await until(lambda: all_serving(manager.routing), "chains")
+            for chain in manager.routing.chains:
+                assert {racks[t.target_id // 1000] for t in chain.targets} == {"a", "b"}
+            await nodes[2].kill()
+            await nodes[2].start()
+            assert dict(manager.routing.nodes[2].tags) == {"rack": "b", "x": "y"}
+            await client.call("ChangeTags", ChangeTagsRequest(node_id=3, unset=["x"]), 5.0)
+            assert dict(manager.routing.nodes[2].tags) == {"rack": "b"}
+            for request in (ChangeTagsRequest(node_id=9), ChangeTagsRequest(node_id=1, values={"": "v"})):
+                with pytest.raises(Fs3Error) as refused:
+                    await client.call("ChangeTags", request, 5.0)
+                assert refused.value.code in (Code.CODE_NOT_FOUND, Code.CODE_INVALID_ARGUMENT)
+        finally:
+            await client.close()
+            for node in nodes:
+                await node.kill()
+            await manager.stop()
+            await store.close()
+
+    run(body)
+
+
+async def tag(client: MgmtdClient, node_id: int, **values: str) -> dict[str, str]:
+    """Set tags; returns all that the node has."""
+    node: Node = await client.call("ChangeTags", ChangeTagsRequest(node_id=node_id, values=values), 5.0)
+    return dict(node.tags)
