@@ -58,6 +58,7 @@ class ClusterSpec:
     lease_ms: int = 6000
     heartbeat_ms: int = 1000
     session_ms: int = 60_000
+    gc_delay_ms: int = 0
     kv_durable: bool = True
     kv: str = ""
     read_cache_bytes: int = 512 << 20
@@ -330,6 +331,7 @@ class LocalCluster:
                 "frame_port": self.meta_ports[service.index],
                 "chunk_bytes": self.spec.chunk_bytes,
                 "session_ms": self.spec.session_ms,
+                "gc_delay_ms": self.spec.gc_delay_ms,
                 "data_dir": str(service.directory),
             }
         return {

@@ -7,12 +7,14 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fs3
 from fs3.testing.cluster import LocalCluster
+from tests.cluster.conftest import QUICK, MakeCluster
 from tests.cluster.mounts import mounted
 
 
@@ -206,3 +208,16 @@ def test_times_move_as_posix_says(directory: Path) -> None:
     os.rename(path, directory / "g")
     assert directory.stat().st_mtime_ns > parent_before.st_mtime_ns
     assert (directory / "g").stat().st_mtime_ns == after.st_mtime_ns
+
+
+def test_with_a_delay_a_file_stays_readable_after_another_mount_unlinked_it(
+    make_cluster: MakeCluster, tmp_path: Path
+) -> None:
+    cluster = make_cluster(replace(QUICK, gc_delay_ms=3_600_000))
+    data = os.urandom(5_000_000)
+    with mounted(cluster, tmp_path / "a") as a, mounted(cluster, tmp_path / "b") as b:
+        (b / "f").write_bytes(data)
+        with (a / "f").open("rb") as reader:
+            (b / "f").unlink()
+            assert failure(os.stat, b / "f") == errno.ENOENT
+            assert reader.read() == data
