@@ -128,16 +128,12 @@ impl Inner {
     }
 
     /// A metadata call with failover. The request carries its OpId, so every try is the same operation.
-    pub async fn meta<Req: Message + Clone, Resp: Message + Default>(
-        &self,
-        method: Method,
-        request: &Req,
-    ) -> Result<Resp> {
+    pub async fn meta<Req: Message, Resp: Message + Default>(&self, method: Method, request: &Req) -> Result<Resp> {
         decoded(self.meta_bytes(method, request).await?)
     }
 
     /// As [`Inner::meta`]; the encoded response.
-    pub async fn meta_bytes<Req: Message + Clone>(&self, method: Method, request: &Req) -> Result<Bytes> {
+    pub async fn meta_bytes<Req: Message>(&self, method: Method, request: &Req) -> Result<Bytes> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(Error::new(Code::Unavailable, "the client is closed"));
         }

@@ -78,13 +78,17 @@ pub(crate) struct CallLimits {
 }
 
 /// Call a meta service, failing over while the error is worth it; the encoded response.
-pub(crate) async fn call<Req: Message + Clone>(
+///
+/// Every try carries the same OpId. All but the first say that others may have arrived: what is refused then takes no
+/// effect later either.
+pub(crate) async fn call<Req: Message>(
     wire: &Wire,
     metas: &Metas,
     method: Method,
     request: &Req,
     limits: CallLimits,
 ) -> Result<Bytes> {
+    let mut body = Encoded(request.encode_to_vec().into());
     let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
     let mut failures = 0;
     let mut sent = false;
@@ -94,7 +98,7 @@ pub(crate) async fn call<Req: Message + Clone>(
         let (at, address) = metas.pick();
         let (now, cut) = (Instant::now(), Instant::now() + limits.attempt > limits.deadline);
         let attempt = if cut { limits.deadline } else { now + limits.attempt };
-        let error = match wire.call(&address, method, request.clone(), attempt).await {
+        let error = match wire.call(&address, method, body.clone(), attempt).await {
             Ok(reply) => return Ok(reply),
             Err(error) => error,
         };
@@ -106,6 +110,9 @@ pub(crate) async fn call<Req: Message + Clone>(
             metas.failed(at);
         }
         failures += 1;
+        if failures == 1 {
+            body = resent(body);
+        }
         // One quick round over all services, then with pauses.
         let pause = if failures < metas.count() { Duration::ZERO } else { backoff.next() };
         let error = if cut && error.code == Code::Timeout { telling.take().unwrap_or(error) } else { error };
@@ -161,6 +168,19 @@ impl Message for Encoded {
     }
 }
 
+/// The request of a further try. A field that comes twice is merged, so the mark is added behind what is encoded.
+fn resent(body: Encoded) -> Encoded {
+    // Other messages than an OpId in its place have other types in theirs.
+    let mutates = RequestHead::decode(body.0.clone()).is_ok_and(|head| head.op.is_some_and(|op| op.sequence > 0));
+    if !mutates {
+        return body;
+    }
+    let mark = RequestHead { caller: None, op: Some(OpId { resent: true, ..Default::default() }) };
+    let mut bytes = body.0.to_vec();
+    bytes.extend(mark.encode_to_vec());
+    Encoded(bytes.into())
+}
+
 fn give_up(last: Error, sent: bool) -> Error {
     let message = format!("no meta service answered in time; the last error: {}", last.message);
     let error = Error::new(last.code, message);
@@ -169,7 +189,28 @@ fn give_up(last: Error, sent: bool) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use fs3_proto::v1::{KeepaliveRequest, ListRequest, LookupRequest, MkdirRequest, PathAt, StatRequest};
+
     use super::*;
+
+    #[test]
+    fn only_operations_that_change_something_are_marked_as_sent_again() {
+        let op = Some(OpId { client_id: vec![7; 16].into(), sequence: 9, resent: false });
+        let at = Some(PathAt { inode: 1, path: "a".into(), follow: true });
+        let caller = Some(Caller { uid: 5, ..Default::default() });
+        let mkdir = MkdirRequest { caller: caller.clone(), op, at: at.clone(), mode: 0o700, ..Default::default() };
+        let marked = MkdirRequest::decode(resent(Encoded(mkdir.encode_to_vec().into())).0).unwrap();
+        assert!(marked.op.as_ref().unwrap().resent);
+        assert_eq!(MkdirRequest { op: mkdir.op.clone(), ..marked }, mkdir);
+        let unchanged = |body: Vec<u8>| assert_eq!(resent(Encoded(body.clone().into())).0, body);
+        unchanged(LookupRequest { caller: caller.clone(), parent: 3, name: "n".into() }.encode_to_vec());
+        for (inode, path, follow) in [(1, "a", true), (0, "a", false), (0, "", true), (1, "", false)] {
+            let at = Some(PathAt { inode, path: path.into(), follow });
+            unchanged(StatRequest { caller: caller.clone(), at: at.clone() }.encode_to_vec());
+            unchanged(ListRequest { caller: caller.clone(), at, ..Default::default() }.encode_to_vec());
+        }
+        unchanged(KeepaliveRequest { client_id: vec![9; 16].into(), description: "d".into() }.encode_to_vec());
+    }
 
     #[test]
     fn a_failed_service_is_left_once() {
