@@ -1,7 +1,7 @@
 """Identity of a node and of its disks: who they belong to, and that one process at a time uses them.
 
-The node's directory holds `node.json` and `lock`; every disk holds `disk.json` and `lock`. All are made at the
-first start and never change.
+The node's directory holds `node.json`, `life.json` and `lock`; every disk holds `disk.json` and `lock`. All are made at
+the first start and never change, except for `life.json`: the number of the node's life is greater at every start.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ from fs3.v1.frame_pb2 import Code
 
 FORMAT: Final = 1
 NODE_FILE: Final = "node.json"
+LIFE_FILE: Final = "life.json"
 DISK_FILE: Final = "disk.json"
 LOCK_FILE: Final = "lock"
 
@@ -52,9 +54,10 @@ class DiskIdentity:
 
 @dataclass
 class NodeIdentity:
-    """What :func:`open_node` found; holds the locks until :meth:`close`."""
+    """What :func:`open_node` found; holds the locks until :meth:`close`. ``life``: greater at every start."""
 
     uuid: bytes
+    life: int
     disks: list[DiskIdentity]
     locks: list[Lock]
 
@@ -75,6 +78,7 @@ def open_node(data_dir: str, disk_paths: tuple[str, ...], cluster_id: str) -> No
         _make_directory(data_dir, "data_dir")
         locks.append(Lock(data_dir, "data_dir"))
         node_uuid = _node_uuid(data_dir, cluster_id)
+        life = _begin_life(data_dir)
         disks = []
         for path in disk_paths:
             _make_directory(path, "disk")
@@ -90,7 +94,7 @@ def open_node(data_dir: str, disk_paths: tuple[str, ...], cluster_id: str) -> No
         if isinstance(exc, OSError) and not hasattr(exc, "code"):
             raise error(Code.CODE_ACCESS, f"{exc.filename or data_dir} cannot be used: {exc.strerror}") from exc
         raise
-    return NodeIdentity(node_uuid, disks, locks)
+    return NodeIdentity(node_uuid, life, disks, locks)
 
 
 def _make_directory(path: str, what: str) -> None:
@@ -111,6 +115,18 @@ def _node_uuid(data_dir: str, cluster_id: str) -> bytes:
         return uuid
     _check_cluster(path, record, cluster_id)
     return _uuid(path, record, "node_uuid")
+
+
+def _begin_life(data_dir: str) -> int:
+    """A number greater than that of every start before: of the clock, or of the record where the clock went back."""
+    path = os.path.join(data_dir, LIFE_FILE)
+    record = _read(path)
+    last = 0 if record is None else record.get("life")
+    if not isinstance(last, int):
+        raise error(Code.CODE_INVALID_ARGUMENT, f"{path} is damaged: remove it")
+    life = max(last + 1, time.time_ns())
+    _write(path, {"format": FORMAT, "life": life})
+    return life
 
 
 def _disk_uuid(directory: str, cluster_id: str, node_uuid: bytes) -> bytes:

@@ -108,6 +108,7 @@ class StorageService:
             host=self.config.host,
             incarnation=self._around.rng.randbytes(16),
             pid=self._around.pid,
+            life=identity.life,
         )
 
     def _hooks(self) -> NodeHooks:

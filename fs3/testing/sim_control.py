@@ -259,6 +259,7 @@ class NodeMachine(Machine):
             disks=disks,
         )
         self._clock = LoopClock(around.loop)
+        self._lives = 0
         self._engine: _ToldEngine | None = None
         self.node_id = 0
         # When its process was killed, when it could serve no more, and what; -1: it has one, or had ended by itself.
@@ -267,7 +268,9 @@ class NodeMachine(Machine):
 
     def _identity(self, data_dir: str, disks: tuple[str, ...], cluster_id: str) -> NodeIdentity:
         uuid = self.name.encode().ljust(UUID_BYTES, b"\0")
-        return NodeIdentity(uuid, [DiskIdentity(d, d.strip("/").encode().ljust(UUID_BYTES, b"\0")) for d in disks], [])
+        self._lives += 1
+        found = [DiskIdentity(d, d.strip("/").encode().ljust(UUID_BYTES, b"\0")) for d in disks]
+        return NodeIdentity(uuid, self._lives, found, [])
 
     def _make_engine(self, config_json: str) -> StorageEngine:
         self.node_id = json.loads(config_json)["node_id"]

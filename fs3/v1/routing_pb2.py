@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66s3/v1/routing.proto\x12\x06\x66s3.v1\"\x92\x02\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x0c\n\x04uuid\x18\x02 \x01(\x0c\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x12\n\nframe_port\x18\x05 \x01(\r\x12\x11\n\tgrpc_port\x18\x06 \x01(\r\x12\"\n\x06status\x18\x07 \x01(\x0e\x32\x12.fs3.v1.NodeStatus\x12\x13\n\x0bincarnation\x18\x08 \x01(\x0c\x12\x0b\n\x03pid\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12$\n\x04tags\x18\x0b \x03(\x0b\x32\x16.fs3.v1.Node.TagsEntry\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x04\x44isk\x12\x0c\n\x04uuid\x18\x01 \x01(\x0c\x12\x0f\n\x07node_id\x18\x02 \x01(\r\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\x8e\x01\n\x06Target\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\x0f\n\x07node_id\x18\x02 \x01(\r\x12\x11\n\tdisk_uuid\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hain_id\x18\x04 \x01(\r\x12\'\n\x0blocal_state\x18\x05 \x01(\x0e\x32\x12.fs3.v1.LocalState\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\"D\n\x0b\x43hainTarget\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.fs3.v1.PublicState\"P\n\x05\x43hain\x12\x10\n\x08\x63hain_id\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12$\n\x07targets\x18\x03 \x03(\x0b\x32\x13.fs3.v1.ChainTarget\"Z\n\nChainTable\x12\x10\n\x08table_id\x18\x01 \x01(\r\x12\x15\n\rtable_version\x18\x02 \x01(\r\x12\x11\n\tchain_ids\x18\x03 \x03(\r\x12\x10\n\x08replicas\x18\x04 \x01(\r\"x\n\x08Settings\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12,\n\x06values\x18\x02 \x03(\x0b\x32\x1c.fs3.v1.Settings.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x82\x02\n\x07Routing\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x1b\n\x05nodes\x18\x03 \x03(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x05\x64isks\x18\x04 \x03(\x0b\x32\x0c.fs3.v1.Disk\x12\x1f\n\x07targets\x18\x05 \x03(\x0b\x32\x0e.fs3.v1.Target\x12\x1d\n\x06\x63hains\x18\x06 \x03(\x0b\x32\r.fs3.v1.Chain\x12\"\n\x06tables\x18\x07 \x03(\x0b\x32\x12.fs3.v1.ChainTable\x12\x10\n\x08lease_ms\x18\x08 \x01(\r\x12\"\n\x08settings\x18\t \x01(\x0b\x32\x10.fs3.v1.Settings\"G\n\x12GetRoutingResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x07routing\x18\x02 \x01(\x0b\x32\x0f.fs3.v1.Routing*\\\n\nNodeStatus\x12\x1b\n\x17NODE_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15NODE_STATUS_CONNECTED\x10\x01\x12\x16\n\x12NODE_STATUS_FAILED\x10\x02*t\n\nLocalState\x12\x1b\n\x17LOCAL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LOCAL_STATE_OFFLINE\x10\x01\x12\x16\n\x12LOCAL_STATE_ONLINE\x10\x02\x12\x18\n\x14LOCAL_STATE_UPTODATE\x10\x03*\xad\x01\n\x0bPublicState\x12\x1c\n\x18PUBLIC_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14PUBLIC_STATE_SERVING\x10\x01\x12\x18\n\x14PUBLIC_STATE_LASTSRV\x10\x02\x12\x18\n\x14PUBLIC_STATE_SYNCING\x10\x03\x12\x18\n\x14PUBLIC_STATE_WAITING\x10\x04\x12\x18\n\x14PUBLIC_STATE_OFFLINE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66s3/v1/routing.proto\x12\x06\x66s3.v1\"\xa0\x02\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x0c\n\x04uuid\x18\x02 \x01(\x0c\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x12\n\nframe_port\x18\x05 \x01(\r\x12\x11\n\tgrpc_port\x18\x06 \x01(\r\x12\"\n\x06status\x18\x07 \x01(\x0e\x32\x12.fs3.v1.NodeStatus\x12\x13\n\x0bincarnation\x18\x08 \x01(\x0c\x12\x0b\n\x03pid\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12$\n\x04tags\x18\x0b \x03(\x0b\x32\x16.fs3.v1.Node.TagsEntry\x12\x0c\n\x04life\x18\x0c \x01(\x04\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x04\x44isk\x12\x0c\n\x04uuid\x18\x01 \x01(\x0c\x12\x0f\n\x07node_id\x18\x02 \x01(\r\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\x8e\x01\n\x06Target\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\x0f\n\x07node_id\x18\x02 \x01(\r\x12\x11\n\tdisk_uuid\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hain_id\x18\x04 \x01(\r\x12\'\n\x0blocal_state\x18\x05 \x01(\x0e\x32\x12.fs3.v1.LocalState\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\"D\n\x0b\x43hainTarget\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.fs3.v1.PublicState\"P\n\x05\x43hain\x12\x10\n\x08\x63hain_id\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12$\n\x07targets\x18\x03 \x03(\x0b\x32\x13.fs3.v1.ChainTarget\"Z\n\nChainTable\x12\x10\n\x08table_id\x18\x01 \x01(\r\x12\x15\n\rtable_version\x18\x02 \x01(\r\x12\x11\n\tchain_ids\x18\x03 \x03(\r\x12\x10\n\x08replicas\x18\x04 \x01(\r\"x\n\x08Settings\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12,\n\x06values\x18\x02 \x03(\x0b\x32\x1c.fs3.v1.Settings.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x82\x02\n\x07Routing\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x1b\n\x05nodes\x18\x03 \x03(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x05\x64isks\x18\x04 \x03(\x0b\x32\x0c.fs3.v1.Disk\x12\x1f\n\x07targets\x18\x05 \x03(\x0b\x32\x0e.fs3.v1.Target\x12\x1d\n\x06\x63hains\x18\x06 \x03(\x0b\x32\r.fs3.v1.Chain\x12\"\n\x06tables\x18\x07 \x03(\x0b\x32\x12.fs3.v1.ChainTable\x12\x10\n\x08lease_ms\x18\x08 \x01(\r\x12\"\n\x08settings\x18\t \x01(\x0b\x32\x10.fs3.v1.Settings\"G\n\x12GetRoutingResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x07routing\x18\x02 \x01(\x0b\x32\x0f.fs3.v1.Routing*\\\n\nNodeStatus\x12\x1b\n\x17NODE_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15NODE_STATUS_CONNECTED\x10\x01\x12\x16\n\x12NODE_STATUS_FAILED\x10\x02*t\n\nLocalState\x12\x1b\n\x17LOCAL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LOCAL_STATE_OFFLINE\x10\x01\x12\x16\n\x12LOCAL_STATE_ONLINE\x10\x02\x12\x18\n\x14LOCAL_STATE_UPTODATE\x10\x03*\xad\x01\n\x0bPublicState\x12\x1c\n\x18PUBLIC_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14PUBLIC_STATE_SERVING\x10\x01\x12\x18\n\x14PUBLIC_STATE_LASTSRV\x10\x02\x12\x18\n\x14PUBLIC_STATE_SYNCING\x10\x03\x12\x18\n\x14PUBLIC_STATE_WAITING\x10\x04\x12\x18\n\x14PUBLIC_STATE_OFFLINE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODE_TAGSENTRY']._serialized_options = b'8\001'
   _globals['_SETTINGS_VALUESENTRY']._loaded_options = None
   _globals['_SETTINGS_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_NODESTATUS']._serialized_start=1251
-  _globals['_NODESTATUS']._serialized_end=1343
-  _globals['_LOCALSTATE']._serialized_start=1345
-  _globals['_LOCALSTATE']._serialized_end=1461
-  _globals['_PUBLICSTATE']._serialized_start=1464
-  _globals['_PUBLICSTATE']._serialized_end=1637
+  _globals['_NODESTATUS']._serialized_start=1265
+  _globals['_NODESTATUS']._serialized_end=1357
+  _globals['_LOCALSTATE']._serialized_start=1359
+  _globals['_LOCALSTATE']._serialized_end=1475
+  _globals['_PUBLICSTATE']._serialized_start=1478
+  _globals['_PUBLICSTATE']._serialized_end=1651
   _globals['_NODE']._serialized_start=33
-  _globals['_NODE']._serialized_end=307
-  _globals['_NODE_TAGSENTRY']._serialized_start=264
-  _globals['_NODE_TAGSENTRY']._serialized_end=307
-  _globals['_DISK']._serialized_start=309
-  _globals['_DISK']._serialized_end=404
-  _globals['_TARGET']._serialized_start=407
-  _globals['_TARGET']._serialized_end=549
-  _globals['_CHAINTARGET']._serialized_start=551
-  _globals['_CHAINTARGET']._serialized_end=619
-  _globals['_CHAIN']._serialized_start=621
-  _globals['_CHAIN']._serialized_end=701
-  _globals['_CHAINTABLE']._serialized_start=703
-  _globals['_CHAINTABLE']._serialized_end=793
-  _globals['_SETTINGS']._serialized_start=795
-  _globals['_SETTINGS']._serialized_end=915
-  _globals['_SETTINGS_VALUESENTRY']._serialized_start=870
-  _globals['_SETTINGS_VALUESENTRY']._serialized_end=915
-  _globals['_ROUTING']._serialized_start=918
-  _globals['_ROUTING']._serialized_end=1176
-  _globals['_GETROUTINGRESPONSE']._serialized_start=1178
-  _globals['_GETROUTINGRESPONSE']._serialized_end=1249
+  _globals['_NODE']._serialized_end=321
+  _globals['_NODE_TAGSENTRY']._serialized_start=278
+  _globals['_NODE_TAGSENTRY']._serialized_end=321
+  _globals['_DISK']._serialized_start=323
+  _globals['_DISK']._serialized_end=418
+  _globals['_TARGET']._serialized_start=421
+  _globals['_TARGET']._serialized_end=563
+  _globals['_CHAINTARGET']._serialized_start=565
+  _globals['_CHAINTARGET']._serialized_end=633
+  _globals['_CHAIN']._serialized_start=635
+  _globals['_CHAIN']._serialized_end=715
+  _globals['_CHAINTABLE']._serialized_start=717
+  _globals['_CHAINTABLE']._serialized_end=807
+  _globals['_SETTINGS']._serialized_start=809
+  _globals['_SETTINGS']._serialized_end=929
+  _globals['_SETTINGS_VALUESENTRY']._serialized_start=884
+  _globals['_SETTINGS_VALUESENTRY']._serialized_end=929
+  _globals['_ROUTING']._serialized_start=932
+  _globals['_ROUTING']._serialized_end=1190
+  _globals['_GETROUTINGRESPONSE']._serialized_start=1192
+  _globals['_GETROUTINGRESPONSE']._serialized_end=1263
 # @@protoc_insertion_point(module_scope)

@@ -133,6 +133,7 @@ class Node(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     uuid: _builtins.bytes
     """16 bytes, chosen once, kept in the node's directory"""
@@ -150,6 +151,8 @@ class Node(_message.Message):
     """informative"""
     version: _builtins.str
     """software version"""
+    life: _builtins.int
+    """Storage: greater at every process start, so that a registration which was on its way for long is known as an old one."""
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """given by the operator, for example where it stands; kept by the manager"""
@@ -168,10 +171,11 @@ class Node(_message.Message):
         pid: _builtins.int = ...,
         version: _builtins.str = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        life: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame_port", b"frame_port", "grpc_port", b"grpc_port", "host", b"host", "incarnation", b"incarnation", "node_id", b"node_id", "pid", b"pid", "role", b"role", "status", b"status", "tags", b"tags", "uuid", b"uuid", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame_port", b"frame_port", "grpc_port", b"grpc_port", "host", b"host", "incarnation", b"incarnation", "life", b"life", "node_id", b"node_id", "pid", b"pid", "role", b"role", "status", b"status", "tags", b"tags", "uuid", b"uuid", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

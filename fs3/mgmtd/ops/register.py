@@ -18,7 +18,8 @@ async def register(manager: Manager, request: RegisterRequest) -> RegisterRespon
     """Make the node and its disks known; durable and in the routing when it returns.
 
     A new incarnation takes the node's targets out of service at once, whatever is left of the old lease: its
-    process has ended, and what it comes back with may be behind. Raises INVALID_ARGUMENT, EXISTS.
+    process has ended, and what it comes back with may be behind. Raises INVALID_ARGUMENT, EXISTS, STALE_HANDLE for an
+    earlier start than the last one, whose registration was on its way for long.
     """
     _check(request)
     async with manager.lock:
@@ -65,6 +66,11 @@ def _node(manager: Manager, request: RegisterRequest, change: Change) -> int:
         node_id = before.node.node_id
         record.next_target_ordinal = before.next_target_ordinal
         if before.node.incarnation != given.incarnation:
+            if given.life < before.node.life:
+                raise error(
+                    Code.CODE_STALE_HANDLE,
+                    "a later start of this node is registered: has its directory been put back, and its clock?",
+                )
             manager.take_down(node_id, at_ns=now_ns, orderly=False)
     record.node.CopyFrom(given)
     record.node.ClearField("tags")

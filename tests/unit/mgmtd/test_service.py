@@ -468,3 +468,29 @@ async def tag(client: MgmtdClient, node_id: int, **values: str) -> dict[str, str
     """Set tags; returns all that the node has."""
     node: Node = await client.call("ChangeTags", ChangeTagsRequest(node_id=node_id, values=values), 5.0)
     return dict(node.tags)
+
+
+def test_a_registration_of_an_earlier_start_that_arrives_late_takes_nothing_out_of_service() -> None:
+    async def body() -> None:
+        async with cluster(1, replicas=1) as (manager, nodes, _store):
+            client = MgmtdClient([manager.address], TOKEN, CLUSTER)
+            try:
+
+                def node(life: int) -> Node:
+                    uuid = nodes[0].uuid
+                    return Node(uuid=uuid, incarnation=os.urandom(16), role="storage", host="h", life=life)
+
+                await nodes[0].kill()
+                now = await client.register(node(7), timeout_s=5)
+                before = manager.routing.nodes[0].incarnation
+                for life in (6, 0):
+                    with pytest.raises(Fs3Error) as refused:
+                        await client.register(node(life), timeout_s=5)
+                    assert refused.value.code == Code.CODE_STALE_HANDLE
+                assert manager.routing.nodes[0].incarnation == before
+                assert (await client.register(node(8), timeout_s=5)).node_id == now.node_id
+                assert manager.routing.nodes[0].incarnation != before
+            finally:
+                await client.close()
+
+    run(body)

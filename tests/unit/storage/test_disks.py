@@ -90,3 +90,18 @@ def test_a_copied_disk_is_refused(tmp_path: Path) -> None:
     two.mkdir()
     (two / "disk.json").write_text((one / "disk.json").read_text())
     assert refused(tmp_path / "node", [one, two]).code == Code.CODE_EXISTS
+
+
+def test_every_start_has_a_greater_life_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = []
+    for now_ns in (10**18, 10**18 + 5, 10**17, 0):
+        monkeypatch.setattr("time.time_ns", lambda now_ns=now_ns: now_ns)
+        node = open_node(str(tmp_path / "node"), (str(tmp_path / "disk"),), "c1")
+        lives.append(node.life)
+        node.close()
+    assert lives == [10**18, 10**18 + 5, 10**18 + 6, 10**18 + 7]
+    (tmp_path / "node" / "life.json").write_text('{"life": "many"}')
+    with pytest.raises(Fs3Error, match="is damaged: remove it"):
+        open_node(str(tmp_path / "node"), (str(tmp_path / "disk"),), "c1")
