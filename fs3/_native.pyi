@@ -166,6 +166,7 @@ class Client:
         connections_per_peer: int = 2,
         transport: str = "auto",
         rdma: RdmaOptions | None = None,
+        noatime: bool = ...,
         description: str = ...,
     ) -> Operation[Client]: ...
     @property
@@ -287,6 +288,7 @@ class Mount:
         entry_timeout_s: float = 1.0,
         readahead_bytes: int = ...,
         local_locks: bool = ...,
+        noatime: bool = ...,
         op_timeout_s: float = 30.0,
         transport: str = "auto",
         rdma: RdmaOptions | None = None,

@@ -34,9 +34,9 @@ def mount_command(
     """Mount a cluster on the directory MOUNTPOINT.
 
     Returns when the mount answers; the daemon goes on in the background. Options: ro, allow_other, threads,
-    max_memory_bytes, attr_timeout_s, entry_timeout_s, readahead_bytes, local_locks, op_timeout_s, transport. Keys
-    of --rdma: devices, gid_index, service_level, traffic_class, pkey_index, mtu, ack_timeout, retry_count,
-    registered_bytes_max.
+    max_memory_bytes, attr_timeout_s, entry_timeout_s, readahead_bytes, noatime, local_locks, op_timeout_s,
+    transport. Keys of --rdma: devices, gid_index, service_level, traffic_class, pkey_index, mtu, ack_timeout,
+    retry_count, registered_bytes_max.
     """
     target = default_target(where["url"], where["cluster"], where["token_file"])
     files = {"log_file": log_file, "pid_file": pid_file}

@@ -23,10 +23,11 @@ _ALIASES = {
     "rw": ("read_only", False),
     "nosuid": ("suid", False),
     "nodev": ("dev", False),
+    "relatime": ("noatime", False),
     "locallocks": ("local_locks", True),
     "nolock": ("local_locks", True),
 }
-_IGNORED = frozenset({"defaults", "noauto", "auto", "nofail", "_netdev", "user", "nouser", "async"})
+_IGNORED = frozenset({"defaults", "noauto", "auto", "nofail", "_netdev", "user", "nouser", "async", "nodiratime"})
 
 
 def _invalid(message: str) -> Fs3Error:
@@ -56,6 +57,8 @@ class MountOptions:
     """How long the kernel may use the inode behind a name without asking."""
     readahead_bytes: int = 4 << 20
     """What the kernel reads ahead of a sequential reader (only root can raise it)."""
+    noatime: bool = False
+    """Reading never changes access times; else the first read after a change does, and one a day (relatime)."""
     local_locks: bool = False
     """Locks of files (flock, fcntl) hold within this mount only, and cost nothing."""
     op_timeout_s: float = 30.0

@@ -69,6 +69,7 @@ def _start(parameters: Parameters) -> Any:
         entry_timeout_s=options.entry_timeout_s,
         readahead_bytes=options.readahead_bytes,
         local_locks=options.local_locks,
+        noatime=options.noatime,
         op_timeout_s=options.op_timeout_s,
         transport=options.transport,
         rdma=options.rdma,

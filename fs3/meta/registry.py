@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from fs3.kv.api import KvStore, Transaction
 from fs3.meta.context import OpContext
 from fs3.meta.ops import (
+    accessed,
     await_lock,
     batch_stat,
     close,
@@ -151,6 +152,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("QuotaGet", _M.METHOD_META_QUOTA_GET, pb.QuotaGetRequest, pb.QuotaGetResponse, quota_get.run),
     Operation("QuotaList", _M.METHOD_META_QUOTA_LIST, pb.QuotaListRequest, pb.QuotaListResponse, quota_list.run),
     Operation("Keepalive", _M.METHOD_META_KEEPALIVE, pb.KeepaliveRequest, pb.KeepaliveResponse, keepalive.run),
+    Operation("Accessed", _M.METHOD_META_ACCESSED, pb.AccessedRequest, pb.Empty, accessed.run),
     Operation("Lock", _M.METHOD_META_LOCK, pb.LockRequest, pb.LockResponse, lock.run, mutates=True),
     Operation("GetLock", _M.METHOD_META_GET_LOCK, pb.GetLockRequest, pb.GetLockResponse, get_lock.run),
 )

@@ -91,6 +91,7 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_META_GET_LOCK: _Method.ValueType  # 294
     METHOD_META_AWAIT_LOCK: _Method.ValueType  # 295
     """by frames only"""
+    METHOD_META_ACCESSED: _Method.ValueType  # 296
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
     METHOD_STORAGE_REMOVE: _Method.ValueType  # 514
@@ -154,6 +155,7 @@ METHOD_META_LOCK: Method.ValueType  # 293
 METHOD_META_GET_LOCK: Method.ValueType  # 294
 METHOD_META_AWAIT_LOCK: Method.ValueType  # 295
 """by frames only"""
+METHOD_META_ACCESSED: Method.ValueType  # 296
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513
 METHOD_STORAGE_REMOVE: Method.ValueType  # 514

@@ -1509,6 +1509,38 @@ class KeepaliveRequest(_message.Message):
 Global___KeepaliveRequest: _TypeAlias = KeepaliveRequest  # noqa: Y015
 
 @_typing.final
+class AccessedRequest(_message.Message):
+    """Files were read: a good while ago in terms of what else happens, so a file that changed since keeps its access time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    INODES_FIELD_NUMBER: _builtins.int
+    ATIME_NS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def inodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def atime_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each inode; when it was read last"""
+
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        inodes: _abc.Iterable[_builtins.int] | None = ...,
+        atime_ns: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["atime_ns", b"atime_ns", "caller", b"caller", "inodes", b"inodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessedRequest: _TypeAlias = AccessedRequest  # noqa: Y015
+
+@_typing.final
 class TrashEntry(_message.Message):
     """Something that was removed from a directory with trash, and is kept until `expires_ns`."""
 

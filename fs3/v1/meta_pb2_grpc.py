@@ -182,6 +182,11 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.KeepaliveResponse.FromString,
                 _registered_method=True)
+        self.Accessed = channel.unary_unary(
+                '/fs3.v1.Meta/Accessed',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.AccessedRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.Empty.FromString,
+                _registered_method=True)
         self.Lock = channel.unary_unary(
                 '/fs3.v1.Meta/Lock',
                 request_serializer=fs3_dot_v1_dot_meta__pb2.LockRequest.SerializeToString,
@@ -377,6 +382,12 @@ class MetaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Accessed(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Lock(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -542,6 +553,11 @@ def add_MetaServicer_to_server(servicer, server):
                     servicer.Keepalive,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.KeepaliveResponse.SerializeToString,
+            ),
+            'Accessed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Accessed,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.AccessedRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.Empty.SerializeToString,
             ),
             'Lock': grpc.unary_unary_rpc_method_handler(
                     servicer.Lock,
@@ -1343,6 +1359,33 @@ class Meta:
             '/fs3.v1.Meta/Keepalive',
             fs3_dot_v1_dot_meta__pb2.KeepaliveRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.KeepaliveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Accessed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Accessed',
+            fs3_dot_v1_dot_meta__pb2.AccessedRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,

@@ -68,6 +68,7 @@ class MetaStub:
     QuotaGet: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaGetRequest, _meta_pb2.QuotaGetResponse]
     QuotaList: _grpc.UnaryUnaryMultiCallable[_meta_pb2.QuotaListRequest, _meta_pb2.QuotaListResponse]
     Keepalive: _grpc.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]
+    Accessed: _grpc.UnaryUnaryMultiCallable[_meta_pb2.AccessedRequest, _meta_pb2.Empty]
     Lock: _grpc.UnaryUnaryMultiCallable[_meta_pb2.LockRequest, _meta_pb2.LockResponse]
     GetLock: _grpc.UnaryUnaryMultiCallable[_meta_pb2.GetLockRequest, _meta_pb2.GetLockResponse]
     GetRouting: _grpc.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]
@@ -106,6 +107,7 @@ class MetaAsyncStub(MetaStub):
     QuotaGet: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaGetRequest, _meta_pb2.QuotaGetResponse]  # type: ignore[assignment]
     QuotaList: _aio.UnaryUnaryMultiCallable[_meta_pb2.QuotaListRequest, _meta_pb2.QuotaListResponse]  # type: ignore[assignment]
     Keepalive: _aio.UnaryUnaryMultiCallable[_meta_pb2.KeepaliveRequest, _meta_pb2.KeepaliveResponse]  # type: ignore[assignment]
+    Accessed: _aio.UnaryUnaryMultiCallable[_meta_pb2.AccessedRequest, _meta_pb2.Empty]  # type: ignore[assignment]
     Lock: _aio.UnaryUnaryMultiCallable[_meta_pb2.LockRequest, _meta_pb2.LockResponse]  # type: ignore[assignment]
     GetLock: _aio.UnaryUnaryMultiCallable[_meta_pb2.GetLockRequest, _meta_pb2.GetLockResponse]  # type: ignore[assignment]
     GetRouting: _aio.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]  # type: ignore[assignment]
@@ -315,6 +317,13 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
         request: _meta_pb2.KeepaliveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.KeepaliveResponse, _abc.Awaitable[_meta_pb2.KeepaliveResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Accessed(
+        self,
+        request: _meta_pb2.AccessedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.Empty, _abc.Awaitable[_meta_pb2.Empty]]: ...
 
     @_abc_1.abstractmethod
     def Lock(

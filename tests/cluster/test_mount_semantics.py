@@ -14,6 +14,7 @@ import pytest
 
 import fs3
 from fs3.testing.cluster import LocalCluster
+from fs3.testing.process import wait_until
 from tests.cluster.conftest import QUICK, MakeCluster
 from tests.cluster.mounts import mounted
 
@@ -221,3 +222,63 @@ def test_with_a_delay_a_file_stays_readable_after_another_mount_unlinked_it(
             (b / "f").unlink()
             assert failure(os.stat, b / "f") == errno.ENOENT
             assert reader.read() == data
+
+
+OLD_NS = 1_600_000_000_000_000_000
+
+
+def aged(path: Path) -> None:
+    """Make a file whose last read, by its times, was before its last change, both long ago."""
+    path.write_bytes(b"x" * 5000)
+    os.utime(path, ns=(OLD_NS, OLD_NS + 1))
+
+
+def test_the_first_read_after_a_change_sets_the_access_time(mounts: tuple[Path, Path], directory: Path) -> None:
+    path = directory / "f"
+    aged(path)
+    assert path.stat().st_atime_ns == OLD_NS
+    before = path.stat()
+    path.read_bytes()
+    after = path.stat()
+    assert after.st_atime_ns > OLD_NS
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    path.read_bytes()
+    assert path.stat().st_atime_ns == after.st_atime_ns, "one read a day counts"
+    elsewhere = mounts[1] / directory.name / "f"
+    wait_until(
+        lambda: elsewhere.stat().st_atime_ns == after.st_atime_ns, timeout_s=20, what="the other mount sees the read"
+    )
+    os.utime(path, ns=(OLD_NS + 5, OLD_NS + 6))
+    assert path.stat().st_atime_ns == OLD_NS + 5
+
+
+def test_o_noatime_leaves_the_access_time(directory: Path) -> None:
+    path = directory / "f"
+    aged(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOATIME)
+    try:
+        assert len(os.read(descriptor, 10)) == 10
+    finally:
+        os.close(descriptor)
+    assert path.stat().st_atime_ns == OLD_NS
+
+
+def read_through(fs: fs3.FileSystem) -> None:
+    with fs.open("quiet-file", "rb") as file:
+        assert len(file.read()) == 5000
+
+
+def test_a_mount_and_a_client_may_leave_access_times_alone(shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    with mounted(shared_cluster, tmp_path / "quiet", "noatime") as mount:
+        path = mount / "quiet-file"
+        aged(path)
+        path.read_bytes()
+        assert path.stat().st_atime_ns == OLD_NS
+        with fs3.connect(shared_cluster.url, shared_cluster.token, noatime=True) as fs:
+            read_through(fs)
+        assert path.stat().st_atime_ns == OLD_NS
+        # A client that ends tells what it has read.
+        with fs3.connect(shared_cluster.url, shared_cluster.token) as fs:
+            read_through(fs)
+        with fs3.connect(shared_cluster.url, shared_cluster.token) as fs:
+            assert fs.stat("quiet-file").st_atime_ns > OLD_NS

@@ -14,6 +14,8 @@ def test_mount_options_are_read_as_mount_writes_them() -> None:
     )
     assert parse_options("") == MountOptions()
     assert parse_options("rw,nosuid", suid=True).suid
+    assert parse_options("noatime").noatime
+    assert not parse_options("noatime,relatime").noatime
 
 
 @pytest.mark.parametrize(

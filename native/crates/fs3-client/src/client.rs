@@ -1,5 +1,6 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, RegionMut, Result};
@@ -15,6 +16,7 @@ use fs3_proto::v1::{
 use fs3_rt::JoinSet;
 use prost::Message;
 
+use crate::accesses;
 use crate::inner::{Inner, follow_routing, keep_sessions};
 use crate::meta::{CallLimits, Encoded, Metas, RequestHead, call, decoded};
 use crate::routing::check_layout;
@@ -24,6 +26,8 @@ use crate::{
     ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp,
 };
 
+/// How long the end of a client waits for the service to take what nobody depends on.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Items of one batch_stat request.
 const BATCH_STAT_MAX: usize = 1024;
 
@@ -66,6 +70,7 @@ impl Client {
         let tasks = vec![
             fs3_rt::spawn(follow_routing(inner.clone())).abort_handle(),
             fs3_rt::spawn(keep_sessions(inner.clone())).abort_handle(),
+            fs3_rt::spawn(accesses::keep_telling(inner.clone())).abort_handle(),
         ];
         Ok(Client { shared: Arc::new(Shared { inner, tasks }) })
     }
@@ -126,6 +131,7 @@ impl Client {
 
     /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
     pub async fn close(&self) {
+        let _ = fs3_rt::timeout(LAST_WORDS, accesses::tell(self.inner())).await;
         self.inner().close();
         self.shared.tasks.iter().for_each(fs3_rt::AbortHandle::abort);
     }
@@ -151,7 +157,7 @@ impl Client {
                 return Err(Error::new(Code::Protocol, "the service answered another number of items than asked"));
             }
             results.extend(response.items.into_iter().map(|item| match (item.code, item.attr) {
-                (0, Some(attr)) => Ok(self.inner().inodes.merge(attr)),
+                (0, Some(attr)) => Ok(self.inner().merge(attr)),
                 (code, _) => Err(plain_error(Code::from_wire(code as u16))),
             }));
         }
@@ -170,10 +176,8 @@ impl Client {
         let after = Bytes::copy_from_slice(after);
         let request = ListRequest { caller: some(caller), at: Some(at), after, limit, with_attr };
         let mut page: ListResponse = self.inner().meta(Method::MetaList, &request).await?;
-        if !self.inner().inodes.is_empty() {
-            for entry in &mut page.entries {
-                entry.attr = entry.attr.take().map(|attr| self.inner().inodes.merge(attr));
-            }
+        for entry in &mut page.entries {
+            entry.attr = entry.attr.take().map(|attr| self.inner().merge(attr));
         }
         Ok(page)
     }
@@ -321,7 +325,7 @@ impl Client {
         let response: UnlinkResponse = self.inner().meta(Method::MetaUnlink, &request).await?;
         let attr = response.attr.ok_or_else(no_attr)?;
         self.held(caller, &attr, hold).await;
-        Ok(self.inner().inodes.merge(attr))
+        Ok(self.inner().merge(attr))
     }
 
     /// Remove an empty directory.
@@ -362,8 +366,8 @@ impl Client {
         if let Some(replaced) = &response.replaced {
             self.held(caller, replaced, hold).await;
         }
-        response.attr = response.attr.map(|attr| self.inner().inodes.merge(attr));
-        response.replaced = response.replaced.map(|attr| self.inner().inodes.merge(attr));
+        response.attr = response.attr.map(|attr| self.inner().merge(attr));
+        response.replaced = response.replaced.map(|attr| self.inner().merge(attr));
         Ok(response)
     }
 
@@ -386,11 +390,14 @@ impl Client {
         };
         let response: AttrResponse = self.inner().meta(Method::MetaSetattr, &request).await?;
         let attr = response.attr.ok_or_else(no_attr)?;
+        if change.atime_now || change.atime_ns.is_some() {
+            self.inner().accesses.forget(attr.inode);
+        }
         let sets_mtime = change.mtime_now || change.mtime_ns.is_some();
         if let Some(state) = self.inner().inodes.get(attr.inode).filter(|_| sets_mtime) {
             state.set_mtime();
         }
-        Ok(self.inner().inodes.merge(attr))
+        Ok(self.inner().merge(attr))
     }
 
     /// Cut or extend a file to `length` bytes.
@@ -419,7 +426,7 @@ impl Client {
         let at = Some(crate::at_inode(inode));
         let request = TruncateRequest { caller: some(caller), op: self.inner().op_id(), at, length, session };
         let response: AttrResponse = self.inner().meta(Method::MetaTruncate, &request).await?;
-        let attr = self.inner().inodes.merge(response.attr.ok_or_else(no_attr)?);
+        let attr = self.inner().merge(response.attr.ok_or_else(no_attr)?);
         if let Some(state) = &state {
             state.limit_length(response.length_limit);
             state.set_mtime();
@@ -513,7 +520,7 @@ impl Client {
 
     async fn attr<Req: prost::Message + Clone>(&self, method: Method, request: &Req) -> Result<Attr> {
         let response: AttrResponse = self.inner().meta(method, request).await?;
-        Ok(self.inner().inodes.merge(response.attr.ok_or_else(no_attr)?))
+        Ok(self.inner().merge(response.attr.ok_or_else(no_attr)?))
     }
 
     fn opened(&self, caller: &Caller, mut response: OpenResponse, write: bool) -> Result<Arc<OpenFile>> {

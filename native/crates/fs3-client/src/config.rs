@@ -28,6 +28,8 @@ pub struct ClientConfig {
     pub connections_per_peer: usize,
     /// TCP, or RDMA too.
     pub transport: Transport,
+    /// Reading changes access times, by the rule of Linux' `relatime`; else never.
+    pub access_times: bool,
     /// Shown in the service's list of clients.
     pub description: String,
 }
@@ -46,6 +48,7 @@ impl Default for ClientConfig {
             write_channels: 64,
             connections_per_peer: 2,
             transport: Transport::tcp(),
+            access_times: true,
             description: String::new(),
         }
     }

@@ -33,6 +33,8 @@ struct Handle {
     created: bool,
     closed: AtomicBool,
     closing: Mutex<()>,
+    /// Reading it leaves no trace.
+    keeps_atime: AtomicBool,
     /// When the inode was last seen to exist by [`OpenFile::confirm_exists`].
     confirmed: Mutex<Option<Instant>>,
 }
@@ -44,6 +46,7 @@ impl OpenFile {
             client.inner().session_opened();
             state.limit_length(opened.length_limit);
         }
+        let keeps_atime = AtomicBool::new(!client.inner().config.access_times);
         let handle = Handle {
             client,
             caller,
@@ -52,6 +55,7 @@ impl OpenFile {
             created: opened.created,
             closed: AtomicBool::new(false),
             closing: Mutex::new(()),
+            keeps_atime,
             confirmed: Mutex::new(None),
         };
         Arc::new(Self { handle: Arc::new(handle) })
@@ -84,6 +88,23 @@ impl OpenFile {
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Reading it through this open file changes no access time from here on (O_NOATIME).
+    pub fn keep_atime(&self) {
+        self.handle.keeps_atime.store(true, Ordering::Relaxed);
+    }
+
+    /// The file was read through it, as far as access times go; also when the bytes came from a cache of the caller.
+    pub fn note_read(&self) {
+        let handle = &self.handle;
+        if handle.keeps_atime.load(Ordering::Relaxed) {
+            return;
+        }
+        let now_ns = fs3_rt::wall_ns();
+        if handle.state.note_read(now_ns) {
+            handle.client.inner().accesses.note(handle.state.inode, &handle.caller, now_ns);
+        }
     }
 
     /// The client it was opened through.

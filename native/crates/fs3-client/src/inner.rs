@@ -7,13 +7,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, Result};
 use fs3_proto::v1::{
-    GetRoutingRequest, GetRoutingResponse, KeepaliveRequest, KeepaliveResponse, Method, OpId, Routing,
+    Attr, GetRoutingRequest, GetRoutingResponse, KeepaliveRequest, KeepaliveResponse, Method, OpId, Routing,
 };
 use fs3_rt::Instant;
 use prost::Message;
 use tokio::sync::{Mutex, Notify, Semaphore, SemaphorePermit, watch};
 
 use crate::ClientConfig;
+use crate::accesses::Accesses;
 use crate::backoff::Backoff;
 use crate::channels::Channels;
 use crate::health::Health;
@@ -43,6 +44,7 @@ pub(crate) struct Inner {
     pub lease: Lease,
     pub reports: Reports,
     pub inodes: OpenInodes,
+    pub accesses: Accesses,
     pub channels: Channels,
     pub scratch: ScratchPool,
     pub read_budget: Semaphore,
@@ -53,7 +55,7 @@ pub(crate) struct Inner {
     sessions: AtomicUsize,
     session_opened: Notify,
     refreshing: Mutex<()>,
-    closed: AtomicBool,
+    pub closed: AtomicBool,
 }
 
 /// What happened so far; for metrics and tests.
@@ -82,6 +84,7 @@ impl Inner {
             lease: Lease::default(),
             reports: Reports::default(),
             inodes: OpenInodes::default(),
+            accesses: Accesses::default(),
             channels: Channels::new(id, config.write_channels),
             scratch: ScratchPool::default(),
             read_budget: Semaphore::new(config.read_bytes_in_flight),
@@ -139,6 +142,12 @@ impl Inner {
         }
         let limits = CallLimits { deadline: self.deadline(), attempt: self.config.meta_attempt_timeout };
         call(&self.wire, &self.metas, method, request, limits).await
+    }
+
+    /// Take in attributes of the service and return them as this client's users must see them.
+    pub fn merge(&self, mut attr: Attr) -> Attr {
+        self.accesses.merge(&mut attr);
+        self.inodes.merge(attr)
     }
 
     /// Use a routing if it is newer.

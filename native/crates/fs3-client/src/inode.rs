@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use fs3_proto::v1::{Attr, Layout, WriteReport};
 use parking_lot::Mutex;
 
+use crate::accesses;
+
 /// Shared by the open files of one inode.
 pub(crate) struct InodeState {
     pub inode: u64,
@@ -151,6 +153,16 @@ impl InodeState {
     pub fn published(&self, pending: &Pending) {
         let mut known = self.known.lock();
         known.published = known.published.max(pending.writes);
+    }
+
+    /// The file was read at `now_ns`; whether that changes its access time.
+    pub fn note_read(&self, now_ns: i64) -> bool {
+        let mut known = self.known.lock();
+        let due = accesses::is_due(&known.attr, now_ns);
+        if due {
+            known.attr.atime_ns = now_ns;
+        }
+        due
     }
 
     /// Chains to sync; they count as clean until [`InodeState::not_synced`].

@@ -1,6 +1,7 @@
 //! The fs3 client: metadata calls, striped reads and writes, failover. Everything that applications and the
 //! mount daemon do with a cluster goes through [`Client`] and [`OpenFile`].
 
+mod accesses;
 mod attempt;
 mod audit;
 mod backoff;

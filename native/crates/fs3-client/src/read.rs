@@ -88,6 +88,7 @@ pub(crate) async fn read_many(inner: &Arc<Inner>, ops: Vec<ReadOp>) -> Vec<(Resu
 /// A missing chunk is a hole only if the file is still there. A file that is open without a session may have been
 /// removed or cut by another client, and zeros would be wrong then.
 async fn confirm(file: &OpenFile, offset: u64, loan: &Loan, count: usize) -> Result<usize> {
+    file.note_read();
     if !loan.has_hole() || file.writable() {
         return Ok(count);
     }

@@ -316,6 +316,12 @@ impl Core {
         if !keep {
             inode.blocks.clear();
         }
+        if flags & libc::O_NOATIME != 0 {
+            file.keep_atime();
+        } else if keep && options.read && attr.length > 0 {
+            // What the kernel reads from its cache it does not tell.
+            file.note_read();
+        }
         let fresh = self.refresh_kernel(&attr);
         // The kernel appends where it believes the end to be. When that may be stale the page cache is left out
         // and the position chosen here.

@@ -59,7 +59,7 @@ impl Client {
     #[pyo3(signature = (metas, token, *, cluster_id=None, uid=0, gid=0, groups=Vec::new(), op_timeout_s=30.0,
         read_attempt_timeout_s=5.0, meta_attempt_timeout_s=10.0, read_bytes_in_flight=16 << 20,
         write_bytes_in_flight=16 << 20, write_channels=64, connections_per_peer=2, transport="auto".into(),
-        rdma=None, description=String::new()))]
+        rdma=None, noatime=false, description=String::new()))]
     #[allow(clippy::too_many_arguments)]
     fn connect(
         py: Python<'_>,
@@ -78,6 +78,7 @@ impl Client {
         connections_per_peer: usize,
         transport: String,
         rdma: Option<RdmaOptions>,
+        noatime: bool,
         description: String,
     ) -> PyResult<Operation> {
         let config = ClientConfig {
@@ -92,6 +93,7 @@ impl Client {
             write_channels,
             connections_per_peer,
             transport: transport::transport(py, &transport, rdma)?,
+            access_times: !noatime,
             description,
         };
         let caller = Arc::new(Caller { uid, gid, groups });

@@ -50,7 +50,7 @@ impl Mount {
     #[new]
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
-        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, local_locks=false, op_timeout_s=30.0,
+        attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, local_locks=false, noatime=false, op_timeout_s=30.0,
         transport="auto", rdma=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -70,6 +70,7 @@ impl Mount {
         entry_timeout_s: f64,
         readahead_bytes: usize,
         local_locks: bool,
+        noatime: bool,
         op_timeout_s: f64,
         transport: &str,
         rdma: Option<RdmaOptions>,
@@ -81,6 +82,7 @@ impl Mount {
             cluster_id,
             op_timeout: seconds(op_timeout_s),
             transport: transport::transport(py, transport, rdma)?,
+            access_times: !noatime,
             description: format!("mount {}", mountpoint.display()),
             ..ClientConfig::default()
         };
