@@ -1,6 +1,6 @@
-"""Runs the simulator of managers and storage shells (fs3.testing.simulator) with a mutant of the Python sources.
+"""Runs a module, such as the simulator or pytest, with a mutant of the Python sources.
 
-Called by tools/mutants.py: mutant_child.py ARGUMENTS_OF_THE_SIMULATOR...; the mutant's name comes in FS3_MUTANT.
+Called by tools/mutants.py: mutant_child.py MODULE ARGUMENTS...; the mutant's name comes in FS3_MUTANT.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class _Finder(MetaPathFinder):
 
 
 def main() -> None:
-    """Become the simulator."""
+    """Become the module."""
     edits: dict[str, list[Edit]] = {}
     for mutant in load():
         for edit in mutant.python if mutant.name == os.environ.get(SWITCH) else ():
             edits.setdefault(str(ROOT / edit.file), []).append(edit)
     sys.path.insert(0, str(ROOT))
     sys.meta_path.insert(0, _Finder(edits))
-    sys.argv = ["fs3.testing.simulator", *sys.argv[1:]]
-    runpy.run_module("fs3.testing.simulator", run_name="__main__", alter_sys=True)
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 main()

@@ -1,4 +1,4 @@
-"""Mutation suite of the storage layer: every seeded bug of tests/mutants/*.toml must be caught by the simulation.
+"""Mutation suite: every seeded bug of tests/mutants/*.toml must be caught, by simulation or by the tests it names.
 
 The bugs are mutant schemata (Untch, Offutt and Harrold, 1993): in a scratch copy of the sources each replacement holds
 the original and the bug behind a run-time switch, `mutant!("name")`, so that one build holds all Rust mutants and the
@@ -235,7 +235,7 @@ def sources(folder: Path) -> Iterable[Path]:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A simulation that may catch a mutant; one process per seed."""
+    """A simulation, or tests, that may catch a mutant; one process per seed."""
 
     name: str
     cargo: tuple[str, ...]
@@ -245,22 +245,27 @@ class Oracle:
     environment: dict[str, str]
     # Seeds that the unmutated code has to pass, and after which a mutant has survived.
     seeds: int
-    # The mutant's options, JSON, go into this variable of the environment, or behind this flag.
+    # The mutant's options, JSON, go into this variable of the environment, or behind this flag; where it is "*" they
+    # are further arguments.
     options: str = ""
+    # The Python module to run where there is no binary.
+    module: str = ""
 
     def command(self, scratch: Scratch, seed: int, options: str) -> list[str]:
         """Make the command line of one seed."""
         arguments = [a.format(seed=seed) for a in self.arguments]
-        if options and self.options.startswith("--"):
+        if options and self.options == "*":
+            arguments += options.split()
+        elif options and self.options.startswith("--"):
             arguments += [self.options, options]
-        if not self.binary:
-            return [sys.executable, str(CHILD), *arguments]
+        if self.module:
+            return [sys.executable, str(CHILD), self.module, *arguments]
         return [str(scratch.binaries[self.binary]), *arguments]
 
     def variables(self, seed: int, options: str) -> dict[str, str]:
         """Make the environment of one seed."""
         variables = {k: v.format(seed=seed, next=seed + 1) for k, v in self.environment.items()}
-        if options and not self.options.startswith("--"):
+        if options and not self.options.startswith(("--", "*")):
             variables[self.options] = options
         return variables
 
@@ -325,6 +330,17 @@ ORACLES = {
             environment={},
             seeds=60,
             options="--given",
+            module="fs3.testing.simulator",
+        ),
+        Oracle(
+            name="metadata",
+            cargo=(),
+            binary="",
+            arguments=("-q", "-x", "-p", "no:cacheprovider"),
+            environment={},
+            seeds=1,
+            options="*",
+            module="pytest",
         ),
     )
 }
@@ -386,6 +402,8 @@ def explanation(output: str) -> str:
             return f"{line.partition(' violates: ')[2]}: {lines[at + 1]}"[:TEXT_MAX]
         if "panicked at" in line and "Option::unwrap" not in line and at + 1 < len(lines):
             return lines[at + 1][:TEXT_MAX]
+    if failed := [line for line in lines if line.startswith("FAILED ")]:
+        return failed[0].partition("::")[2][:TEXT_MAX]
     told = [line for line in lines if line]
     return told[-1][:TEXT_MAX] if told else "ended without a word"
 
@@ -403,7 +421,9 @@ def report(outcome: Outcome) -> None:
 
 def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int, *, clean: bool) -> list[Outcome]:
     """Try all mutants, and the unmutated code with every oracle, several at a time."""
-    tasks = [(None, name, budget_s) for name in sorted({m.oracle for m in chosen})] if clean else []
+    # Where the mutants say what to run, it is run without each of them anyway.
+    names = sorted({m.oracle for m in chosen if ORACLES[m.oracle].options != "*"})
+    tasks = [(None, name, budget_s) for name in names] if clean else []
     tasks += [(m, m.oracle, budget_s) for m in chosen]  # type: ignore[misc]
     outcomes = []
     with ThreadPoolExecutor(jobs) as pool:

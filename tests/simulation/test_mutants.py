@@ -1,4 +1,4 @@
-"""The seeded bugs of tests/mutants fit the sources, and the simulations catch every one of them (tools/mutants.py)."""
+"""The seeded bugs of tests/mutants fit the sources, and all of them are caught (tools/mutants.py)."""
 
 import importlib.util
 import subprocess
