@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+from google.protobuf.message import Message
 
 from fs3.cli.output import human_bytes, json_option, print_json
 from fs3.cli.target import directory_argument
@@ -102,9 +103,14 @@ def describe_metas(statuses: Mapping[int, MetaStatus | Fs3Error]) -> list[dict[s
         if isinstance(status, Fs3Error):
             described.append({"node": node, "error": status.message})
         else:
-            fields = status.DESCRIPTOR.fields
-            described.append({"node": node, **{field.name: getattr(status, field.name) for field in fields}})
+            described.append({"node": node, **counters(status)})
     return described
+
+
+def counters(message: Message) -> dict[str, Any]:
+    """Make the machine-readable form of a message of numbers and of messages of numbers."""
+    values = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    return {name: counters(value) if isinstance(value, Message) else value for name, value in values.items()}
 
 
 def meta_lines(metas: list[dict[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fs3.cli.health import describe_metas, describe_storage, is_sound, meta_lines, storage_lines
+from fs3.cli.health import counters, describe_metas, describe_storage, is_sound, meta_lines, storage_lines
 from fs3.cli.output import human_bytes, json_option, print_json, print_table
 from fs3.cli.target import DEFAULT_DIRECTORY, directory_argument
 from fs3.core.errors import Fs3Error, error
@@ -150,11 +150,19 @@ def _describe(cluster: LocalCluster) -> dict[str, Any]:
         for n in routing.nodes
     ]
     result["chains"] = _chain_rows(routing)
+    result["manager"] = _describe_manager(cluster)
     result["storage"] = describe_storage(engine_statuses(cluster, routing))
     result["meta"] = describe_metas(meta_statuses(cluster, routing))
     result["capacity_bytes"] = sum(d.capacity_bytes for d in routing.disks)
     result["used_bytes"] = sum(t.used_bytes for t in routing.targets)
     return result
+
+
+def _describe_manager(cluster: LocalCluster) -> dict[str, Any]:
+    try:
+        return counters(cluster.manager_status(timeout_s=2.0))
+    except Fs3Error as e:
+        return {"error": e.message}
 
 
 def healthy(described: dict[str, Any]) -> bool:

@@ -31,14 +31,14 @@ MARGIN_S: Final = 0.05
 
 
 async def get_routing(holder: RoutingHolder, request: GetRoutingRequest, left_s: float) -> GetRoutingResponse:
-    """The routing when it is newer than the caller's, waiting up to ``wait_ms`` for that."""
+    """The routing, or what changed of it, when it is newer than the caller's, waiting up to ``wait_ms`` for that."""
     view = holder.view
     if view.version <= request.known_version and request.wait_ms:
         wait_s = min(request.wait_ms, WAIT_MS_MAX) / 1000
         view = await holder.wait_beyond(request.known_version, max(0.0, min(wait_s, left_s - MARGIN_S)))
     if view.version <= request.known_version:
         return GetRoutingResponse(version=view.version)
-    return GetRoutingResponse(version=view.version, routing=view.routing)
+    return holder.teller.tell(request.known)
 
 
 def frame_handlers(
@@ -61,7 +61,7 @@ def frame_handlers(
     }
 
     async def status(ctx: Context, request: MetaStatusRequest) -> MetaStatus:
-        return engine.status(holder.view.version)
+        return engine.status(holder.view.version, holder.teller.sent)
 
     async def await_lock(ctx: Context, request: AwaitLockRequest) -> Message:
         return await engine.await_lock(request, left_s=ctx.remaining_s() - MARGIN_S)

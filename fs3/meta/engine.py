@@ -30,6 +30,7 @@ from fs3.meta.truncation import Truncator
 from fs3.v1.disk_meta_pb2 import IdempotencyRecord, InodeRecord
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Attr, AwaitLockRequest, AwaitLockResponse, MetaStatus
+from fs3.v1.routing_pb2 import RoutingSent
 
 # How often one request may stop for a truncation or a length before the server gives up.
 ROUNDS_MAX: Final = 16
@@ -132,7 +133,7 @@ class Engine:
         except KvError as exc:
             raise _translated(exc) from exc
 
-    def status(self, routing_version: int) -> MetaStatus:
+    def status(self, routing_version: int, routing_sent: RoutingSent) -> MetaStatus:
         """What this service says of itself."""
         return MetaStatus(
             served=self._served,
@@ -141,6 +142,7 @@ class Engine:
             gc_oldest_ms=self.collector.oldest_ms,
             gc_refused=self.collector.refused,
             gc_collected=self.collector.collected,
+            routing_sent=routing_sent,
         )
 
     async def await_lock(self, request: AwaitLockRequest, *, left_s: float) -> AwaitLockResponse:

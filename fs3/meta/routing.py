@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fs3.core.clock import Clock
-from fs3.v1.routing_pb2 import Chain, ChainTable, Node, NodeStatus, PublicState, Routing
+from fs3.core.routing import News, RoutingTeller
+from fs3.v1.routing_pb2 import Chain, ChainTable, Node, NodeStatus, PublicState, Routing, RoutingDelta
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RoutingHolder:
 
     def __init__(self) -> None:
         self.view = RoutingView()
+        self.teller = RoutingTeller()
         self._newer: asyncio.Future[None] | None = None
 
     @property
@@ -68,10 +70,11 @@ class RoutingHolder:
         """Settings of the cluster."""
         return self.view.routing.settings.values
 
-    def take(self, routing: Routing) -> None:
-        """Take a routing if it is newer, and wake who waits for it."""
+    def take(self, routing: Routing, delta: RoutingDelta | None = None) -> None:
+        """Take a routing if it is newer, and wake who waits for it. `delta`: what brought it, unless it came whole."""
         if routing.version <= self.view.version:
             return
+        self.teller.advance(News(routing, delta))
         self.view = RoutingView.of(routing)
         if self._newer is not None:
             self._newer.set_result(None)

@@ -17,6 +17,7 @@ from fs3 import __version__
 from fs3.core.clock import RealClock
 from fs3.core.config import MetaConfig
 from fs3.core.errors import error
+from fs3.core.routing import News
 from fs3.core.service import LogLevel, run_service, write_ready
 from fs3.kv.api import KvError, KvStore
 from fs3.kv.open import open_store
@@ -32,7 +33,7 @@ from fs3.rpc.grpc_server import listen, make_server
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.rpc.server import FrameServer, Identity
 from fs3.v1.frame_pb2 import Code, Role
-from fs3.v1.routing_pb2 import Node, Routing
+from fs3.v1.routing_pb2 import Node
 
 log = logging.getLogger("fs3.meta.service")
 
@@ -85,8 +86,8 @@ async def serve(config: MetaConfig, store: KvStore, stop: asyncio.Event) -> None
 
             log_level = LogLevel(config.log_level)
 
-            def take(routing: Routing) -> None:
-                holder.take(routing)
+            def take(news: News) -> None:
+                holder.take(*news)
                 log_level.follow(holder.settings)
 
             session = NodeSession(manager, node, hooks=NodeHooks(on_routing=take))

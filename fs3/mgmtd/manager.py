@@ -17,6 +17,7 @@ from fs3.core.clock import Clock
 from fs3.core.config import MgmtdConfig
 from fs3.core.errors import error
 from fs3.core.ids import TARGETS_PER_NODE_MAX, NodeId, target_id
+from fs3.core.routing import News, RoutingTeller, diff
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, Transaction
 from fs3.mgmtd import chains, lease, placement
@@ -37,7 +38,6 @@ from fs3.v1.routing_pb2 import (
     Chain,
     ChainTable,
     ChainTarget,
-    GetRoutingResponse,
     LocalState,
     NodeStatus,
     PublicState,
@@ -88,7 +88,10 @@ class Manager:
         state: ManagerState,
         records: Records,
         rng: random.Random | None = None,
+        *,
+        history: int = 0,
     ) -> None:
+        """Take over what the store has. `history`: of the routings that this primary publishes; 0: no deltas."""
         self.config = config
         self.clock = clock
         self.held = held
@@ -114,8 +117,10 @@ class Manager:
         self._chain_of: dict[int, int] = {}
         self._targets_on: dict[int, list[int]] = {}
         self._adopt()
+        self._history = history
         self.routing = self._make_routing()
-        self.routing_response = GetRoutingResponse(version=self.routing.version, routing=self.routing)
+        self.teller = RoutingTeller()
+        self.teller.advance(News(self.routing, None))
 
     def _adopt(self) -> None:
         """Assume of everybody what was last decided: a new manager disturbs nobody before a full lease is over."""
@@ -148,7 +153,8 @@ class Manager:
     # -- routing ------------------------------------------------------------------------------------------
 
     def _make_routing(self) -> Routing:
-        return make_routing(self.state, self.records, self.soft, self.free_bytes, self.config.lease_ms)
+        lease_ms = self.config.lease_ms
+        return make_routing(self.state, self.records, self.soft, self.free_bytes, lease_ms, self._history)
 
     async def wait_newer(self, version: int) -> None:
         """Return when the routing is newer than `version` or the lease is lost."""
@@ -156,8 +162,8 @@ class Manager:
             await self._published.wait()
 
     def _publish(self) -> None:
-        self.routing = self._make_routing()
-        self.routing_response = GetRoutingResponse(version=self.routing.version, routing=self.routing)
+        before, self.routing = self.routing, self._make_routing()
+        self.teller.advance(News(self.routing, diff(before, self.routing)))
         published, self._published = self._published, asyncio.Event()
         published.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import random
 from collections.abc import AsyncIterator, Coroutine
@@ -21,6 +22,7 @@ from fs3.mgmtd.manager import Manager
 from fs3.mgmtd.ops.change_settings import change_settings
 from fs3.mgmtd.ops.change_tags import change_tags
 from fs3.mgmtd.ops.get_primary import get_primary
+from fs3.mgmtd.ops.get_status import get_status
 from fs3.mgmtd.ops.heartbeat import heartbeat
 from fs3.mgmtd.ops.register import register
 from fs3.mgmtd.ops.unregister import unregister
@@ -36,6 +38,8 @@ from fs3.v1.mgmtd_pb2 import (
     GetPrimaryResponse,
     HeartbeatRequest,
     HeartbeatResponse,
+    ManagerStatus,
+    ManagerStatusRequest,
     RegisterRequest,
     RegisterResponse,
     UnregisterRequest,
@@ -97,6 +101,10 @@ class _Servicer(MgmtdServicer):
         """See ops/change_tags.py."""
         return await self._see_through(change_tags(self._service.primary(), request))
 
+    async def GetStatus(self, request: ManagerStatusRequest, context: Any) -> ManagerStatus:
+        """See ops/get_status.py."""
+        return get_status(self._service.primary())
+
     async def _see_through(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run `operation` to its end whatever becomes of the caller.
 
@@ -139,6 +147,7 @@ class MgmtdService:
         self._own_store = store is None
         self._store = store
         self._holder = self._rng.randbytes(16)
+        self._terms = 0
         self._trust = lease.Trust(0)
         self._observed: lease.Observed | None = None
         self._lease_ns = config.primary_lease_ms * 1_000_000
@@ -266,7 +275,8 @@ class MgmtdService:
             state, records = await load(tx, self.config.cluster_id)
         finally:
             tx.cancel()
-        manager = Manager(self.config, store, self.clock, held, state, records, self._rng)
+        history = self._next_history()
+        manager = Manager(self.config, store, self.clock, held, state, records, self._rng, history=history)
         await manager.begin()
         self.manager = manager
         log.info("primary, epoch %d: %d nodes, %d chains", held.epoch, len(records.nodes), len(records.chains))
@@ -284,6 +294,12 @@ class MgmtdService:
                 task.cancel()
             await asyncio.gather(*tasks, lost, return_exceptions=True)
             self._observed = None
+
+    def _next_history(self) -> int:
+        """Name the routings of a new term; not by the store, which may be put back to what it was."""
+        self._terms += 1
+        drawn = hashlib.blake2b(self._holder + self._terms.to_bytes(8, "big"), digest_size=8)
+        return int.from_bytes(drawn.digest(), "big") or 1
 
     async def _renewals(self, store: KvStore, manager: Manager) -> None:
         while True:

@@ -142,10 +142,15 @@ def make_routing(
     soft: dict[int, Soft],
     free_bytes: dict[bytes, int],
     lease_ms: int,
+    history: int,
 ) -> Routing:
     """Assemble the routing, everything in the order of ids."""
     routing = Routing(
-        version=state.routing_version, cluster_id=state.cluster_id, lease_ms=lease_ms, settings=state.settings
+        version=state.routing_version,
+        cluster_id=state.cluster_id,
+        lease_ms=lease_ms,
+        settings=state.settings,
+        history=history,
     )
     routing.nodes.extend(records.nodes[n].node for n in sorted(records.nodes))
     for uuid in sorted(records.disks):

@@ -10,7 +10,7 @@ import grpc.aio
 from fs3.core.errors import error
 from fs3.rpc.grpc_common import CLUSTER_KEY, OPTIONS, TOKEN_KEY, from_rpc_error
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.mgmtd_pb2 import GetPrimaryRequest, WatchRoutingRequest
+from fs3.v1.mgmtd_pb2 import GetPrimaryRequest, ManagerStatus, ManagerStatusRequest, WatchRoutingRequest
 from fs3.v1.mgmtd_pb2_grpc import MgmtdStub
 from fs3.v1.routing_pb2 import Routing
 
@@ -62,3 +62,16 @@ def fetch_primary(address: str, *, token: str, cluster_id: str = "", timeout_s: 
         raise error(Code.CODE_UNAVAILABLE, f"the cluster manager at {address} knows of no primary")
     known: str = response.address
     return known
+
+
+def fetch_status(address: str, *, token: str, cluster_id: str = "", timeout_s: float = 5.0) -> ManagerStatus:
+    """Ask the manager at `address` what it counts, blocking at most `timeout_s` seconds. Raises as `fetch_routing`."""
+    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+        stub: Any = MgmtdStub(channel)
+        try:
+            status: ManagerStatus = stub.GetStatus(
+                ManagerStatusRequest(), timeout=timeout_s, metadata=metadata(token, cluster_id)
+            )
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, address) from None
+    return status

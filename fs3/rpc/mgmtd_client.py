@@ -12,6 +12,7 @@ import grpc
 
 from fs3.core.clock import Clock, RealClock
 from fs3.core.errors import Fs3Error, error
+from fs3.core.routing import News, known, received
 from fs3.rpc.grpc_client import metadata
 from fs3.rpc.grpc_common import from_rpc_error
 from fs3.rpc.network import GrpcNetwork, Network
@@ -121,21 +122,25 @@ class MgmtdClient:
         response: GetPrimaryResponse = await self.call("GetPrimary", GetPrimaryRequest(), timeout_s)
         return response
 
-    async def watch_routing(self, known_version: int = 0) -> AsyncIterator[Routing]:
-        """Yield every routing newer than `known_version`, for ever; losses of the manager are waited out."""
+    async def watch_routing(self, routing: Routing) -> AsyncIterator[News]:
+        """Yield every routing newer than `routing`, for ever; losses of the manager are waited out."""
         pause_s = PAUSE_S_MIN
+        base = routing
         while True:
             address = self._primary
             stream = None
             try:
-                stream = self._stub(address).WatchRouting(
-                    WatchRoutingRequest(known_version=known_version), metadata=self._metadata
-                )
+                request = WatchRoutingRequest(known_version=routing.version, known=known(base))
+                stream = self._stub(address).WatchRouting(request, metadata=self._metadata)
                 async for response in stream:
                     pause_s = PAUSE_S_MIN
-                    if response.HasField("routing") and response.routing.version > known_version:
-                        known_version = response.routing.version
-                        yield response.routing
+                    news = received(routing, response)
+                    if news is not None and news.routing.version > routing.version:
+                        base = routing = news.routing
+                        yield news
+            except Fs3Error as exc:
+                log.warning("routing is asked for whole: %s", exc.message)
+                base = Routing()
             except grpc.RpcError as exc:
                 failure = from_rpc_error(exc, f"the cluster manager at {address}")
                 if failure.code not in _ELSEWHERE:
@@ -162,7 +167,7 @@ class NodeHooks:
 
     report: Callable[[], tuple[list[TargetReport], list[Disk]]] = lambda: ([], [])
     """What to say in a heartbeat."""
-    on_routing: Callable[[Routing], None] = lambda _: None
+    on_routing: Callable[[News], None] = lambda _: None
     """A newer routing."""
     on_accepted: Callable[[int, int], None] = lambda _sent_ns, _lease_ms: None
     """A heartbeat or registration sent at that monotonic time was accepted; T in milliseconds."""
@@ -185,6 +190,8 @@ class NodeSession:
         self.disks = list(disks)
         self.hooks = hooks or NodeHooks()
         self.routing = Routing()
+        # The next heartbeat asks for the whole: what an answer brought did not fit.
+        self._misfit = False
         self.heartbeat_ms = 1000
         self._sequence = 0
         self._answered = ManagerTime()
@@ -198,13 +205,13 @@ class NodeSession:
         response = await self.client.register(self.node, self.disks, timeout_s=timeout_s)
         self.node.node_id = response.node_id
         self.heartbeat_ms = response.heartbeat_ms or self.heartbeat_ms
-        self._take(response.routing)
+        self._take(News(response.routing, None))
         return response.node_id
 
-    def _take(self, routing: Routing) -> None:
-        if routing.version > self.routing.version:
-            self.routing = routing
-            self.hooks.on_routing(routing)
+    def _take(self, news: News) -> None:
+        if news.routing.version > self.routing.version:
+            self.routing = news.routing
+            self.hooks.on_routing(news)
             self.kick()
 
     def kick(self) -> None:
@@ -218,8 +225,8 @@ class NodeSession:
             group.create_task(self._follow())
 
     async def _follow(self) -> None:
-        async for routing in self.client.watch_routing(self.routing.version):
-            self._take(routing)
+        async for news in self.client.watch_routing(self.routing):
+            self._take(news)
 
     async def _heartbeats(self) -> None:
         warned = False
@@ -248,14 +255,17 @@ class NodeSession:
         targets, disks = self.hooks.report()
         self._sequence += 1
         sent_ns = self.clock.monotonic_ns()
+        # The stream may bring a newer one before the answer is here, which speaks of this one.
+        routing = self.routing
         request = HeartbeatRequest(
             node_id=self.node.node_id,
             incarnation=self.node.incarnation,
             sequence=self._sequence,
             targets=targets,
             disks=disks,
-            routing_version=self.routing.version,
+            routing_version=routing.version,
             answered=self._answered,
+            known=known(Routing() if self._misfit else routing),
         )
         try:
             response = await self.client.heartbeat(request, timeout_s=max(0.5, 2 * self.heartbeat_ms / 1000))
@@ -265,13 +275,20 @@ class NodeSession:
             log.info("registering again: %s", exc.message)
             await self.register(timeout_s=5.0)
             return False
-        if response.HasField("routing"):
-            self._take(response.routing)
+        self._take_answer(routing, response)
         if (response.sent.epoch, response.sent.ns) > (self._answered.epoch, self._answered.ns):
             self._answered = response.sent
         if not response.no_lease:
             self.hooks.on_accepted(sent_ns, self.routing.lease_ms)
         return True
+
+    def _take_answer(self, routing: Routing, response: HeartbeatResponse) -> None:
+        """Take the routing that came with an answer to who had `routing`. Raises PROTOCOL; then there is no lease."""
+        self._misfit = True
+        news = received(routing, response)
+        self._misfit = False
+        if news is not None:
+            self._take(news)
 
     async def unregister(self, *, timeout_s: float = 3.0) -> None:
         """Say goodbye; a manager that cannot be reached is not waited for longer than `timeout_s`."""

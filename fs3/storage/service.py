@@ -16,13 +16,14 @@ from typing import Final
 
 from fs3.core.clock import Clock, RealClock
 from fs3.core.config import StorageConfig
+from fs3.core.routing import News
 from fs3.core.service import LogLevel, run_service, write_ready
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.rpc.network import GrpcNetwork, Network
 from fs3.storage.disks import NodeIdentity, open_node
 from fs3.storage.engine import EngineFactory, StorageEngine, engine_config, log_engine, native_engine
 from fs3.v1.mgmtd_pb2 import TargetReport
-from fs3.v1.routing_pb2 import Disk, LocalState, Node, Routing
+from fs3.v1.routing_pb2 import Disk, LocalState, Node
 from fs3.v1.storage_pb2 import EngineStatus
 
 log = logging.getLogger("fs3.storage")
@@ -202,10 +203,10 @@ class StorageService:
                 log.warning("target %d is not in service: %s", target, message)
         self._errors = errors
 
-    def _on_routing(self, routing: Routing) -> None:
-        self._log_level.follow(routing.settings.values)
+    def _on_routing(self, news: News) -> None:
+        self._log_level.follow(news.routing.settings.values)
         if self._engine is not None:
-            self._engine.apply_routing(routing.SerializeToString())
+            self._engine.apply_routing(news.routing.SerializeToString())
 
     def _on_accepted(self, sent_ns: int, lease_ms: int) -> None:
         if self._engine is not None and lease_ms:

@@ -23,10 +23,11 @@ from typing import TextIO, TypeVar
 
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
-from fs3.rpc.grpc_client import fetch_primary, fetch_routing
+from fs3.rpc.grpc_client import fetch_primary, fetch_routing, fetch_status
 from fs3.testing.node_status import unready
 from fs3.testing.process import ProcessRef, spawn
 from fs3.v1.frame_pb2 import Code
+from fs3.v1.mgmtd_pb2 import ManagerStatus
 from fs3.v1.routing_pb2 import PublicState, Routing
 
 FORMAT = 1
@@ -241,6 +242,10 @@ class LocalCluster:
         address = self._ask_managers(fetch_primary, timeout_s)
         names = [service.name for service in self.services() if service.kind == "mgmtd"]
         return dict(zip(self.mgmtd_addresses, names, strict=True))[address]
+
+    def manager_status(self, *, timeout_s: float = 5.0) -> ManagerStatus:
+        """What the primary manager counts; each manager is asked for `timeout_s` at most. Raises UNAVAILABLE."""
+        return self._ask_managers(fetch_status, timeout_s)
 
     def _ask_managers(self, ask: Callable[..., T], timeout_s: float) -> T:
         """The first answer that a manager gives. Raises the last one's Fs3Error."""

@@ -145,7 +145,7 @@ class Checks:
     def told(self, who: str, raw: bytes) -> int:
         """Look at a routing that a party has taken over; returns its version."""
         routing = Routing.FromString(raw)
-        content = hash(raw)
+        content = hash(routing.SerializeToString(deterministic=True))
         if self._contents.setdefault(routing.version, content) != content:
             self._fail("one routing per version", f"{who} was told another routing of version {routing.version}")
         if routing.version > self._routing_version:

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from fs3.core.config import MgmtdConfig, StorageConfig
 from fs3.core.errors import Fs3Error
 from fs3.core.ids import TARGETS_PER_NODE_MAX, UUID_BYTES
+from fs3.core.routing import News
 from fs3.kv.api import KvError, KvStore
 from fs3.mgmtd.manager import Manager
 from fs3.mgmtd.service import MgmtdService
@@ -28,7 +29,7 @@ from fs3.testing.sim_plan import CLUSTER, Plan
 from fs3.testing.sim_world import World
 from fs3.testing.virtual_loop import LoopClock, Process, VirtualLoop
 from fs3.testing.virtual_network import PORT, VirtualNetwork
-from fs3.v1.routing_pb2 import LocalState, Node, Routing
+from fs3.v1.routing_pb2 import LocalState, Node
 from fs3.v1.storage_pb2 import EngineStatus
 
 TOKEN: Final = "simulated"
@@ -354,8 +355,8 @@ class FollowerMachine(Machine):
         await session.register()
         await session.run()
 
-    def _take(self, routing: Routing) -> None:
-        raw = routing.SerializeToString()
+    def _take(self, news: News) -> None:
+        raw = news.routing.SerializeToString()
         self.known = self.around.checks.told(self.name, raw)
         self.around.world.publish_routing(raw)
 

@@ -23,6 +23,7 @@ A response with a non-zero status has an ErrorDetail as its body and no payload.
 """
 
 from collections import abc as _abc
+from fs3.v1 import routing_pb2 as _routing_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -615,19 +616,23 @@ class GetRoutingRequest(_message.Message):
 
     KNOWN_VERSION_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     known_version: _builtins.int
     """reply at once when the server has a newer one"""
     wait_ms: _builtins.int
     """else wait this long and reply without routing"""
+    @_builtins.property
+    def known(self) -> _routing_pb2.RoutingKnown: ...
     def __init__(
         self,
         *,
         known_version: _builtins.int = ...,
         wait_ms: _builtins.int = ...,
+        known: _routing_pb2.RoutingKnown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_version", b"known_version", "wait_ms", b"wait_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "known_version", b"known_version", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ record that says so is written in the same transaction as the effect.
 
 from collections import abc as _abc
 from fs3.v1 import frame_pb2 as _frame_pb2
+from fs3.v1 import routing_pb2 as _routing_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -2422,6 +2423,7 @@ class MetaStatus(_message.Message):
     GC_OLDEST_MS_FIELD_NUMBER: _builtins.int
     GC_REFUSED_FIELD_NUMBER: _builtins.int
     GC_COLLECTED_FIELD_NUMBER: _builtins.int
+    ROUTING_SENT_FIELD_NUMBER: _builtins.int
     served: _builtins.int
     """operations since it started"""
     routing_version: _builtins.int
@@ -2433,6 +2435,8 @@ class MetaStatus(_message.Message):
     """of those this service removes: storage did not do it, tried again later"""
     gc_collected: _builtins.int
     """removed by this service since it started"""
+    @_builtins.property
+    def routing_sent(self) -> _routing_pb2.RoutingSent: ...
     def __init__(
         self,
         *,
@@ -2442,10 +2446,11 @@ class MetaStatus(_message.Message):
         gc_oldest_ms: _builtins.int = ...,
         gc_refused: _builtins.int = ...,
         gc_collected: _builtins.int = ...,
+        routing_sent: _routing_pb2.RoutingSent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["routing_sent", b"routing_sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gc_collected", b"gc_collected", "gc_oldest_ms", b"gc_oldest_ms", "gc_refused", b"gc_refused", "gc_waiting", b"gc_waiting", "routing_version", b"routing_version", "served", b"served"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gc_collected", b"gc_collected", "gc_oldest_ms", b"gc_oldest_ms", "gc_refused", b"gc_refused", "gc_waiting", b"gc_waiting", "routing_sent", b"routing_sent", "routing_version", b"routing_version", "served", b"served"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

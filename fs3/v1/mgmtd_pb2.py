@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fs3.v1 import routing_pb2 as fs3_dot_v1_dot_routing__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x66s3/v1/mgmtd.proto\x12\x06\x66s3.v1\x1a\x14\x66s3/v1/routing.proto\"J\n\x0fRegisterRequest\x12\x1a\n\x04node\x18\x01 \x01(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x05\x64isks\x18\x02 \x03(\x0b\x32\x0c.fs3.v1.Disk\"o\n\x10RegisterResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12 \n\x07routing\x18\x03 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x14\n\x0cheartbeat_ms\x18\x04 \x01(\r\"\xae\x01\n\x0cTargetReport\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\'\n\x0blocal_state\x18\x02 \x01(\x0e\x32\x12.fs3.v1.LocalState\x12\x15\n\rchain_version\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12resync_done_chunks\x18\x05 \x01(\x04\x12\x1b\n\x13resync_total_chunks\x18\x06 \x01(\x04\"\xce\x01\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12%\n\x07targets\x18\x04 \x03(\x0b\x32\x14.fs3.v1.TargetReport\x12\x1b\n\x05\x64isks\x18\x05 \x03(\x0b\x32\x0c.fs3.v1.Disk\x12\x17\n\x0frouting_version\x18\x06 \x01(\x04\x12%\n\x08\x61nswered\x18\x07 \x01(\x0b\x32\x13.fs3.v1.ManagerTime\"(\n\x0bManagerTime\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\n\n\x02ns\x18\x02 \x01(\x04\"\x83\x01\n\x11HeartbeatResponse\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12 \n\x07routing\x18\x02 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x10\n\x08no_lease\x18\x03 \x01(\x08\x12!\n\x04sent\x18\x04 \x01(\x0b\x32\x13.fs3.v1.ManagerTime\",\n\x13WatchRoutingRequest\x12\x15\n\rknown_version\x18\x01 \x01(\x04\"\x13\n\x11GetPrimaryRequest\"H\n\x12GetPrimaryResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncluster_id\x18\x03 \x01(\t\"9\n\x11UnregisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"\x14\n\x12UnregisterResponse\"\x90\x01\n\x15\x43hangeSettingsRequest\x12\x39\n\x06values\x18\x01 \x03(\x0b\x32).fs3.v1.ChangeSettingsRequest.ValuesEntry\x12\r\n\x05unset\x18\x02 \x03(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\x11\x43hangeTagsRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x35\n\x06values\x18\x02 \x03(\x0b\x32%.fs3.v1.ChangeTagsRequest.ValuesEntry\x12\r\n\x05unset\x18\x03 \x03(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xd7\x03\n\x05Mgmtd\x12=\n\x08Register\x12\x17.fs3.v1.RegisterRequest\x1a\x18.fs3.v1.RegisterResponse\x12@\n\tHeartbeat\x12\x18.fs3.v1.HeartbeatRequest\x1a\x19.fs3.v1.HeartbeatResponse\x12I\n\x0cWatchRouting\x12\x1b.fs3.v1.WatchRoutingRequest\x1a\x1a.fs3.v1.GetRoutingResponse0\x01\x12\x43\n\nGetPrimary\x12\x19.fs3.v1.GetPrimaryRequest\x1a\x1a.fs3.v1.GetPrimaryResponse\x12\x43\n\nUnregister\x12\x19.fs3.v1.UnregisterRequest\x1a\x1a.fs3.v1.UnregisterResponse\x12\x35\n\nChangeTags\x12\x19.fs3.v1.ChangeTagsRequest\x1a\x0c.fs3.v1.Node\x12\x41\n\x0e\x43hangeSettings\x12\x1d.fs3.v1.ChangeSettingsRequest\x1a\x10.fs3.v1.Settingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x66s3/v1/mgmtd.proto\x12\x06\x66s3.v1\x1a\x14\x66s3/v1/routing.proto\"J\n\x0fRegisterRequest\x12\x1a\n\x04node\x18\x01 \x01(\x0b\x32\x0c.fs3.v1.Node\x12\x1b\n\x05\x64isks\x18\x02 \x03(\x0b\x32\x0c.fs3.v1.Disk\"o\n\x10RegisterResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12 \n\x07routing\x18\x03 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x14\n\x0cheartbeat_ms\x18\x04 \x01(\r\"\xae\x01\n\x0cTargetReport\x12\x11\n\ttarget_id\x18\x01 \x01(\x04\x12\'\n\x0blocal_state\x18\x02 \x01(\x0e\x32\x12.fs3.v1.LocalState\x12\x15\n\rchain_version\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12resync_done_chunks\x18\x05 \x01(\x04\x12\x1b\n\x13resync_total_chunks\x18\x06 \x01(\x04\"\xf3\x01\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12%\n\x07targets\x18\x04 \x03(\x0b\x32\x14.fs3.v1.TargetReport\x12\x1b\n\x05\x64isks\x18\x05 \x03(\x0b\x32\x0c.fs3.v1.Disk\x12\x17\n\x0frouting_version\x18\x06 \x01(\x04\x12%\n\x08\x61nswered\x18\x07 \x01(\x0b\x32\x13.fs3.v1.ManagerTime\x12#\n\x05known\x18\x08 \x01(\x0b\x32\x14.fs3.v1.RoutingKnown\"(\n\x0bManagerTime\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\n\n\x02ns\x18\x02 \x01(\x04\"\xa8\x01\n\x11HeartbeatResponse\x12\x17\n\x0frouting_version\x18\x01 \x01(\x04\x12 \n\x07routing\x18\x02 \x01(\x0b\x32\x0f.fs3.v1.Routing\x12\x10\n\x08no_lease\x18\x03 \x01(\x08\x12!\n\x04sent\x18\x04 \x01(\x0b\x32\x13.fs3.v1.ManagerTime\x12#\n\x05\x64\x65lta\x18\x05 \x01(\x0b\x32\x14.fs3.v1.RoutingDelta\"Q\n\x13WatchRoutingRequest\x12\x15\n\rknown_version\x18\x01 \x01(\x04\x12#\n\x05known\x18\x02 \x01(\x0b\x32\x14.fs3.v1.RoutingKnown\"\x13\n\x11GetPrimaryRequest\"H\n\x12GetPrimaryResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncluster_id\x18\x03 \x01(\t\"9\n\x11UnregisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x0c\"\x14\n\x12UnregisterResponse\"\x90\x01\n\x15\x43hangeSettingsRequest\x12\x39\n\x06values\x18\x01 \x03(\x0b\x32).fs3.v1.ChangeSettingsRequest.ValuesEntry\x12\r\n\x05unset\x18\x02 \x03(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x16\n\x14ManagerStatusRequest\":\n\rManagerStatus\x12)\n\x0crouting_sent\x18\x01 \x01(\x0b\x32\x13.fs3.v1.RoutingSent\"\x99\x01\n\x11\x43hangeTagsRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x35\n\x06values\x18\x02 \x03(\x0b\x32%.fs3.v1.ChangeTagsRequest.ValuesEntry\x12\r\n\x05unset\x18\x03 \x03(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x99\x04\n\x05Mgmtd\x12=\n\x08Register\x12\x17.fs3.v1.RegisterRequest\x1a\x18.fs3.v1.RegisterResponse\x12@\n\tHeartbeat\x12\x18.fs3.v1.HeartbeatRequest\x1a\x19.fs3.v1.HeartbeatResponse\x12I\n\x0cWatchRouting\x12\x1b.fs3.v1.WatchRoutingRequest\x1a\x1a.fs3.v1.GetRoutingResponse0\x01\x12\x43\n\nGetPrimary\x12\x19.fs3.v1.GetPrimaryRequest\x1a\x1a.fs3.v1.GetPrimaryResponse\x12\x43\n\nUnregister\x12\x19.fs3.v1.UnregisterRequest\x1a\x1a.fs3.v1.UnregisterResponse\x12\x35\n\nChangeTags\x12\x19.fs3.v1.ChangeTagsRequest\x1a\x0c.fs3.v1.Node\x12\x41\n\x0e\x43hangeSettings\x12\x1d.fs3.v1.ChangeSettingsRequest\x1a\x10.fs3.v1.Settings\x12@\n\tGetStatus\x12\x1c.fs3.v1.ManagerStatusRequest\x1a\x15.fs3.v1.ManagerStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,29 +43,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TARGETREPORT']._serialized_start=242
   _globals['_TARGETREPORT']._serialized_end=416
   _globals['_HEARTBEATREQUEST']._serialized_start=419
-  _globals['_HEARTBEATREQUEST']._serialized_end=625
-  _globals['_MANAGERTIME']._serialized_start=627
-  _globals['_MANAGERTIME']._serialized_end=667
-  _globals['_HEARTBEATRESPONSE']._serialized_start=670
-  _globals['_HEARTBEATRESPONSE']._serialized_end=801
-  _globals['_WATCHROUTINGREQUEST']._serialized_start=803
-  _globals['_WATCHROUTINGREQUEST']._serialized_end=847
-  _globals['_GETPRIMARYREQUEST']._serialized_start=849
-  _globals['_GETPRIMARYREQUEST']._serialized_end=868
-  _globals['_GETPRIMARYRESPONSE']._serialized_start=870
-  _globals['_GETPRIMARYRESPONSE']._serialized_end=942
-  _globals['_UNREGISTERREQUEST']._serialized_start=944
-  _globals['_UNREGISTERREQUEST']._serialized_end=1001
-  _globals['_UNREGISTERRESPONSE']._serialized_start=1003
-  _globals['_UNREGISTERRESPONSE']._serialized_end=1023
-  _globals['_CHANGESETTINGSREQUEST']._serialized_start=1026
-  _globals['_CHANGESETTINGSREQUEST']._serialized_end=1170
-  _globals['_CHANGESETTINGSREQUEST_VALUESENTRY']._serialized_start=1125
-  _globals['_CHANGESETTINGSREQUEST_VALUESENTRY']._serialized_end=1170
-  _globals['_CHANGETAGSREQUEST']._serialized_start=1173
-  _globals['_CHANGETAGSREQUEST']._serialized_end=1326
-  _globals['_CHANGETAGSREQUEST_VALUESENTRY']._serialized_start=1125
-  _globals['_CHANGETAGSREQUEST_VALUESENTRY']._serialized_end=1170
-  _globals['_MGMTD']._serialized_start=1329
-  _globals['_MGMTD']._serialized_end=1800
+  _globals['_HEARTBEATREQUEST']._serialized_end=662
+  _globals['_MANAGERTIME']._serialized_start=664
+  _globals['_MANAGERTIME']._serialized_end=704
+  _globals['_HEARTBEATRESPONSE']._serialized_start=707
+  _globals['_HEARTBEATRESPONSE']._serialized_end=875
+  _globals['_WATCHROUTINGREQUEST']._serialized_start=877
+  _globals['_WATCHROUTINGREQUEST']._serialized_end=958
+  _globals['_GETPRIMARYREQUEST']._serialized_start=960
+  _globals['_GETPRIMARYREQUEST']._serialized_end=979
+  _globals['_GETPRIMARYRESPONSE']._serialized_start=981
+  _globals['_GETPRIMARYRESPONSE']._serialized_end=1053
+  _globals['_UNREGISTERREQUEST']._serialized_start=1055
+  _globals['_UNREGISTERREQUEST']._serialized_end=1112
+  _globals['_UNREGISTERRESPONSE']._serialized_start=1114
+  _globals['_UNREGISTERRESPONSE']._serialized_end=1134
+  _globals['_CHANGESETTINGSREQUEST']._serialized_start=1137
+  _globals['_CHANGESETTINGSREQUEST']._serialized_end=1281
+  _globals['_CHANGESETTINGSREQUEST_VALUESENTRY']._serialized_start=1236
+  _globals['_CHANGESETTINGSREQUEST_VALUESENTRY']._serialized_end=1281
+  _globals['_MANAGERSTATUSREQUEST']._serialized_start=1283
+  _globals['_MANAGERSTATUSREQUEST']._serialized_end=1305
+  _globals['_MANAGERSTATUS']._serialized_start=1307
+  _globals['_MANAGERSTATUS']._serialized_end=1365
+  _globals['_CHANGETAGSREQUEST']._serialized_start=1368
+  _globals['_CHANGETAGSREQUEST']._serialized_end=1521
+  _globals['_CHANGETAGSREQUEST_VALUESENTRY']._serialized_start=1236
+  _globals['_CHANGETAGSREQUEST_VALUESENTRY']._serialized_end=1281
+  _globals['_MGMTD']._serialized_start=1524
+  _globals['_MGMTD']._serialized_end=2061
 # @@protoc_insertion_point(module_scope)

@@ -125,6 +125,7 @@ class HeartbeatRequest(_message.Message):
     DISKS_FIELD_NUMBER: _builtins.int
     ROUTING_VERSION_FIELD_NUMBER: _builtins.int
     ANSWERED_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     incarnation: _builtins.bytes
     sequence: _builtins.int
@@ -143,6 +144,8 @@ class HeartbeatRequest(_message.Message):
         on its way for longer than its sender lives.
         """
 
+    @_builtins.property
+    def known(self) -> _routing_pb2.RoutingKnown: ...
     def __init__(
         self,
         *,
@@ -153,10 +156,11 @@ class HeartbeatRequest(_message.Message):
         disks: _abc.Iterable[_routing_pb2.Disk] | None = ...,
         routing_version: _builtins.int = ...,
         answered: Global___ManagerTime | None = ...,
+        known: _routing_pb2.RoutingKnown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "known", b"known"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "disks", b"disks", "incarnation", b"incarnation", "node_id", b"node_id", "routing_version", b"routing_version", "sequence", b"sequence", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "disks", b"disks", "incarnation", b"incarnation", "known", b"known", "node_id", b"node_id", "routing_version", b"routing_version", "sequence", b"sequence", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,6 +198,7 @@ class HeartbeatResponse(_message.Message):
     ROUTING_FIELD_NUMBER: _builtins.int
     NO_LEASE_FIELD_NUMBER: _builtins.int
     SENT_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
     routing_version: _builtins.int
     no_lease: _builtins.bool
     """The node's lease is not renewed: the manager takes one of its targets, which the routing still shows as serving, for
@@ -205,6 +210,10 @@ class HeartbeatResponse(_message.Message):
 
     @_builtins.property
     def sent(self) -> Global___ManagerTime: ...
+    @_builtins.property
+    def delta(self) -> _routing_pb2.RoutingDelta:
+        """instead of routing, to who said what it knows"""
+
     def __init__(
         self,
         *,
@@ -212,10 +221,11 @@ class HeartbeatResponse(_message.Message):
         routing: _routing_pb2.Routing | None = ...,
         no_lease: _builtins.bool = ...,
         sent: Global___ManagerTime | None = ...,
+        delta: _routing_pb2.RoutingDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing", "sent", b"sent"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "routing", b"routing", "sent", b"sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_lease", b"no_lease", "routing", b"routing", "routing_version", b"routing_version", "sent", b"sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "no_lease", b"no_lease", "routing", b"routing", "routing_version", b"routing_version", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -226,15 +236,21 @@ class WatchRoutingRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KNOWN_VERSION_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     known_version: _builtins.int
+    @_builtins.property
+    def known(self) -> _routing_pb2.RoutingKnown:
+        """of a caller that takes deltas: each is to what the stream brought before"""
+
     def __init__(
         self,
         *,
         known_version: _builtins.int = ...,
+        known: _routing_pb2.RoutingKnown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_version", b"known_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "known_version", b"known_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +376,41 @@ class ChangeSettingsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChangeSettingsRequest: _TypeAlias = ChangeSettingsRequest  # noqa: Y015
+
+@_typing.final
+class ManagerStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManagerStatusRequest: _TypeAlias = ManagerStatusRequest  # noqa: Y015
+
+@_typing.final
+class ManagerStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTING_SENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def routing_sent(self) -> _routing_pb2.RoutingSent: ...
+    def __init__(
+        self,
+        *,
+        routing_sent: _routing_pb2.RoutingSent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["routing_sent", b"routing_sent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["routing_sent", b"routing_sent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ManagerStatus: _TypeAlias = ManagerStatus  # noqa: Y015
 
 @_typing.final
 class ChangeTagsRequest(_message.Message):

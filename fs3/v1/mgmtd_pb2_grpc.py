@@ -70,6 +70,11 @@ class MgmtdStub:
                 request_serializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_routing__pb2.Settings.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/fs3.v1.Mgmtd/GetStatus',
+                request_serializer=fs3_dot_v1_dot_mgmtd__pb2.ManagerStatusRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_mgmtd__pb2.ManagerStatus.FromString,
+                _registered_method=True)
 
 
 class MgmtdServicer:
@@ -109,15 +114,22 @@ class MgmtdServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ChangeTags(self, request, context):
-        """Changes settings of the cluster, all or none. Without any it only tells them.
-        Changes the tags of a node, all or none.
+        """Changes the tags of a node, all or none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ChangeSettings(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Changes settings of the cluster, all or none. Without any it only tells them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
+        """What the primary counts.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -159,6 +171,11 @@ def add_MgmtdServicer_to_server(servicer, server):
                     servicer.ChangeSettings,
                     request_deserializer=fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_routing__pb2.Settings.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=fs3_dot_v1_dot_mgmtd__pb2.ManagerStatusRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_mgmtd__pb2.ManagerStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +367,33 @@ class Mgmtd:
             '/fs3.v1.Mgmtd/ChangeSettings',
             fs3_dot_v1_dot_mgmtd__pb2.ChangeSettingsRequest.SerializeToString,
             fs3_dot_v1_dot_routing__pb2.Settings.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Mgmtd/GetStatus',
+            fs3_dot_v1_dot_mgmtd__pb2.ManagerStatusRequest.SerializeToString,
+            fs3_dot_v1_dot_mgmtd__pb2.ManagerStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,10 +43,11 @@ class MgmtdStub:
     Unregister: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.UnregisterRequest, _mgmtd_pb2.UnregisterResponse]
     """Says that a node's process has ended in good order, so that nobody waits for its lease."""
     ChangeTags: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeTagsRequest, _routing_pb2.Node]
-    """Changes settings of the cluster, all or none. Without any it only tells them.
-    Changes the tags of a node, all or none.
-    """
+    """Changes the tags of a node, all or none."""
     ChangeSettings: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeSettingsRequest, _routing_pb2.Settings]
+    """Changes settings of the cluster, all or none. Without any it only tells them."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_mgmtd_pb2.ManagerStatusRequest, _mgmtd_pb2.ManagerStatus]
+    """What the primary counts."""
 
 @_typing.type_check_only
 class MgmtdAsyncStub(MgmtdStub):
@@ -60,10 +61,11 @@ class MgmtdAsyncStub(MgmtdStub):
     Unregister: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.UnregisterRequest, _mgmtd_pb2.UnregisterResponse]  # type: ignore[assignment]
     """Says that a node's process has ended in good order, so that nobody waits for its lease."""
     ChangeTags: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeTagsRequest, _routing_pb2.Node]  # type: ignore[assignment]
-    """Changes settings of the cluster, all or none. Without any it only tells them.
-    Changes the tags of a node, all or none.
-    """
+    """Changes the tags of a node, all or none."""
     ChangeSettings: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.ChangeSettingsRequest, _routing_pb2.Settings]  # type: ignore[assignment]
+    """Changes settings of the cluster, all or none. Without any it only tells them."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_mgmtd_pb2.ManagerStatusRequest, _mgmtd_pb2.ManagerStatus]  # type: ignore[assignment]
+    """What the primary counts."""
 
 class MgmtdServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -110,15 +112,22 @@ class MgmtdServicer(metaclass=_abc_1.ABCMeta):
         request: _mgmtd_pb2.ChangeTagsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_routing_pb2.Node, _abc.Awaitable[_routing_pb2.Node]]:
-        """Changes settings of the cluster, all or none. Without any it only tells them.
-        Changes the tags of a node, all or none.
-        """
+        """Changes the tags of a node, all or none."""
 
     @_abc_1.abstractmethod
     def ChangeSettings(
         self,
         request: _mgmtd_pb2.ChangeSettingsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_routing_pb2.Settings, _abc.Awaitable[_routing_pb2.Settings]]: ...
+    ) -> _typing.Union[_routing_pb2.Settings, _abc.Awaitable[_routing_pb2.Settings]]:
+        """Changes settings of the cluster, all or none. Without any it only tells them."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _mgmtd_pb2.ManagerStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_mgmtd_pb2.ManagerStatus, _abc.Awaitable[_mgmtd_pb2.ManagerStatus]]:
+        """What the primary counts."""
 
 def add_MgmtdServicer_to_server(servicer: MgmtdServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

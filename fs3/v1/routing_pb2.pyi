@@ -383,6 +383,8 @@ Global___Settings: _TypeAlias = Settings  # noqa: Y015
 
 @_typing.final
 class Routing(_message.Message):
+    """Every list is in the order of its ids (nodes, disks, targets, chains, tables), none of them twice."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -394,10 +396,15 @@ class Routing(_message.Message):
     TABLES_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     cluster_id: _builtins.str
     lease_ms: _builtins.int
     """T: a node silent for T is failed; it serves until send time + T/2"""
+    history: _builtins.int
+    """Which primary's history the version belongs to: another number for every term of every primary. Both together name one
+    content, whatever became of the store. 0: published by a release that knows no deltas.
+    """
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
     @_builtins.property
@@ -422,14 +429,166 @@ class Routing(_message.Message):
         tables: _abc.Iterable[Global___ChainTable] | None = ...,
         lease_ms: _builtins.int = ...,
         settings: Global___Settings | None = ...,
+        history: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster_id", b"cluster_id", "disks", b"disks", "lease_ms", b"lease_ms", "nodes", b"nodes", "settings", b"settings", "tables", b"tables", "targets", b"targets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chains", b"chains", "cluster_id", b"cluster_id", "disks", b"disks", "history", b"history", "lease_ms", b"lease_ms", "nodes", b"nodes", "settings", b"settings", "tables", b"tables", "targets", b"targets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Routing: _TypeAlias = Routing  # noqa: Y015
+
+@_typing.final
+class RoutingKnown(_message.Message):
+    """In a request: the routing that the caller has, and that it takes a delta to it. Absent: the whole is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    DELTA_FORMAT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    history: _builtins.int
+    delta_format: _builtins.int
+    """newest form of RoutingDelta that the caller applies; there is 1"""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        history: _builtins.int = ...,
+        delta_format: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_format", b"delta_format", "history", b"history", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutingKnown: _TypeAlias = RoutingKnown  # noqa: Y015
+
+@_typing.final
+class RoutingDelta(_message.Message):
+    """What became of one routing until another of the same history. All that changed in between is there, also what changed back: so it
+    leads to the same routing from every version in between.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_VERSION_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    REMOVED_NODES_FIELD_NUMBER: _builtins.int
+    REMOVED_DISKS_FIELD_NUMBER: _builtins.int
+    REMOVED_TARGETS_FIELD_NUMBER: _builtins.int
+    REMOVED_CHAINS_FIELD_NUMBER: _builtins.int
+    REMOVED_TABLES_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    from_version: _builtins.int
+    """the only one that it may be applied to is this one, of changed.history"""
+    @_builtins.property
+    def changed(self) -> Global___Routing:
+        """The new routing; of its lists only what changed or is new."""
+
+    @_builtins.property
+    def removed_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def removed_disks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def removed_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def removed_chains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def removed_tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainTable]:
+        """table_id and table_version"""
+
+    @_builtins.property
+    def counts(self) -> Global___RoutingCounts:
+        """of the new routing, to notice a mistake by"""
+
+    def __init__(
+        self,
+        *,
+        from_version: _builtins.int = ...,
+        changed: Global___Routing | None = ...,
+        removed_nodes: _abc.Iterable[_builtins.int] | None = ...,
+        removed_disks: _abc.Iterable[_builtins.bytes] | None = ...,
+        removed_targets: _abc.Iterable[_builtins.int] | None = ...,
+        removed_chains: _abc.Iterable[_builtins.int] | None = ...,
+        removed_tables: _abc.Iterable[Global___ChainTable] | None = ...,
+        counts: Global___RoutingCounts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "counts", b"counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "counts", b"counts", "from_version", b"from_version", "removed_chains", b"removed_chains", "removed_disks", b"removed_disks", "removed_nodes", b"removed_nodes", "removed_tables", b"removed_tables", "removed_targets", b"removed_targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutingDelta: _TypeAlias = RoutingDelta  # noqa: Y015
+
+@_typing.final
+class RoutingCounts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    DISKS_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    CHAINS_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    CHAIN_VERSIONS_FIELD_NUMBER: _builtins.int
+    nodes: _builtins.int
+    disks: _builtins.int
+    targets: _builtins.int
+    chains: _builtins.int
+    tables: _builtins.int
+    chain_versions: _builtins.int
+    """their sum, modulo 2^64"""
+    def __init__(
+        self,
+        *,
+        nodes: _builtins.int = ...,
+        disks: _builtins.int = ...,
+        targets: _builtins.int = ...,
+        chains: _builtins.int = ...,
+        tables: _builtins.int = ...,
+        chain_versions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_versions", b"chain_versions", "chains", b"chains", "disks", b"disks", "nodes", b"nodes", "tables", b"tables", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutingCounts: _TypeAlias = RoutingCounts  # noqa: Y015
+
+@_typing.final
+class RoutingSent(_message.Message):
+    """How a service told others the routing since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHOLES_FIELD_NUMBER: _builtins.int
+    WHOLE_BYTES_FIELD_NUMBER: _builtins.int
+    DELTAS_FIELD_NUMBER: _builtins.int
+    DELTA_BYTES_FIELD_NUMBER: _builtins.int
+    wholes: _builtins.int
+    whole_bytes: _builtins.int
+    deltas: _builtins.int
+    delta_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        wholes: _builtins.int = ...,
+        whole_bytes: _builtins.int = ...,
+        deltas: _builtins.int = ...,
+        delta_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_bytes", b"delta_bytes", "deltas", b"deltas", "whole_bytes", b"whole_bytes", "wholes", b"wholes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutingSent: _TypeAlias = RoutingSent  # noqa: Y015
 
 @_typing.final
 class GetRoutingResponse(_message.Message):
@@ -437,20 +596,26 @@ class GetRoutingResponse(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     ROUTING_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     @_builtins.property
     def routing(self) -> Global___Routing:
         """absent when the caller's version is current"""
+
+    @_builtins.property
+    def delta(self) -> Global___RoutingDelta:
+        """instead of routing, to who said what it knows"""
 
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         routing: Global___Routing | None = ...,
+        delta: Global___RoutingDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "routing", b"routing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "routing", b"routing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,5 +46,9 @@ async def heartbeat(manager: Manager, request: HeartbeatRequest) -> HeartbeatRes
     response = HeartbeatResponse(routing_version=manager.routing.version, no_lease=no_lease)
     response.sent.epoch, response.sent.ns = manager.epoch, now_ns
     if manager.routing.version > request.routing_version:
-        response.routing.CopyFrom(manager.routing)
+        told = manager.teller.tell(request.known)
+        if told.HasField("delta"):
+            response.delta.CopyFrom(told.delta)
+        else:
+            response.routing.CopyFrom(told.routing)
     return response

@@ -9,7 +9,7 @@ from fs3.mgmtd.state import FORMAT, Change
 from fs3.v1.disk_mgmtd_pb2 import DiskRecord, NodeRecord
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import RegisterRequest, RegisterResponse
-from fs3.v1.routing_pb2 import NodeStatus
+from fs3.v1.routing_pb2 import NodeStatus, RoutingKnown
 
 ROLES = ("mgmtd", "meta", STORAGE)
 
@@ -32,7 +32,7 @@ async def register(manager: Manager, request: RegisterRequest) -> RegisterRespon
     return RegisterResponse(
         node_id=node_id,
         cluster_id=manager.config.cluster_id,
-        routing=manager.routing,
+        routing=manager.teller.tell(RoutingKnown()).routing,
         heartbeat_ms=manager.config.heartbeat_ms,
     )
 

@@ -5,6 +5,7 @@ from fs3.core.clock import VirtualClock
 from fs3.meta import keys
 from fs3.meta.background import owner_of
 from fs3.v1 import meta_pb2 as pb
+from fs3.v1.routing_pb2 import RoutingSent
 from meta.harness import CHAINS, CHUNK, Meta, audit, run
 
 
@@ -28,7 +29,7 @@ def test_records_stay_until_every_chain_has_removed_the_chunks() -> None:
         assert len(await meta.rows(keys.GC)) == 1
         assert (await meta.stat("", inode=inode)).nlink == 0
         await clock.advance(0.5)
-        status = meta.engine.status(7)
+        status = meta.engine.status(7, RoutingSent())
         assert (status.gc_waiting, status.gc_refused, status.gc_collected, status.routing_version) == (1, 1, 0, 7)
         assert status.gc_oldest_ms == 500
         meta.chunks.down = set()
@@ -37,7 +38,7 @@ def test_records_stay_until_every_chain_has_removed_the_chunks() -> None:
         assert await meta.engine.collector.step() == 1
         assert meta.chunks.chunks == {}
         assert await meta.rows(keys.GC) == []
-        status = meta.engine.status(7)
+        status = meta.engine.status(7, RoutingSent())
         assert (status.gc_waiting, status.gc_oldest_ms, status.gc_refused, status.gc_collected) == (0, 0, 0, 1)
         await audit(meta)
 

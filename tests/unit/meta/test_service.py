@@ -14,6 +14,7 @@ import pytest
 
 from fs3.core.config import MetaConfig
 from fs3.core.errors import Fs3Error
+from fs3.core.routing import diff, known, received
 from fs3.kv.memory import MemoryKv
 from fs3.meta import service
 from fs3.meta.routing import RoutingHolder
@@ -27,7 +28,7 @@ from fs3.v1.frame_pb2 import Code, ErrorDetail, GetRoutingRequest, Method
 from fs3.v1.meta_pb2_grpc import MetaStub
 from fs3.v1.mgmtd_pb2 import HeartbeatResponse, RegisterResponse, UnregisterResponse
 from fs3.v1.mgmtd_pb2_grpc import MgmtdServicer, add_MgmtdServicer_to_server
-from fs3.v1.routing_pb2 import GetRoutingResponse
+from fs3.v1.routing_pb2 import GetRoutingResponse, Routing
 from meta.harness import CHAINS, FakeChunks, code, routing, run, until
 
 TOKEN = "secret"
@@ -133,6 +134,31 @@ def test_routing_is_relayed_by_long_poll() -> None:
             assert not waiting.done()
             holder.take(routing(version=2))
             assert (await waiting).routing.version == 2
+
+    run(main())
+
+
+def test_what_changed_is_relayed_to_who_says_what_he_knows() -> None:
+    async def main() -> None:
+        async with serving() as (server, holder, _), connected(server) as client:
+
+            async def poll(base: Routing) -> GetRoutingResponse:
+                request = GetRoutingRequest(known_version=base.version, known=known(base))
+                return (await client.call(Method.METHOD_GET_ROUTING, request, GetRoutingResponse, 20))[0]
+
+            old, new = routing(version=2), routing(version=3)
+            old.history = new.history = 5
+            new.disks[0].free_bytes += 1
+            holder.take(old)
+            assert received(old, await poll(old)) is None
+            holder.take(new, diff(old, new))
+            news = received(old, await poll(old))
+            assert news is not None
+            assert news.delta is not None
+            assert news.routing == new
+            assert (await poll(Routing())).routing == new
+            status, _ = await client.call(Method.METHOD_META_STATUS, pb.MetaStatusRequest(), pb.MetaStatus, 20)
+            assert (status.routing_sent.deltas, status.routing_sent.wholes) == (1, 1)
 
     run(main())
 

@@ -18,7 +18,7 @@ from fs3.rpc.mgmtd_client import MgmtdClient, NodeSession
 from fs3.v1.disk_mgmtd_pb2 import ManagerLease
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import ChangeSettingsRequest, ChangeTagsRequest, HeartbeatRequest
-from fs3.v1.routing_pb2 import Disk, Node, NodeStatus, Routing
+from fs3.v1.routing_pb2 import Disk, GetRoutingResponse, Node, NodeStatus, Routing, RoutingKnown
 from mgmtd.harness import (
     CLUSTER,
     HEARTBEAT_MS,
@@ -371,6 +371,80 @@ def test_watchers_see_every_node_and_a_meta_node_leaves_the_routing_when_it_stop
             await meta.unregister()
             await until(lambda: not any(n.role == "meta" for n in watcher.routing.nodes), "the meta node is gone")
             await client.close()
+
+    run(body)
+
+
+def follow(manager: RunningManager, nodes: list[FakeNode]) -> bool:
+    """Whether every node has the manager's routing, the same in everything."""
+    return all(node.session is not None and node.session.routing == manager.routing for node in nodes)
+
+
+def test_who_follows_is_told_what_changed_and_has_the_managers_routing() -> None:
+    async def body() -> None:
+        async with cluster(4, replicas=2) as (manager, nodes, _):
+            await until(lambda: follow(manager, nodes), "the nodes follow")
+            assert manager.service.manager is not None
+            sent = manager.service.manager.teller.sent
+            wholes, deltas, version = sent.wholes, sent.deltas, manager.routing.version
+            await nodes[0].kill()
+            await until(lambda: by_node(manager.routing, 1) == {chains.OFFLINE}, "node 1 out of service")
+            await until(lambda: follow(manager, nodes[1:]), "the others follow")
+            assert manager.routing.version > version
+            assert sent.deltas >= deltas + 3
+            assert sent.wholes == wholes
+
+    run(body)
+
+
+def test_a_new_primary_tells_the_whole_before_it_tells_changes() -> None:
+    async def body() -> None:
+        store = MemoryKv()
+        first = await RunningManager.start(store, min_storage_nodes=3)
+        second = await RunningManager.start(store, min_storage_nodes=3)
+        nodes = [FakeNode([first.address, second.address], name=f"n{i}") for i in range(3)]
+        for node in nodes:
+            await node.start()
+        await until(lambda: all_serving(first.routing) and follow(first, nodes), "all serve")
+        history = first.routing.history
+        await first.stop()
+        await until(lambda: second.service.manager is not None, "the standby is primary")
+        await until(lambda: follow(second, nodes), "the nodes follow")
+        assert second.service.manager is not None
+        assert second.routing.history not in (0, history)
+        assert second.service.manager.teller.sent.wholes >= 3
+        for node in nodes:
+            await node.kill()
+        await second.stop()
+        await store.close()
+
+    run(body)
+
+
+def test_a_delta_that_does_not_fit_is_refused_and_the_whole_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with cluster(3) as (manager, nodes, _):
+            await until(lambda: follow(manager, nodes), "the nodes follow")
+            assert manager.service.manager is not None
+            teller, spoilt = manager.service.manager.teller, 0
+            tell = teller.tell
+
+            def spoil(asker: RoutingKnown) -> GetRoutingResponse:
+                nonlocal spoilt
+                answer = GetRoutingResponse()
+                answer.CopyFrom(tell(asker))
+                if answer.HasField("delta"):
+                    spoilt += 1
+                    del answer.delta.changed.chains[:]
+                    answer.delta.counts.chain_versions += 1
+                return answer
+
+            monkeypatch.setattr(teller, "tell", spoil)
+            await nodes[0].kill()
+            await until(lambda: by_node(manager.routing, 1) == {chains.OFFLINE}, "node 1 out of service")
+            await until(lambda: follow(manager, nodes[1:]), "the others follow")
+            assert spoilt > 0
+            assert by_node(manager.routing, 2) == {chains.SERVING}
 
     run(body)
 

@@ -575,7 +575,7 @@ async fn first_routing(wire: &Wire, config: &ClientConfig) -> Result<Routing> {
     let metas = Metas::new(config.metas.clone());
     let deadline = fs3_rt::Instant::now() + config.op_timeout;
     let limits = CallLimits { deadline, attempt: config.meta_attempt_timeout };
-    let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
+    let request = GetRoutingRequest::default();
     let response: GetRoutingResponse = decoded(call(wire, &metas, Method::GetRouting, &request, limits).await?)?;
     let none = || Error::new(Code::Unavailable, "the cluster has no routing yet; is its manager running?");
     response.routing.ok_or_else(none)

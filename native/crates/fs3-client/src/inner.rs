@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, Result};
+use fs3_proto::routing::{Misfit, apply, known};
 use fs3_proto::v1::{
     Attr, GetRoutingRequest, GetRoutingResponse, KeepaliveRequest, KeepaliveResponse, Method, OpId, Routing,
 };
@@ -55,6 +56,8 @@ pub(crate) struct Inner {
     sessions: AtomicUsize,
     session_opened: Notify,
     refreshing: Mutex<()>,
+    /// The routing is asked for whole: a delta that came did not fit.
+    misfit: AtomicBool,
     pub closed: AtomicBool,
 }
 
@@ -95,6 +98,7 @@ impl Inner {
             sessions: AtomicUsize::new(0),
             session_opened: Notify::new(),
             refreshing: Mutex::new(()),
+            misfit: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             config,
         })
@@ -150,6 +154,28 @@ impl Inner {
         self.inodes.merge(attr)
     }
 
+    /// A question for a newer routing than that of `view`.
+    fn routing_request(&self, view: &RoutingView, wait_ms: u32) -> GetRoutingRequest {
+        let whole = self.misfit.load(Ordering::Relaxed);
+        let known = (!whole).then(|| known(&view.raw));
+        GetRoutingRequest { known_version: view.version(), wait_ms, known }
+    }
+
+    /// Use what the answer to one who had `view` brought. When it does not fit, the next one is asked for whole.
+    fn receive(&self, view: &RoutingView, response: GetRoutingResponse) -> Result<()> {
+        let received = match response.delta {
+            Some(delta) => apply(&view.raw, delta).map(Some),
+            None => Ok(response.routing),
+        };
+        self.misfit.store(received.is_err(), Ordering::Relaxed);
+        let message = "the service sent what changed of another routing; the whole is asked for next";
+        let newer = received.map_err(|Misfit| Error::new(Code::Protocol, message))?;
+        if let Some(routing) = newer {
+            self.install(routing);
+        }
+        Ok(())
+    }
+
     /// Use a routing if it is newer.
     fn install(&self, routing: Routing) {
         self.routing.send_if_modified(|view| {
@@ -169,15 +195,13 @@ impl Inner {
     pub async fn refresh_routing(&self) -> Result<()> {
         let before = self.view().version();
         let _alone = self.refreshing.lock().await;
-        if self.view().version() > before {
+        let view = self.view();
+        if view.version() > before {
             return Ok(());
         }
-        let request = GetRoutingRequest { known_version: before, wait_ms: 0 };
+        let request = self.routing_request(&view, 0);
         let response: GetRoutingResponse = self.meta(Method::GetRouting, &request).await?;
-        if let Some(routing) = response.routing {
-            self.install(routing);
-        }
-        Ok(())
+        self.receive(&view, response)
     }
 
     /// Wait until the routing is newer than `version` or `pause` is over. `hint`: the version a server named; if
@@ -221,17 +245,14 @@ impl Inner {
     /// One long poll; the routing it brought is in use afterwards.
     async fn poll_routing(&self) -> Result<()> {
         let (at, address) = self.metas.pick();
-        let known_version = self.view().version();
-        let request = GetRoutingRequest { known_version, wait_ms: ROUTING_WAIT_MS };
+        let view = self.view();
+        let request = self.routing_request(&view, ROUTING_WAIT_MS);
         let limit = Duration::from_millis(u64::from(ROUTING_WAIT_MS)) + self.config.meta_attempt_timeout;
         let reply = self.wire.call(&address, Method::GetRouting, request, Instant::now() + limit).await;
         let reply = reply.inspect_err(|_| self.metas.failed(at))?;
         let response = GetRoutingResponse::decode(reply)
             .map_err(|e| Error::new(Code::Protocol, format!("{address} sent a routing that is none: {e}")))?;
-        if let Some(routing) = response.routing {
-            self.install(routing);
-        }
-        Ok(())
+        self.receive(&view, response)
     }
 }
 

@@ -348,7 +348,7 @@ async fn connect(addr: &str, count: usize) -> Vec<Connection> {
 }
 
 async fn fetch(connection: &Connection, window: RegionMut) -> RegionMut {
-    let body = GetRoutingRequest { known_version: window.len() as u64, wait_ms: 0 };
+    let body = GetRoutingRequest { known_version: window.len() as u64, wait_ms: 0, known: None };
     let lengths: fn(&[u8]) -> Result<Vec<usize>> =
         |body| Ok(vec![u32::from_le_bytes(body.try_into().expect("four bytes")) as usize]);
     let sink = Sink { windows: vec![window], lengths };
@@ -365,7 +365,7 @@ async fn store_many(connections: &[Connection], tasks: usize, limit: Duration) -
         tokio::spawn(async move {
             let mut count = 0;
             while started.elapsed() < limit {
-                let body = GetRoutingRequest { known_version: 0, wait_ms: 0 };
+                let body = GetRoutingRequest { known_version: 0, wait_ms: 0, known: None };
                 let sink = Sink::none();
                 connection.call(Method::StorageWrite, body, vec![data.clone()], sink, TIMEOUT).await.expect("a reply");
                 count += 1;

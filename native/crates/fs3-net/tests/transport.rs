@@ -97,7 +97,7 @@ async fn segments_land_in_their_windows_and_holes_stay_untouched() {
         })
         .collect();
     let sink = Sink { windows, lengths };
-    let request = GetRoutingRequest { known_version: total as u64, wait_ms: 300 };
+    let request = GetRoutingRequest { known_version: total as u64, wait_ms: 300, known: None };
     let reply = connection.call(Method::StorageRead, request, Vec::new(), sink, LONG).await.unwrap();
     let data = pattern(total);
     let mut at = 0;

@@ -147,7 +147,7 @@ fn valid_frames() -> Vec<Value> {
     };
     let stale = Error::new(Code::StaleChain, "the chain moved on; refresh the routing").with_routing(42);
     let unsure = Error::new(Code::Timeout, "the deadline passed").maybe_applied();
-    let poll = v1::GetRoutingRequest { known_version: 41, wait_ms: 10_000 };
+    let poll = v1::GetRoutingRequest { known_version: 41, wait_ms: 10_000, known: None };
     let (hello, welcome, poll) = (hello.encode_to_vec(), welcome.encode_to_vec(), poll.encode_to_vec());
     let (stale, unsure) = (error_to_detail(&stale).encode_to_vec(), error_to_detail(&unsure).encode_to_vec());
     let payload: Vec<u8> = (0..=255).collect();

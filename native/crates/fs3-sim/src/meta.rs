@@ -1,14 +1,17 @@
 //! What clients need of a metadata service: the routing, and one file whose chunks are the world's.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fs3_core::{Code, Error, RegionMut, Result};
 use fs3_net::{HelloPolicy, Request, Response, Server, Service};
+use fs3_proto::routing::diff;
 use fs3_proto::v1::{
     Attr, AttrResponse, Empty, FileType, GetRoutingRequest, GetRoutingResponse, KeepaliveResponse, Layout, Method,
-    OpenResponse, Role, Routing,
+    OpenResponse, Role, Routing, RoutingDelta, RoutingKnown,
 };
+use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::watch;
 
@@ -19,11 +22,16 @@ pub const TOKEN: &str = "simulated";
 /// Inode of the file of chunks.
 pub(crate) const INODE: u64 = 1000;
 
+/// Who knows one of so many routings is told of changes.
+const TOLD_MAX: usize = 8;
+
 /// The routing that clients learn; `None` until there is one.
 pub(crate) type Published = watch::Sender<Option<Arc<Routing>>>;
 
 pub(crate) struct Meta {
     pub routing: Published,
+    /// The last routings that clients were told.
+    pub told: Mutex<VecDeque<Arc<Routing>>>,
     pub chunk_bytes: u32,
 }
 
@@ -75,8 +83,26 @@ impl Meta {
         let wait = Duration::from_millis(u64::from(request.wait_ms));
         let found = fs3_rt::timeout(wait, routing.wait_for(newer)).await;
         let routing = found.ok().and_then(Result::ok).and_then(|r| r.clone());
-        let version = routing.as_ref().map_or(request.known_version, |r| r.version);
-        GetRoutingResponse { version, routing: routing.map(|r| (*r).clone()) }
+        let Some(routing) = routing else {
+            return GetRoutingResponse { version: request.known_version, ..GetRoutingResponse::default() };
+        };
+        let delta = request.known.and_then(|known| self.delta(&known, &routing));
+        let whole = delta.is_none().then(|| (*routing).clone());
+        GetRoutingResponse { version: routing.version, routing: whole, delta }
+    }
+
+    /// What changed since a routing that clients were told; `routing` is told now.
+    fn delta(&self, known: &RoutingKnown, routing: &Arc<Routing>) -> Option<RoutingDelta> {
+        let mut told = self.told.lock();
+        if told.back().is_none_or(|last| last.version < routing.version) {
+            told.push_back(routing.clone());
+            if told.len() > TOLD_MAX {
+                told.pop_front();
+            }
+        }
+        let base = (known.history, known.version);
+        let old = told.iter().find(|old| (old.history, old.version) == base)?;
+        (old.history == routing.history).then(|| diff(old, routing))
     }
 }
 

@@ -62,7 +62,8 @@ impl World {
         let load = Load::new(sim.clone(), options.clone(), weather.clone());
         let chaos = Chaos::new(sim.clone(), options.clone(), nodes.clone(), weather.clone(), load.clone());
         let routing: Published = watch::Sender::new(None);
-        let meta = Arc::new(Meta { routing: routing.clone(), chunk_bytes: options.chunk_bytes });
+        let meta =
+            Arc::new(Meta { routing: routing.clone(), told: Mutex::default(), chunk_bytes: options.chunk_bytes });
         drop(keeper.spawn(meta.serve()));
         (0..options.nodes).for_each(|node| nodes.start(node));
         (0..options.clients).for_each(|client| load.start_client(client));

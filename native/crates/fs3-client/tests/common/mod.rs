@@ -42,6 +42,8 @@ pub struct Faults {
     pub read_error: Option<Code>,
     /// All syncs fail with this.
     pub sync_error: Option<Code>,
+    /// The next changes of the routing are told to be of another one.
+    pub misfits: usize,
     /// How long quotas let files become.
     pub length_max: Option<u64>,
 }
@@ -60,12 +62,15 @@ pub struct Log {
     pub reports: Vec<WriteReport>,
     /// Chunks that clients asked to check.
     pub checks: Vec<CheckRequest>,
+    /// Of every routing that was told: whether as a delta.
+    pub routings: Vec<bool>,
     /// Requests that met a hung node.
     pub hanging: usize,
 }
 
 pub struct State {
     pub routing: watch::Sender<Routing>,
+    told: Mutex<Vec<Routing>>,
     pub stores: HashMap<u32, Mutex<Chunks>>,
     pub faults: Mutex<Faults>,
     pub log: Mutex<Log>,
@@ -85,6 +90,7 @@ impl FakeCluster {
     pub async fn start() -> Self {
         let state = Arc::new(State {
             routing: watch::Sender::new(Routing::default()),
+            told: Mutex::default(),
             stores: NODES.iter().map(|node| (*node, Mutex::default())).collect(),
             faults: Mutex::default(),
             log: Mutex::default(),
@@ -190,6 +196,7 @@ fn routing(nodes: Vec<Node>) -> Routing {
     });
     Routing {
         version: 1,
+        history: 1,
         cluster_id: "test".into(),
         nodes,
         targets: targets.collect(),
@@ -258,7 +265,26 @@ impl Fake {
         let _ = tokio::time::timeout(Duration::from_millis(u64::from(request.wait_ms)), newer).await;
         let routing = self.state.routing.borrow().clone();
         let version = routing.version;
-        reply(GetRoutingResponse { version, routing: (version > request.known_version).then_some(routing) })
+        if version <= request.known_version {
+            return reply(GetRoutingResponse { version, ..Default::default() });
+        }
+        let delta = request.known.and_then(|known| self.delta(&known, &routing));
+        self.state.told.lock().push(routing.clone());
+        self.state.log.lock().routings.push(delta.is_some());
+        let routing = delta.is_none().then_some(routing);
+        reply(GetRoutingResponse { version, routing, delta })
+    }
+
+    fn delta(&self, known: &RoutingKnown, routing: &Routing) -> Option<RoutingDelta> {
+        let told = self.state.told.lock();
+        let old = told.iter().find(|old| (old.version, old.history) == (known.version, known.history))?;
+        let mut delta = fs3_proto::routing::diff(old, routing);
+        let mut faults = self.state.faults.lock();
+        if faults.misfits > 0 {
+            faults.misfits -= 1;
+            delta.from_version += 1;
+        }
+        Some(delta)
     }
 
     /// The nodes of a chain's serving replicas, if this node is asked under the current version.

@@ -171,7 +171,7 @@ impl Fake {
         let request = GetRoutingRequest::decode(body).unwrap();
         if request.known_version >= 1 {
             tokio::time::sleep(Duration::from_millis(u64::from(request.wait_ms))).await;
-            return reply(GetRoutingResponse { version: 1, routing: None });
+            return reply(GetRoutingResponse { version: 1, ..Default::default() });
         }
         let serving = PublicState::Serving as i32;
         let chains = (1..=CHAINS).map(|id| Chain {
@@ -195,7 +195,7 @@ impl Fake {
             tables: vec![ChainTable { table_id: 1, table_version: 1, chain_ids: (1..=CHAINS).collect(), replicas: 1 }],
             ..Default::default()
         };
-        reply(GetRoutingResponse { version: 1, routing: Some(routing) })
+        reply(GetRoutingResponse { version: 1, routing: Some(routing), delta: None })
     }
 
     fn read(&self, body: &[u8]) -> Result<Response> {

@@ -310,7 +310,7 @@ async fn call_again(
     limit: Duration,
 ) -> Result<Vec<Duration>> {
     let mut times = Vec::new();
-    let body = GetRoutingRequest { known_version: buffer.len() as u64, wait_ms: 0 };
+    let body = GetRoutingRequest { known_version: buffer.len() as u64, wait_ms: 0, known: None };
     if method != Method::StorageRead {
         let payload = buffer.freeze();
         while started.elapsed() < limit {
@@ -389,7 +389,7 @@ impl Bench {
                 tracing::info!("a raw connection has ended: {}", error.message);
             }
         });
-        Ok(Response::new(&GetRoutingRequest { known_version: address, wait_ms: key }))
+        Ok(Response::new(&GetRoutingRequest { known_version: address, wait_ms: key, known: None }))
     }
 }
 

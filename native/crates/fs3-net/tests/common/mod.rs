@@ -71,7 +71,7 @@ pub fn pattern(bytes: usize) -> Vec<u8> {
 }
 
 pub fn body(number: u64) -> GetRoutingRequest {
-    GetRoutingRequest { known_version: number, wait_ms: 0 }
+    GetRoutingRequest { known_version: number, wait_ms: 0, known: None }
 }
 
 /// TCP; or RDMA with the device that FS3_TEST_RDMA names.
