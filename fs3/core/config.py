@@ -190,8 +190,8 @@ class MetaConfig(ServiceConfig):
     """Chains per new file; 0: 16, if there are as many, and up to 128 as the file grows."""
     session_ms: int = 60_000
     """A client silent for this long loses its write sessions."""
-    gc_delay_ms: int = 0
-    """How long the chunks of removed files stay."""
+    gc_delay_ms: int = 10_000
+    """How long removed files stay, in which whoever has one open elsewhere says so."""
     data_dir: str = ""
     """Where the node's uuid is kept; with none it is derived from cluster, host and port."""
 

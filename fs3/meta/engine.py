@@ -53,7 +53,7 @@ class Engine:
         clock: Clock | None = None,
         rng: random.Random | None = None,
         session_ms: int = 60_000,
-        gc_delay_ms: int = 0,
+        gc_delay_ms: int = 10_000,
         idempotency_ms: int = 3_600_000,
     ) -> None:
         self.store = store

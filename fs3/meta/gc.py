@@ -1,5 +1,8 @@
 """The garbage collector: removes chunks of inodes without names and sessions, takes detached directories apart.
 
+The queue is in the order of time, so that a pass reads what is due and no more. Files wait for a while: in it somebody
+else who has one open may say so, and it is taken off the queue again. Directories are due at once.
+
 It fails closed: an inode's record and queue entry go only after every chain of its stripe has removed the chunks.
 What is done twice, by two servers or after a crash, is harmless: inode ids are never used again.
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 from fs3.core import settings
 from fs3.core.clock import Clock
@@ -23,7 +26,7 @@ from fs3.meta import chunks, keys, model, scan, tree
 from fs3.meta.chunks import ChunkStore
 from fs3.meta.clock import monotonic_s
 from fs3.meta.context import OpContext
-from fs3.v1.disk_meta_pb2 import GcRecord, InodeRecord
+from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
 
 log = logging.getLogger("fs3.meta.gc")
@@ -47,6 +50,20 @@ BACKOFF_S_MAX: Final = 60.0
 BACKOFF_ENTRIES_MAX: Final = 65_536
 # An entry of another server's share is taken once it is older than this.
 FOREIGN_S: Final = 30.0
+# When there are many, those whose time has not come are counted so often, and up to so many.
+COUNT_S: Final = 10.0
+COUNT_ROWS: Final = 4096
+COUNT_MAX: Final = 100_000
+
+_Queued: TypeAlias = Mapping[int, bytes]
+"""Keys of queue entries by inode."""
+
+
+class _Entry(NamedTuple):
+    key: bytes
+    inode: int
+    time_ns: int
+    type: int
 
 
 class Collector:
@@ -73,9 +90,11 @@ class Collector:
         self._backoff: dict[int, tuple[float, float]] = {}
         self._event = asyncio.Event()
         self.collected = 0
-        # Entries seen in the last pass that are still queued, and when the oldest of all was queued.
+        # Entries that are still queued after the last pass, and when the oldest of them was queued.
         self.queued = 0
         self._oldest_ns = 0
+        # When those whose time has not come were counted, and how many they were.
+        self._counted = (-COUNT_S, 0)
 
     @property
     def _delay_ns(self) -> int:
@@ -95,22 +114,57 @@ class Collector:
         self._event.clear()
 
     async def step(self) -> int:
-        """One pass over the queue; returns how many entries it finished."""
+        """One pass over what is due; returns how many entries it finished."""
+        await self._adopt_unordered()
         finished = left = 0
-        oldest_ns = self._clock.wall_ns()
-        async for rows in scan.pages(self._store, keys.table(keys.GC), limit=SCAN_ROWS):
-            ready = [(keys.inode_of(key), model.decode_gc(value)) for key, value in rows]
-            oldest_ns = min([oldest_ns, *(entry.time_ns for _, entry in ready)])
-            ready = [(inode, entry) for inode, entry in ready if self._ready(inode, entry)]
-            left += len(rows) - len(ready)
-            for at in range(0, len(ready), BATCH_FILES):
-                batch = ready[at : at + BATCH_FILES]
-                done = await self._batch(batch)
-                finished += done
-                left += len(batch) - done
+        now_ns = oldest_ns = self._clock.wall_ns()
+        due, waiting = keys.gc_split(now_ns - self._delay_ns)
+        async for rows in scan.pages(self._store, due, limit=SCAN_ROWS):
+            entries = list(map(_entry, rows))
+            done, staying = await self._page(entries)
+            finished += done
+            left += len(entries) - done
+            oldest_ns = min([oldest_ns, *(entry.time_ns for entry in staying)])
         self.collected += finished
-        self.queued, self._oldest_ns = left, oldest_ns
+        young, first_ns = await self._look_ahead(waiting)
+        self.queued, self._oldest_ns = left + young, min(oldest_ns, first_ns)
         return finished
+
+    async def _page(self, entries: list[_Entry]) -> tuple[int, list[_Entry]]:
+        """Work on what is this server's turn; returns how many are finished, and among which the others are."""
+        ready: list[_Entry] = []
+        staying: list[_Entry] = []
+        for entry in entries:
+            (ready if self._ready(entry) else staying).append(entry)
+        finished = 0
+        for at in range(0, len(ready), BATCH_FILES):
+            batch = ready[at : at + BATCH_FILES]
+            done = await self._batch(batch)
+            finished += done
+            staying += batch if done < len(batch) else []
+        return finished, staying
+
+    async def _look_ahead(self, waiting: tuple[bytes, bytes]) -> tuple[int, int]:
+        """How many entries wait for their time, as of a moment ago if they are many, and when the first was queued."""
+        rows = await anext(aiter(scan.pages(self._store, waiting, limit=SCAN_ROWS)))
+        first_ns = _entry(rows[0]).time_ns if rows else self._clock.wall_ns()
+        if len(rows) < SCAN_ROWS:
+            return len(rows), first_ns
+        now_s = monotonic_s(self._clock)
+        if now_s - self._counted[0] >= COUNT_S:
+            count = 0
+            async for rows in scan.pages(self._store, waiting, limit=COUNT_ROWS):
+                count += len(rows)
+                if count >= COUNT_MAX:
+                    break
+            self._counted = now_s, min(count, COUNT_MAX)
+        return max(self._counted[1], SCAN_ROWS), first_ns
+
+    async def _adopt_unordered(self) -> None:
+        """Put what earlier versions queued into the order of time."""
+        async for rows in scan.pages(self._store, keys.table(keys.UNORDERED_GC), limit=SCAN_ROWS):
+            if rows:
+                await retry.run(self._store, lambda tr, rows=rows: _adopt(tr, rows), idempotent=True)  # type: ignore[misc]
 
     @property
     def oldest_ms(self) -> int:
@@ -122,23 +176,21 @@ class Collector:
         """Entries whose removal failed and is tried again."""
         return len(self._backoff)
 
-    def _ready(self, inode: int, entry: GcRecord) -> bool:
+    def _ready(self, entry: _Entry) -> bool:
         age_ns = self._clock.wall_ns() - entry.time_ns
-        if 0 <= age_ns < self._delay_ns:
+        if not self.owns(entry.inode) and 0 <= age_ns < self._delay_ns + FOREIGN_S * 1e9:
             return False
-        if not self.owns(inode) and 0 <= age_ns < self._delay_ns + FOREIGN_S * 1e9:
-            return False
-        return self._backoff.get(inode, (0.0, 0.0))[0] <= monotonic_s(self._clock)
+        return self._backoff.get(entry.inode, (0.0, 0.0))[0] <= monotonic_s(self._clock)
 
-    async def _batch(self, batch: list[tuple[int, GcRecord]]) -> int:
+    async def _batch(self, batch: list[_Entry]) -> int:
         """Work on a few entries, then rest if clients were served meanwhile; returns how many are finished."""
         started_s, served = monotonic_s(self._clock), self.served()
-        files = [inode for inode, entry in batch if entry.type != model.DIRECTORY]
+        files = {entry.inode: entry.key for entry in batch if entry.type != model.DIRECTORY}
         done = await self._collect(files) if files else 0
-        directories = [inode for inode, entry in batch if entry.type == model.DIRECTORY]
+        directories = [entry.inode for entry in batch if entry.type == model.DIRECTORY]
         done += sum(await self._each(directories, self._expand))
         took_s = monotonic_s(self._clock) - started_s
-        oldest_ns = min(entry.time_ns for _, entry in batch)
+        oldest_ns = min(entry.time_ns for entry in batch)
         urgent = self._clock.wall_ns() - oldest_ns > self._delay_ns + URGENT_S * 1e9
         if took_s > 0 and not urgent and self.served() != served:
             await self._clock.sleep(min(took_s * REST_FACTOR, REST_S_MAX))
@@ -167,16 +219,16 @@ class Collector:
             self._backoff.clear()
         self._backoff[inode] = (monotonic_s(self._clock) + pause_s, pause_s)
 
-    async def _collect(self, inodes: list[int]) -> int:
+    async def _collect(self, files: _Queued) -> int:
         """Remove the chunks of files, then their records; returns how many are gone."""
         ctx = self._new_context()
         try:
-            records, refused = await retry.run(self._store, lambda tr: _check(tr, inodes), idempotent=True)
+            records, refused = await retry.run(self._store, lambda tr: _check(tr, files), idempotent=True)
             cut = await self._each(list(records), lambda inode: self._cut(inode, records[inode]))
-            gone = [inode for inode, done in zip(records, cut, strict=True) if done]
-            gone, late = await retry.run(self._store, lambda tr: _finish(tr, ctx, gone), idempotent=True)
+            cleared = {inode: files[inode] for inode, done in zip(records, cut, strict=True) if done}
+            gone, late = await retry.run(self._store, lambda tr: _finish(tr, ctx, cleared), idempotent=True)
         except KvError as exc:
-            for inode in inodes:
+            for inode in files:
                 self._postpone(inode, exc)
             return 0
         for inode, refusal in (refused | late).items():
@@ -205,37 +257,50 @@ class Collector:
         return False
 
 
-async def _collectable(tr: Transaction, inode: int) -> InodeRecord | None:
-    """The record, None when it is gone already. Raises Fs3Error INTERNAL when the inode is in use."""
-    record = await tree.load(tr, inode)
-    if record is None:
-        return None
-    if record.attr.nlink or await tree.has_sessions(tr, inode):
-        raise error(Code.CODE_INTERNAL, f"inode {inode:#x} is queued for removal and in use: it stays")
-    return record
+def _entry(row: tuple[bytes, bytes]) -> _Entry:
+    key, value = row
+    record = model.decode_gc(value)
+    return _Entry(key, keys.gc_parts(key)[1], record.time_ns, record.type)
 
 
-async def _check(tr: Transaction, inodes: list[int]) -> tuple[dict[int, InodeRecord | None], dict[int, Fs3Error]]:
-    """The records of those that may go, and why the others may not."""
+async def _adopt(tr: Transaction, rows: scan.Rows) -> None:
+    for key, value in rows:
+        tr.clear(key)
+        record = await tree.load(tr, keys.inode_of(key))
+        if record is not None:
+            entry = model.decode_gc(value)
+            record.queued_ns = 0 if entry.type == model.DIRECTORY else entry.time_ns
+            tree.store(tr, record)
+            tr.set(tree.gc_key(record), value)
+
+
+async def _check(tr: Transaction, queued: _Queued) -> tuple[dict[int, InodeRecord | None], dict[int, Fs3Error]]:
+    """The records of those that may go, None of what is gone already, and why others may not.
+
+    Of one that was taken off the queue meanwhile it says nothing.
+    """
     records: dict[int, InodeRecord | None] = {}
     refused: dict[int, Fs3Error] = {}
-    for inode in inodes:
-        try:
-            records[inode] = await _collectable(tr, inode)
-        except Fs3Error as exc:
-            refused[inode] = exc
+    for inode, key in queued.items():
+        record = await tree.load(tr, inode)
+        if record is not None and tree.gc_key(record) != key:
+            continue
+        if record is not None and (record.attr.nlink or await tree.has_sessions(tr, inode)):
+            refused[inode] = error(Code.CODE_INTERNAL, f"inode {inode:#x} is queued for removal and in use: it stays")
+        else:
+            records[inode] = record
     return records, refused
 
 
-async def _finish(tr: Transaction, ctx: OpContext, inodes: list[int]) -> tuple[list[int], dict[int, Fs3Error]]:
+async def _finish(tr: Transaction, ctx: OpContext, queued: _Queued) -> tuple[list[int], dict[int, Fs3Error]]:
     """Erase the records of files whose chunks are gone; returns which, and why the others stay."""
-    # Queued inodes do not come back, but nothing is taken on trust here.
-    records, refused = await _check(tr, inodes)
+    # What has waited for long enough does not come back, but nothing is taken on trust here.
+    records, refused = await _check(tr, queued)
     for inode, record in records.items():
         if record is not None:
             await tree.erase(tr, ctx, record)
             tr.clear(keys.truncation(inode))
-        tr.clear(keys.gc(inode))
+        tr.clear(queued[inode])
     return list(records), refused
 
 
@@ -243,7 +308,7 @@ async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:
     """Detach the first entries; True when the directory is gone."""
     directory = await tree.load(tr, inode)
     if directory is None:
-        tr.clear(keys.gc(inode))
+        tr.clear(keys.gc(0, inode))
         return True
     begin, end = keys.dirents(inode)
     rows = await tr.get_range(begin, end, limit=CHILDREN_MAX)
@@ -261,5 +326,5 @@ async def _expand_page(tr: Transaction, ctx: OpContext, inode: int) -> bool:
         return False
     # The range was read to its end, so that a creation in the directory conflicts with this.
     await tree.erase(tr, ctx, directory)
-    tr.clear(keys.gc(inode))
+    tr.clear(tree.gc_key(directory))
     return True

@@ -36,7 +36,9 @@ DIRENT: Final = b"Fe"
 SESSION: Final = b"Fs"
 KEEPALIVE: Final = b"Fk"
 IDEMPOTENCY: Final = b"Fo"
-GC: Final = b"Fg"
+GC: Final = b"FG"
+# The queue of versions that did not keep it in the order of time.
+UNORDERED_GC: Final = b"Fg"
 TRUNCATION: Final = b"Ft"
 ALLOCATOR: Final = b"Fa"
 COUNTER: Final = b"Fc"
@@ -75,7 +77,7 @@ def inode_range(first: int, last: int) -> tuple[bytes, bytes]:
 
 
 def inode_of(key: bytes) -> int:
-    """The inode that a key of the inode, session, gc or truncation table belongs to."""
+    """The inode that a key of the inode, session or truncation table belongs to."""
     number: int = _U64.unpack_from(key, 2)[0]
     return number
 
@@ -123,9 +125,22 @@ def idempotency(client_id: bytes, sequence: int) -> bytes:
     return IDEMPOTENCY + client_id + _U64.pack(sequence)
 
 
-def gc(ino: int) -> bytes:
-    """The GcRecord of an inode that waits for removal."""
-    return _PREFIXED.pack(GC, ino)
+def gc(queued_ns: int, ino: int) -> bytes:
+    """The GcRecord of an inode that waits for removal; what is queued first comes first."""
+    return _PREFIXED_PAIR.pack(GC, queued_ns, ino)
+
+
+def gc_parts(key: bytes) -> tuple[int, int]:
+    """(queued_ns, inode) of a gc key."""
+    _, queued_ns, ino = _PREFIXED_PAIR.unpack(key)
+    return queued_ns, ino
+
+
+def gc_split(queued_ns: int) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
+    """The entries queued up to `queued_ns`, with those at 0, and those queued later."""
+    begin, end = table(GC)
+    middle = _PREFIXED_PAIR.pack(GC, max(0, queued_ns) + 1, 0)
+    return (begin, middle), (middle, end)
 
 
 def truncation(ino: int) -> bytes:

@@ -102,7 +102,7 @@ async def open_existing(
     if attr.type == model.DIRECTORY and (write or truncate):
         raise is_directory(record)
     access.require(attr, caller, access.READ * read | access.WRITE * (write or truncate))
-    if attr.nlink == 0 and attr.type != model.DIRECTORY and await tr.get(keys.gc(attr.inode)) is not None:
+    if tree.waits_for_removal(record):
         raise tree.stale(attr.inode)
     if attr.type != model.FILE:
         return OpenResponse(attr=await tree.complete(tr, record))

@@ -124,13 +124,31 @@ async def erase(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
     tr.add(keys.counter(ctx.counter_shard), -1)
 
 
+def gc_key(record: InodeRecord) -> bytes:
+    """The key that the inode's entry of the gc queue has, if there is one."""
+    return keys.gc(record.queued_ns, record.attr.inode)
+
+
 async def enqueue(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
-    """Store the record and hand the inode to the garbage collector. Once queued nothing brings it back."""
+    """Store the record and hand the inode to the garbage collector: files after a while, directories at once."""
+    record.left_quota = record.quota
     await quotas.leave(tr, ctx, record)
+    record.queued_ns = 0 if record.attr.type == model.DIRECTORY else ctx.now_ns
     store(tr, record)
     entry = GcRecord(format=model.FORMAT, time_ns=ctx.now_ns, type=record.attr.type)
-    tr.set(keys.gc(record.attr.inode), entry.SerializeToString())
+    tr.set(gc_key(record), entry.SerializeToString())
     ctx.collect = True
+
+
+def waits_for_removal(record: InodeRecord) -> bool:
+    """Whether a file has lost its last name and nobody is known to have it open."""
+    return record.queued_ns != 0 and record.attr.nlink == 0
+
+
+def dequeue(tr: Transaction, record: InodeRecord) -> None:
+    """Take an inode off the gc queue, if it is there; the caller stores the record."""
+    tr.clear(gc_key(record))
+    record.queued_ns = record.left_quota = 0
 
 
 async def detach(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:

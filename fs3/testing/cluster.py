@@ -59,7 +59,7 @@ class ClusterSpec:
     lease_ms: int = 6000
     heartbeat_ms: int = 1000
     session_ms: int = 60_000
-    gc_delay_ms: int = 0
+    gc_delay_ms: int = 10_000
     kv_durable: bool = True
     kv: str = ""
     read_cache_bytes: int = 512 << 20

@@ -39,6 +39,8 @@ class InodeRecord(_message.Message):
     LOST_NAMES_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     LINKABLE_FIELD_NUMBER: _builtins.int
+    QUEUED_NS_FIELD_NUMBER: _builtins.int
+    LEFT_QUOTA_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     truncating: _builtins.bool
@@ -66,6 +68,9 @@ class InodeRecord(_message.Message):
     """Directories: the name in attr.parent, to find a path quickly. Who uses it looks whether it is still right."""
     linkable: _builtins.bool
     """files: made without a name, may get one"""
+    queued_ns: _builtins.int
+    """Of what waits in the gc queue: the time in the key of its entry, 0 for directories, and `quota` as it was before."""
+    left_quota: _builtins.int
     @_builtins.property
     def attr(self) -> _meta_pb2.Attr:
         """Of a directory, nlink, mtime_ns and ctime_ns are not kept here but under keys of their own, so that
@@ -89,10 +94,12 @@ class InodeRecord(_message.Message):
         lost_names: _builtins.bool = ...,
         name: _builtins.bytes = ...,
         linkable: _builtins.bool = ...,
+        queued_ns: _builtins.int = ...,
+        left_quota: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "linkable", b"linkable", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "quota", b"quota", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "left_quota", b"left_quota", "linkable", b"linkable", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "queued_ns", b"queued_ns", "quota", b"quota", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2428,7 +2428,7 @@ class MetaStatus(_message.Message):
     """operations since it started"""
     routing_version: _builtins.int
     gc_waiting: _builtins.int
-    """inodes that wait for removal, whichever service is to remove them"""
+    """inodes that wait for removal, whichever service is to; of the young ones the first 100,000"""
     gc_oldest_ms: _builtins.int
     """how long the first of them has waited"""
     gc_refused: _builtins.int

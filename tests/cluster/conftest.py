@@ -11,8 +11,10 @@ import pytest
 
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 
-# Short leases, so that a test that kills a node does not wait for long.
-QUICK = ClusterSpec(lease_ms=3000, heartbeat_ms=300, targets_per_disk=2, kv_durable=False, read_cache_bytes=64 << 20)
+# Short leases, so that a test that kills a node does not wait for long; removed files go at once.
+QUICK = ClusterSpec(
+    lease_ms=3000, heartbeat_ms=300, targets_per_disk=2, kv_durable=False, read_cache_bytes=64 << 20, gc_delay_ms=0
+)
 
 MakeCluster = Callable[..., LocalCluster]
 

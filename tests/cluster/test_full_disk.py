@@ -36,7 +36,9 @@ def fits(path: Path, data: bytes) -> bool:
 @pytest.fixture
 def small_cluster(make_cluster: MakeCluster, tmp_path: Path) -> Iterator[LocalCluster]:
     """One storage service on a file system of DISK_BYTES."""
-    spec = ClusterSpec(storage=1, replicas=1, targets_per_disk=1, lease_ms=3000, heartbeat_ms=300, kv_durable=False)
+    spec = ClusterSpec(
+        storage=1, replicas=1, targets_per_disk=1, lease_ms=3000, heartbeat_ms=300, kv_durable=False, gc_delay_ms=0
+    )
     cluster = make_cluster(spec, name="small", start=False)
     disk = cluster.directory / "storage-1" / "disk-1"
     disk.mkdir(parents=True)

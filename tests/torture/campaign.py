@@ -25,9 +25,15 @@ from tests.torture.worker import Job, path_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Short leases, so that a campaign meets many of them; a small read cache, so that disks are read.
+# Short leases, so that a campaign meets many of them; a small read cache, so that disks are read; removed
+# files go soon.
 SPEC = ClusterSpec(
-    lease_ms=3000, heartbeat_ms=300, targets_per_disk=2, chunk_bytes=CHUNK_BYTES, read_cache_bytes=4 << 20
+    lease_ms=3000,
+    heartbeat_ms=300,
+    targets_per_disk=2,
+    chunk_bytes=CHUNK_BYTES,
+    read_cache_bytes=4 << 20,
+    gc_delay_ms=1000,
 )
 VERIFY_EVERY = 10
 OVERLAP_MAX = 3

@@ -111,8 +111,8 @@ async def _file(tr: Transaction, ctx: OpContext | None, record: InodeRecord, ali
     if ctx is not None:
         attr.nlink = len(alive)
         attr.ctime_ns = ctx.now_ns
+        tree.dequeue(tr, record)
         tree.store(tr, record)
-        tr.clear(keys.gc(attr.inode))
     return Finding("link-count", attr.inode, await path_of(tr, *alive[0]), problem, "set the link count")
 
 
@@ -126,8 +126,8 @@ async def _directory(tr: Transaction, ctx: OpContext | None, record: InodeRecord
     if record.detached:
         if ctx is not None:
             record.detached = False
+            tree.dequeue(tr, record)
             tree.store(tr, record)
-            tr.clear(keys.gc(attr.inode))
         problem = "is marked as removed and has a name"
         return Finding("removed-directory", attr.inode, await path_of(tr, *alive[0]), problem, "keep the directory")
     if len(alive) == 1 and not root:
@@ -146,7 +146,7 @@ async def _directory(tr: Transaction, ctx: OpContext | None, record: InodeRecord
 async def _unlinked(tr: Transaction, ctx: OpContext | None, record: InodeRecord) -> Finding | None:
     """An inode that is to go has to be queued, or held by a session."""
     attr = record.attr
-    if await tr.get(keys.gc(attr.inode)) is not None or await tree.has_sessions(tr, attr.inode):
+    if await tr.get(tree.gc_key(record)) is not None or await tree.has_sessions(tr, attr.inode):
         return None
     if ctx is not None:
         await tree.enqueue(tr, ctx, record)
@@ -159,7 +159,7 @@ async def _lost(tr: Transaction, ctx: OpContext | None, record: InodeRecord) -> 
     attr = record.attr
     if ctx is not None:
         await adopt(tr, ctx, record)
+        tree.dequeue(tr, record)
         tree.store(tr, record)
-        tr.clear(keys.gc(attr.inode))
     place = f"/lost+found/{lost_name(attr.inode).decode()}"
     return Finding("no-name", attr.inode, f"inode {attr.inode:#x}", "no entry names it", f"name it {place}")

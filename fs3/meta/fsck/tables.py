@@ -14,7 +14,7 @@ from fs3.meta.fsck.lost import lost_name
 from fs3.meta.fsck.report import Finding
 from fs3.meta.scan import Rows
 from fs3.meta.sweeper import Sweeper
-from fs3.v1.disk_meta_pb2 import TrashRecord
+from fs3.v1.disk_meta_pb2 import InodeRecord, TrashRecord
 
 # Stored answers go this much after their time at the latest.
 SWEEP_SLACK_S: Final = 1200.0
@@ -68,26 +68,31 @@ def queued_look(key: bytes) -> Look:
     """A look at an entry of the gc queue."""
 
     async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
-        ino = keys.inode_of(key)
+        _, ino = keys.gc_parts(key)
         if await tr.get(key) is None:
             return None
-        problem = await _not_collectable(tr, ino)
+        record = await tree.load(tr, ino)
+        problem = await _not_collectable(tr, key, record)
         if problem is None:
             return None
         if ctx is not None:
             tr.clear(key)
+            if record is not None and tree.gc_key(record) == key:
+                tree.dequeue(tr, record)
+                tree.store(tr, record)
         return Finding("queued-in-use", ino, f"inode {ino:#x}", problem, "take it off the queue")
 
     return look
 
 
-async def _not_collectable(tr: Transaction, ino: int) -> str | None:
-    record = await tree.load(tr, ino)
+async def _not_collectable(tr: Transaction, key: bytes, record: InodeRecord | None) -> str | None:
     if record is None:
         return "is queued for removal and gone"
+    if tree.gc_key(record) != key:
+        return "is queued for removal at another time than it says"
     if not record.detached if record.attr.type == model.DIRECTORY else record.attr.nlink:
         return "is queued for removal and has a name"
-    if await tree.has_sessions(tr, ino):
+    if await tree.has_sessions(tr, record.attr.inode):
         return "is queued for removal and open"
     return None
 

@@ -28,7 +28,7 @@ async def run(tr: Transaction, request: TruncateRequest, ctx: OpContext) -> Attr
     opened = bool(request.session) and await tr.get(keys.session(attr.inode, request.session)) is not None
     if not opened:
         access.require(attr, request.caller, access.WRITE)
-    if attr.nlink == 0 and await tr.get(keys.gc(attr.inode)) is not None:
+    if tree.waits_for_removal(record):
         raise tree.stale(attr.inode)
     if record.truncating:
         raise TruncationPending(attr.inode)

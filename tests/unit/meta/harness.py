@@ -152,6 +152,7 @@ class Meta:
         self.holder.take(routing(chains=chains))
         placement = RoutingPlacement(self.holder, chunk_bytes=CHUNK)
         self.rng = random.Random(seed)
+        engine = {"gc_delay_ms": 0} | engine
         self.engine = Engine(self.store, self.chunks, placement, clock=self.clock, rng=self.rng, **engine)
         self.client_id = self.rng.randbytes(16)
         # Ids in the trash, where a test prepares some.
@@ -350,7 +351,7 @@ async def audit(meta: Meta) -> None:
             inodes[ino] = model.decode_inode(value)
         elif key.endswith(keys.SUBDIRS_SUFFIX):
             subdirs[ino] = model.decode_count(value)
-    queued = {keys.inode_of(key) for key, _ in await meta.rows(keys.GC)}
+    queued = {keys.gc_parts(key)[1] for key, _ in await meta.rows(keys.GC)}
     held = {keys.inode_of(key) for key, _ in await meta.rows(keys.SESSION)}
     links: dict[int, int] = {}
     counted: dict[int, int] = {}

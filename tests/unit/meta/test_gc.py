@@ -1,8 +1,10 @@
 import asyncio
 
+import pytest
+
 from fs3.core import settings
 from fs3.core.clock import VirtualClock
-from fs3.meta import keys
+from fs3.meta import gc, keys, tree
 from fs3.meta.background import owner_of
 from fs3.v1 import meta_pb2 as pb
 from fs3.v1.routing_pb2 import RoutingSent
@@ -76,6 +78,85 @@ def test_delay_keeps_chunks() -> None:
         await clock.advance(2)
         assert await meta.engine.collector.step() == 1
         assert meta.chunks.chunks == {}
+
+    run(main())
+
+
+def test_a_pass_reads_what_is_due_and_no_more() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock, gc_delay_ms=60_000)
+        for _ in range(3):
+            await removed(meta)
+        await clock.advance(50)
+        for _ in range(gc.SCAN_ROWS + 1):
+            await removed(meta)
+        await clock.advance(11)
+        read = 0
+        entry = gc._entry
+
+        def counting(row: tuple[bytes, bytes]) -> gc._Entry:
+            nonlocal read
+            read += 1
+            return entry(row)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gc, "_entry", counting)
+            assert await meta.engine.collector.step() == 3
+        assert read == 4, "the three, and one to know when the first of the others was queued"
+        status = meta.engine.status(1)
+        assert (status.gc_waiting, status.gc_oldest_ms) == (gc.SCAN_ROWS + 1, 11_000)
+        await clock.advance(49)
+        assert await meta.engine.collector.step() == gc.SCAN_ROWS + 1
+        assert meta.engine.status(1).gc_waiting == 0
+        await audit(meta)
+
+    run(main())
+
+
+def test_directories_are_taken_apart_at_once_and_their_files_wait() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock, gc_delay_ms=60_000)
+        await meta.mkdir("/d")
+        await meta.mkdir("/d/e")
+        await meta.write("/d/e/f", CHUNK)
+        await meta.do("RemoveAll", "/d")
+        while await meta.engine.collector.step():
+            pass
+        assert (await meta.do("Statfs", "")).inodes == 2
+        assert meta.chunks.chunks != {}
+        await clock.advance(60)
+        assert await meta.engine.collector.step() == 1
+        assert meta.chunks.chunks == {}
+        await audit(meta)
+
+    run(main())
+
+
+def test_what_an_earlier_version_queued_gets_its_place_in_the_order_of_time() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock, gc_delay_ms=60_000)
+        inode = await removed(meta)
+        ((key, value),) = await meta.rows(keys.GC)
+        tr = meta.store.transaction()
+        record = await tree.load(tr, inode)
+        assert record is not None
+        tree.dequeue(tr, record)
+        tree.store(tr, record)
+        tr.set(keys.UNORDERED_GC + key[-8:], value)
+        tr.set(keys.UNORDERED_GC + bytes(7) + b"x", value)
+        await tr.commit()
+        await clock.advance(59)
+        assert await meta.engine.collector.step() == 0
+        assert await meta.rows(keys.UNORDERED_GC) == []
+        assert await meta.rows(keys.GC) == [(key, value)]
+        await audit(meta)
+        await clock.advance(1)
+        assert await meta.engine.collector.step() == 1
+        assert meta.chunks.chunks == {}
+        await audit(meta)
 
     run(main())
 

@@ -144,7 +144,7 @@ async def an_unlinked_file_is_not_queued(meta: Meta) -> None:
 async def a_removed_directory_is_not_queued(meta: Meta) -> None:
     ino = await inode(meta, "/d")
     await meta.do("RemoveAll", "/d")
-    await change(meta, clears=(keys.gc(ino),))
+    await change(meta, clears=(keys.gc(0, ino),))
 
 
 @damage("removed-directory", "queued-in-use")
@@ -157,12 +157,18 @@ async def a_directory_is_marked_as_removed(meta: Meta) -> None:
 
 async def queue(meta: Meta, ino: int, kind: pb.FileType) -> None:
     entry = GcRecord(format=model.FORMAT, time_ns=1, type=kind)
-    await change(meta, sets={keys.gc(ino): entry.SerializeToString()})
+    await change(meta, sets={keys.gc(0, ino): entry.SerializeToString()})
 
 
 @damage("queued-in-use")
 async def a_file_with_names_is_queued(meta: Meta) -> None:
     await queue(meta, await inode(meta, "/d/f"), model.FILE)
+
+
+@damage("queued-in-use")
+async def a_file_is_queued_twice(meta: Meta) -> None:
+    ((key, value),) = await meta.rows(keys.GC)
+    await change(meta, sets={keys.gc(5, keys.gc_parts(key)[1]): value})
 
 
 @damage("queued-in-use")
