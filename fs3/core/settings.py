@@ -64,7 +64,9 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         "Chunk size of new files whose directory does not say: a power of two, 64KiB to 64MiB.", _chunk_bytes
     ),
     STRIPE: Setting("Chains per new file whose directory does not say; 0: 16, growing with the file.", _count),
-    GC_DELAY: Setting("How long the chunks of removed files stay: 30s, 10m.", _milliseconds),
+    GC_DELAY: Setting(
+        "How long removed files stay, so that whoever has them open can say so: 10s, 10m.", _milliseconds
+    ),
 }
 
 

@@ -1,7 +1,8 @@
-"""The garbage collector: removes chunks of inodes without names and sessions, takes detached directories apart.
+"""The garbage collector: removes chunks of inodes without names, sessions and holds, takes detached directories apart.
 
 The queue is in the order of time, so that a pass reads what is due and no more. Files wait for a while: in it somebody
-else who has one open may say so, and it is taken off the queue again. Directories are due at once.
+who has one open may say so, and it is taken off the queue again. That ends at a horizon in the store, which is moved
+before the chunks of anything behind it are touched; so it does not hang on clocks. Directories are due at once.
 
 It fails closed: an inode's record and queue entry go only after every chain of its stripe has removed the chunks.
 What is done twice, by two servers or after a crash, is harmless: inode ids are never used again.
@@ -93,6 +94,8 @@ class Collector:
         # Entries that are still queued after the last pass, and when the oldest of them was queued.
         self.queued = 0
         self._oldest_ns = 0
+        # Up to when what is queued is due in this pass, and up to when it is known that nobody takes it off the queue.
+        self._due_ns = self._horizon_ns = 0
         # When those whose time has not come were counted, and how many they were.
         self._counted = (-COUNT_S, 0)
 
@@ -117,8 +120,9 @@ class Collector:
         """One pass over what is due; returns how many entries it finished."""
         await self._adopt_unordered()
         finished = left = 0
-        now_ns = oldest_ns = self._clock.wall_ns()
-        due, waiting = keys.gc_split(now_ns - self._delay_ns)
+        oldest_ns = self._clock.wall_ns()
+        self._due_ns = oldest_ns - self._delay_ns
+        due, waiting = keys.gc_split(self._due_ns)
         async for rows in scan.pages(self._store, due, limit=SCAN_ROWS):
             entries = list(map(_entry, rows))
             done, staying = await self._page(entries)
@@ -223,6 +227,7 @@ class Collector:
         """Remove the chunks of files, then their records; returns how many are gone."""
         ctx = self._new_context()
         try:
+            await self._pass_horizon(max(keys.gc_parts(key)[0] for key in files.values()))
             records, refused = await retry.run(self._store, lambda tr: _check(tr, files), idempotent=True)
             cut = await self._each(list(records), lambda inode: self._cut(inode, records[inode]))
             cleared = {inode: files[inode] for inode, done in zip(records, cut, strict=True) if done}
@@ -234,6 +239,20 @@ class Collector:
         for inode, refusal in (refused | late).items():
             self._postpone(inode, refusal)
         return len(gone)
+
+    async def _pass_horizon(self, queued_ns: int) -> None:
+        """Return once nothing that was queued up to then is taken off the queue any more."""
+        if queued_ns <= self._horizon_ns:
+            return
+        due_ns = self._due_ns
+
+        async def move(tr: Transaction) -> int:
+            horizon_ns = model.decode_count(await tr.get(keys.GC_HORIZON))
+            if horizon_ns < due_ns:
+                tr.set(keys.GC_HORIZON, model.encode_count(due_ns))
+            return max(horizon_ns, due_ns)
+
+        self._horizon_ns = await retry.run(self._store, move, idempotent=True)
 
     async def _cut(self, inode: int, record: InodeRecord | None) -> bool:
         if record is not None and record.attr.type == model.FILE:
@@ -285,7 +304,7 @@ async def _check(tr: Transaction, queued: _Queued) -> tuple[dict[int, InodeRecor
         record = await tree.load(tr, inode)
         if record is not None and tree.gc_key(record) != key:
             continue
-        if record is not None and (record.attr.nlink or await tree.has_sessions(tr, inode)):
+        if record is not None and (record.attr.nlink or await tree.is_kept(tr, inode)):
             refused[inode] = error(Code.CODE_INTERNAL, f"inode {inode:#x} is queued for removal and in use: it stays")
         else:
             records[inode] = record

@@ -37,6 +37,8 @@ SESSION: Final = b"Fs"
 KEEPALIVE: Final = b"Fk"
 IDEMPOTENCY: Final = b"Fo"
 GC: Final = b"FG"
+# What is queued up to this time may have lost chunks already: it is not taken off the queue any more.
+GC_HORIZON: Final = b"FH"
 # The queue of versions that did not keep it in the order of time.
 UNORDERED_GC: Final = b"Fg"
 TRUNCATION: Final = b"Ft"
@@ -48,6 +50,7 @@ QUOTA: Final = b"Fq"
 QUOTA_COUNTER: Final = b"Fu"
 QUOTA_WALK: Final = b"Fw"
 LOCK: Final = b"Fl"
+HOLD: Final = b"Fh"
 
 TIMES_SUFFIX: Final = b"t"
 SUBDIRS_SUFFIX: Final = b"s"
@@ -77,7 +80,7 @@ def inode_range(first: int, last: int) -> tuple[bytes, bytes]:
 
 
 def inode_of(key: bytes) -> int:
-    """The inode that a key of the inode, session or truncation table belongs to."""
+    """The inode that a key of the inode, session, hold or truncation table belongs to."""
     number: int = _U64.unpack_from(key, 2)[0]
     return number
 
@@ -199,6 +202,21 @@ def lock(ino: int, client_id: bytes) -> bytes:
 def locks(ino: int) -> tuple[bytes, bytes]:
     """The LockRecords of an inode."""
     return _PREFIXED.pack(LOCK, ino), _PREFIXED.pack(LOCK, ino + 1)
+
+
+def hold(ino: int, client_id: bytes) -> bytes:
+    """The HoldRecord of a client for an inode."""
+    return _PREFIXED.pack(HOLD, ino) + client_id
+
+
+def holds(ino: int) -> tuple[bytes, bytes]:
+    """The HoldRecords of an inode."""
+    return _PREFIXED.pack(HOLD, ino), _PREFIXED.pack(HOLD, ino + 1)
+
+
+def hold_client(key: bytes) -> bytes:
+    """The client of a hold key."""
+    return key[10:]
 
 
 def lock_client(key: bytes) -> bytes:

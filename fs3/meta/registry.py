@@ -18,6 +18,7 @@ from fs3.meta.ops import (
     create,
     get_lock,
     getxattr,
+    hold,
     keepalive,
     link,
     list,
@@ -154,6 +155,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("Keepalive", _M.METHOD_META_KEEPALIVE, pb.KeepaliveRequest, pb.KeepaliveResponse, keepalive.run),
     Operation("Accessed", _M.METHOD_META_ACCESSED, pb.AccessedRequest, pb.Empty, accessed.run),
     Operation("Lock", _M.METHOD_META_LOCK, pb.LockRequest, pb.LockResponse, lock.run, mutates=True),
+    Operation("Hold", _M.METHOD_META_HOLD, pb.HoldRequest, pb.HoldResponse, hold.run, mutates=True, unhurried=True),
     Operation("GetLock", _M.METHOD_META_GET_LOCK, pb.GetLockRequest, pb.GetLockResponse, get_lock.run),
 )
 

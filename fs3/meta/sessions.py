@@ -1,4 +1,4 @@
-"""The reaper: ends write sessions and locks of clients that have been silent, and settles the length they left.
+"""The reaper: ends write sessions, holds and locks of clients that have been silent, and settles the length they left.
 
 Silence is judged on this server's monotonic clock: the client's keepalive record has not changed for the whole
 session time. The reaping transaction reads that record again, so that a client which comes back in time wins.
@@ -27,6 +27,8 @@ log = logging.getLogger("fs3.meta.sessions")
 SCAN_ROWS: Final = 1000
 REAP_S: Final = 10.0
 ROUNDS_MAX: Final = 8
+# Holds that are ended in one transaction.
+HOLDS_AT_ONCE: Final = 256
 # Keepalive records of clients without sessions go after this many session times.
 FORGET_FACTOR: Final = 10
 
@@ -56,6 +58,8 @@ class Reaper:
         self.unlocked: Callable[[int], None] = lambda inode: None
         # Clients with sessions or a keepalive record: the record's value and since when it has been that.
         self._seen: dict[bytes, tuple[bytes | None, float]] = {}
+        # Silent clients whose holds were ended, with their keepalive record: a new hold comes with a new one.
+        self._without_holds: dict[bytes, bytes] = {}
 
     async def step(self) -> int:
         """Look at every session once; returns how many were reaped."""
@@ -80,6 +84,7 @@ class Reaper:
                 client_id = keys.lock_client(key)
                 if is_silent(client_id):
                     await self._unlock(key, client_id, alive.get(client_id))
+        reaped += await self._reap_holds(alive, now_s)
         await self._forget(alive, set(silence_s), now_s)
         return reaped
 
@@ -104,10 +109,60 @@ class Reaper:
         ]:
             del self._seen[client_id]
         for client_id, value in alive.items():
-            if client_id in with_sessions:
+            if client_id in with_sessions or self._without_holds.get(client_id) != value:
                 continue
             if self._silent_s(client_id, value, now_s) >= self._session_s * FORGET_FACTOR:
                 await retry.run(self._store, _clearer(keys.keepalive(client_id), value), idempotent=True)
+
+    async def _reap_holds(self, alive: dict[bytes, bytes], now_s: float) -> int:
+        """End the holds of clients that have become silent; returns how many. When none has, no hold is read."""
+        done = self._without_holds = {c: v for c, v in self._without_holds.items() if alive.get(c) == v}
+        silent = {
+            client_id
+            for client_id, value in alive.items()
+            if self._silent_s(client_id, value, now_s) >= self._session_s and client_id not in done
+        }
+        if not silent:
+            return 0
+        ended = 0
+        stay: set[bytes] = set()
+        async for rows in scan.pages(self._store, keys.table(keys.HOLD), limit=SCAN_ROWS):
+            held: dict[bytes, list[int]] = {}
+            for key, _ in rows:
+                held.setdefault(keys.hold_client(key), []).append(keys.inode_of(key))
+            for client_id in silent & held.keys():
+                inodes = held[client_id]
+                for at in range(0, len(inodes), HOLDS_AT_ONCE):
+                    batch = inodes[at : at + HOLDS_AT_ONCE]
+                    if await self._end_holds(batch, client_id, alive[client_id]):
+                        ended += len(batch)
+                    else:
+                        stay.add(client_id)
+        done |= {client_id: alive[client_id] for client_id in silent - stay}
+        return ended
+
+    async def _end_holds(self, inodes: list[int], client_id: bytes, keepalive: bytes) -> bool:
+        """False when the client came back, or the store does not answer."""
+        ctx = self._new_context()
+
+        async def end(tr: Transaction) -> bool:
+            ctx.begin()
+            if await tr.get(keys.keepalive(client_id)) != keepalive:
+                return False
+            for inode in inodes:
+                await tree.end_hold(tr, ctx, inode, client_id)
+            return True
+
+        try:
+            done = await retry.run(self._store, end, idempotent=True)
+        except KvError as exc:
+            log.warning("%d holds of a silent client stay for now: %s", len(inodes), exc)
+            return False
+        if done:
+            log.info("ended %d holds of client %s", len(inodes), client_id.hex())
+        if ctx.collect:
+            self._collector.wake()
+        return done
 
     async def _unlock(self, key: bytes, client_id: bytes, keepalive: bytes | None) -> None:
         """End what a silent client holds of an inode, and waits for."""
@@ -173,7 +228,7 @@ class Reaper:
 async def _settle(tr: Transaction, ctx: OpContext, record: InodeRecord, *, held: bool) -> None:
     """Adopt what the dead client wrote, which nobody reported; let the inode go when nothing else keeps it."""
     attr = record.attr
-    last = attr.nlink == 0 and not await tree.has_sessions(tr, attr.inode)
+    last = attr.nlink == 0 and not await tree.is_kept(tr, attr.inode)
     if attr.type == model.FILE and not held:
         record.loose = True
         if attr.nlink:

@@ -6,7 +6,7 @@ from fs3.core.errors import Fs3Error, error
 from fs3.kv.api import Transaction
 from fs3.meta import keys, model, quotas
 from fs3.meta.context import Cut, OpContext
-from fs3.v1.disk_meta_pb2 import GcRecord, InodeRecord, KeepaliveRecord, PendingTruncation, SessionRecord
+from fs3.v1.disk_meta_pb2 import GcRecord, HoldRecord, InodeRecord, KeepaliveRecord, PendingTruncation, SessionRecord
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Attr
 
@@ -163,7 +163,7 @@ def has_chunks(record: InodeRecord) -> bool:
 
 
 async def release(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
-    """An inode lost its last link and last session: it goes, now or through the queue."""
+    """An inode lost its last link, session and hold: it goes, now or through the queue."""
     if has_chunks(record):
         await enqueue(tr, ctx, record)
     else:
@@ -171,14 +171,56 @@ async def release(tr: Transaction, ctx: OpContext, record: InodeRecord) -> None:
 
 
 async def has_sessions(tr: Transaction, ino: int) -> bool:
-    """Whether anybody has the inode open for writing, or holds it. Conflicts with later opens."""
+    """Whether anybody has the inode open for writing, or as what it unlinked itself. Conflicts with later opens."""
     return bool(await tr.get_range(*keys.sessions(ino), limit=1))
+
+
+async def is_kept(tr: Transaction, ino: int) -> bool:
+    """Whether the inode has to stay without a name: it has sessions or holds. Conflicts with later ones."""
+    return await has_sessions(tr, ino) or bool(await tr.get_range(*keys.holds(ino), limit=1))
+
+
+async def begin_hold(tr: Transaction, ctx: OpContext, ino: int, client_id: bytes) -> bool:
+    """Let a file stay until the client ends the hold; False when it is gone, or about to go."""
+    record = await load(tr, ino)
+    if record is None or record.attr.type != model.FILE:
+        return False
+    if waits_for_removal(record) and not await _recall(tr, ctx, record):
+        return False
+    hold = HoldRecord(format=model.FORMAT, since_ns=ctx.now_ns)
+    tr.set(keys.hold(ino, client_id), hold.SerializeToString())
+    return True
+
+
+async def _recall(tr: Transaction, ctx: OpContext, record: InodeRecord) -> bool:
+    """Take a file off the gc queue, unless somebody may be at removing its chunks."""
+    if record.queued_ns <= model.decode_count(await tr.get(keys.GC_HORIZON)):
+        return False
+    quota = await quotas.load(tr, record.left_quota)
+    dequeue(tr, record)
+    if quota is not None:
+        await quotas.adopt(tr, ctx, record, quota.id)
+    store(tr, record)
+    return True
+
+
+async def end_hold(tr: Transaction, ctx: OpContext, ino: int, client_id: bytes) -> None:
+    """End a hold, if there is one. An inode that only it kept goes."""
+    key = keys.hold(ino, client_id)
+    if await tr.get(key) is None:
+        return
+    tr.clear(key)
+    record = await load(tr, ino)
+    if record is None or record.attr.nlink or waits_for_removal(record):
+        return
+    if not await is_kept(tr, ino):
+        await release(tr, ctx, record)
 
 
 async def drop_link(
     tr: Transaction, ctx: OpContext, record: InodeRecord, *, hold_session: bytes, client_id: bytes
 ) -> None:
-    """One name of a file less. After the last one it lives on only while it has sessions."""
+    """One name of a file less. After the last one it lives on only while it has sessions or holds."""
     attr = record.attr
     assert attr.nlink > 0
     attr.nlink -= 1
@@ -188,7 +230,7 @@ async def drop_link(
             key = keys.session(attr.inode, check_session(hold_session))
             if await tr.get(key) is None:
                 tr.set(key, _session(ctx, client_id, held=True))
-        elif not await has_sessions(tr, attr.inode):
+        elif not await is_kept(tr, attr.inode):
             await release(tr, ctx, record)
             return
     else:

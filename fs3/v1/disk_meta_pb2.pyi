@@ -167,6 +167,30 @@ class SessionRecord(_message.Message):
 Global___SessionRecord: _TypeAlias = SessionRecord  # noqa: Y015
 
 @_typing.final
+class HoldRecord(_message.Message):
+    """A client has a file open for reading. Its KeepaliveRecord exists as long."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SINCE_NS_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    since_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        since_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "since_ns", b"since_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldRecord: _TypeAlias = HoldRecord  # noqa: Y015
+
+@_typing.final
 class KeepaliveRecord(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1750,6 +1750,62 @@ class KeepaliveResponse(_message.Message):
 Global___KeepaliveResponse: _TypeAlias = KeepaliveResponse  # noqa: Y015
 
 @_typing.final
+class HoldRequest(_message.Message):
+    """What a client has open for reading, for longer than a moment: it stays when somebody removes its last name, until the
+    client ends the hold or is silent for the session time. A hold that there is, or is not, may be begun, or ended, again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OP_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def begin(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At most 1000 inodes in both."""
+
+    @_builtins.property
+    def end(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        op: Global___OpId | None = ...,
+        begin: _abc.Iterable[_builtins.int] | None = ...,
+        end: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end", "op", b"op"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldRequest: _TypeAlias = HoldRequest  # noqa: Y015
+
+@_typing.final
+class HoldResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GONE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gone(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of `begin`: it is too late for these"""
+
+    def __init__(
+        self,
+        *,
+        gone: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone", b"gone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldResponse: _TypeAlias = HoldResponse  # noqa: Y015
+
+@_typing.final
 class FileLock(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

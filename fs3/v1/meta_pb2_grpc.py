@@ -197,6 +197,11 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.GetLockRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.GetLockResponse.FromString,
                 _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/fs3.v1.Meta/Hold',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.HoldRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.HoldResponse.FromString,
+                _registered_method=True)
         self.GetRouting = channel.unary_unary(
                 '/fs3.v1.Meta/GetRouting',
                 request_serializer=fs3_dot_v1_dot_frame__pb2.GetRoutingRequest.SerializeToString,
@@ -400,6 +405,12 @@ class MetaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Hold(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRouting(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -568,6 +579,11 @@ def add_MetaServicer_to_server(servicer, server):
                     servicer.GetLock,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.GetLockRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.GetLockResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.HoldRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.HoldResponse.SerializeToString,
             ),
             'GetRouting': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRouting,
@@ -1440,6 +1456,33 @@ class Meta:
             '/fs3.v1.Meta/GetLock',
             fs3_dot_v1_dot_meta__pb2.GetLockRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.GetLockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Hold',
+            fs3_dot_v1_dot_meta__pb2.HoldRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.HoldResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,7 @@ class MetaStub:
     Accessed: _grpc.UnaryUnaryMultiCallable[_meta_pb2.AccessedRequest, _meta_pb2.Empty]
     Lock: _grpc.UnaryUnaryMultiCallable[_meta_pb2.LockRequest, _meta_pb2.LockResponse]
     GetLock: _grpc.UnaryUnaryMultiCallable[_meta_pb2.GetLockRequest, _meta_pb2.GetLockResponse]
+    Hold: _grpc.UnaryUnaryMultiCallable[_meta_pb2.HoldRequest, _meta_pb2.HoldResponse]
     GetRouting: _grpc.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]
 
 @_typing.type_check_only
@@ -110,6 +111,7 @@ class MetaAsyncStub(MetaStub):
     Accessed: _aio.UnaryUnaryMultiCallable[_meta_pb2.AccessedRequest, _meta_pb2.Empty]  # type: ignore[assignment]
     Lock: _aio.UnaryUnaryMultiCallable[_meta_pb2.LockRequest, _meta_pb2.LockResponse]  # type: ignore[assignment]
     GetLock: _aio.UnaryUnaryMultiCallable[_meta_pb2.GetLockRequest, _meta_pb2.GetLockResponse]  # type: ignore[assignment]
+    Hold: _aio.UnaryUnaryMultiCallable[_meta_pb2.HoldRequest, _meta_pb2.HoldResponse]  # type: ignore[assignment]
     GetRouting: _aio.UnaryUnaryMultiCallable[_frame_pb2.GetRoutingRequest, _routing_pb2.GetRoutingResponse]  # type: ignore[assignment]
 
 class MetaServicer(metaclass=_abc_1.ABCMeta):
@@ -338,6 +340,13 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
         request: _meta_pb2.GetLockRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.GetLockResponse, _abc.Awaitable[_meta_pb2.GetLockResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Hold(
+        self,
+        request: _meta_pb2.HoldRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.HoldResponse, _abc.Awaitable[_meta_pb2.HoldResponse]]: ...
 
     @_abc_1.abstractmethod
     def GetRouting(

@@ -119,7 +119,7 @@ async def _record(tr: Transaction, page: _Page, record: InodeRecord, known: set[
         page.beyond[kind] = max(page.beyond.get(kind, (0, 0)), (number, attr.inode))
     directory = attr.type == model.DIRECTORY
     unlinked = record.detached if directory else not attr.nlink
-    if unlinked and await tr.get(tree.gc_key(record)) is None and not await tree.has_sessions(tr, attr.inode):
+    if unlinked and await tr.get(tree.gc_key(record)) is None and not await tree.is_kept(tr, attr.inode):
         page.forgotten.append(attr.inode)
     if directory and not await leads_to_root(tr, record, known):
         page.suspects.append(cycle_look(attr.inode))

@@ -144,9 +144,9 @@ async def _directory(tr: Transaction, ctx: OpContext | None, record: InodeRecord
 
 
 async def _unlinked(tr: Transaction, ctx: OpContext | None, record: InodeRecord) -> Finding | None:
-    """An inode that is to go has to be queued, or held by a session."""
+    """An inode that is to go has to be queued, or kept by a session or hold."""
     attr = record.attr
-    if await tr.get(tree.gc_key(record)) is not None or await tree.has_sessions(tr, attr.inode):
+    if await tr.get(tree.gc_key(record)) is not None or await tree.is_kept(tr, attr.inode):
         return None
     if ctx is not None:
         await tree.enqueue(tr, ctx, record)

@@ -23,9 +23,10 @@ COUNT_ROWS: Final = 4096
 
 
 async def check_tables(audit: Audit) -> None:
-    """Look at every session, queued inode, truncation and extended attribute."""
+    """Look at every session, hold, queued inode, truncation and extended attribute."""
     for step, prefix, look_at in (
         ("sessions", keys.SESSION, session_look),
+        ("holds", keys.HOLD, hold_look),
         ("gc queue", keys.GC, queued_look),
         ("truncations", keys.TRUNCATION, truncation_look),
         ("extended attributes", keys.XATTR, xattr_look),
@@ -64,6 +65,24 @@ def session_look(key: bytes) -> Look:
     return look
 
 
+def hold_look(key: bytes) -> Look:
+    """A look at a hold."""
+
+    async def look(tr: Transaction, ctx: OpContext | None) -> Finding | None:
+        ino, client_id = keys.inode_of(key), keys.hold_client(key)
+        if await tr.get(key) is None:
+            return None
+        gone = await tree.load(tr, ino) is None
+        if not gone and await tr.get(keys.keepalive(client_id)) is not None:
+            return None
+        if ctx is not None:
+            await tree.end_hold(tr, ctx, ino, client_id)
+        problem = f"of inode {ino:#x}, which is gone" if gone else f"of inode {ino:#x}, by nobody who is known"
+        return Finding("stray-hold", ino, f"hold of client {client_id.hex()}", problem, "remove it")
+
+    return look
+
+
 def queued_look(key: bytes) -> Look:
     """A look at an entry of the gc queue."""
 
@@ -92,7 +111,7 @@ async def _not_collectable(tr: Transaction, key: bytes, record: InodeRecord | No
         return "is queued for removal at another time than it says"
     if not record.detached if record.attr.type == model.DIRECTORY else record.attr.nlink:
         return "is queued for removal and has a name"
-    if await tree.has_sessions(tr, record.attr.inode):
+    if await tree.is_kept(tr, record.attr.inode):
         return "is queued for removal and open"
     return None
 

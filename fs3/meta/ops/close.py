@@ -9,7 +9,7 @@ from fs3.v1.meta_pb2 import AttrResponse, CloseRequest
 
 
 async def run(tr: Transaction, request: CloseRequest, ctx: OpContext) -> AttrResponse:
-    """Adopt the report and drop the session. An inode without names and sessions goes.
+    """Adopt the report and drop the session. An inode without names, sessions and holds goes.
 
     Raises STALE_HANDLE when the inode is gone.
     """
@@ -20,7 +20,7 @@ async def run(tr: Transaction, request: CloseRequest, ctx: OpContext) -> AttrRes
         tree.store(tr, record)
     if had_session:
         tr.clear(keys.session(attr.inode, request.session))
-        if attr.nlink == 0 and not await tree.has_sessions(tr, attr.inode):
+        if attr.nlink == 0 and not await tree.is_kept(tr, attr.inode):
             await tree.release(tr, ctx, record)
             return AttrResponse(attr=attr)
     return AttrResponse(attr=await tree.complete(tr, record))

@@ -352,7 +352,7 @@ async def audit(meta: Meta) -> None:
         elif key.endswith(keys.SUBDIRS_SUFFIX):
             subdirs[ino] = model.decode_count(value)
     queued = {keys.gc_parts(key)[1] for key, _ in await meta.rows(keys.GC)}
-    held = {keys.inode_of(key) for key, _ in await meta.rows(keys.SESSION)}
+    held = {keys.inode_of(key) for table in (keys.SESSION, keys.HOLD) for key, _ in await meta.rows(table)}
     links: dict[int, int] = {}
     counted: dict[int, int] = {}
     for key, value in await meta.rows(keys.DIRENT):

@@ -44,6 +44,7 @@ def every_mutation(meta: Meta, made: pb.OpenResponse) -> dict[str, object]:
         "Close": meta.request("Close", **handle),
         "Sync": meta.request("Sync", **handle),
         "Lock": meta.request("Lock", inode=made.attr.inode, lock=pb.FileLock(kind=1, type=2, owner=1, end=9)),
+        "Hold": meta.request("Hold", begin=[made.attr.inode]),
         "Mkdir": meta.request("Mkdir", "/newdir", mode=0o700),
         "Symlink": meta.request("Symlink", "/s", target=b"t"),
         "Link": meta.request("Link", **paths("/f", "/g")),

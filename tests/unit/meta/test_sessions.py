@@ -1,5 +1,11 @@
+from collections.abc import AsyncIterator
+
+import pytest
+
 from fs3.core.clock import VirtualClock
-from fs3.meta import keys
+from fs3.kv.api import KvStore
+from fs3.meta import keys, scan
+from fs3.meta.sessions import HOLDS_AT_ONCE
 from fs3.v1 import meta_pb2 as pb
 from meta.harness import CHAINS, CHUNK, Meta, audit, run
 
@@ -90,6 +96,77 @@ def test_unlinked_file_of_a_dead_client_is_collected() -> None:
         assert meta.chunks.chunks == {}
         assert (await meta.do("Statfs", "")).inodes == 1
         await audit(meta)
+
+    run(main())
+
+
+def test_holds_of_a_dead_client_end_and_those_of_others_stay() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock, session_ms=SESSION_S * 1000)
+        other = await meta.peer()
+        inodes = []
+        for i in range(HOLDS_AT_ONCE + 2):
+            await meta.write(f"/{i}", CHUNK)
+            inodes.append((await meta.stat(f"/{i}")).inode)
+        await meta.do("Hold", begin=inodes)
+        await other.do("Hold", begin=inodes[:2])
+        for i in range(HOLDS_AT_ONCE + 2):
+            await meta.do("Unlink", f"/{i}")
+        await meta.collect()
+        assert len(meta.chunks.chunks) == len(inodes)
+        assert await meta.engine.reaper.step() == 0
+        await clock.advance(SESSION_S - 1)
+        await other.do("Keepalive", client_id=other.client_id)
+        assert await meta.engine.reaper.step() == 0
+        await clock.advance(1)
+        assert await meta.engine.reaper.step() == len(inodes)
+        assert len(await meta.rows(keys.HOLD)) == 2
+        await meta.collect()
+        assert {inode for _, inode, _ in meta.chunks.chunks} == set(inodes[:2])
+        assert await meta.engine.reaper.step() == 0
+        await audit(meta)
+
+    run(main())
+
+
+def test_a_client_that_holds_again_after_its_silence_is_watched_again() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock, session_ms=SESSION_S * 1000)
+        await meta.write("/f", CHUNK)
+        for _ in range(2):
+            await meta.do("Hold", begin=[(await meta.stat("/f")).inode])
+            assert await meta.engine.reaper.step() == 0
+            await clock.advance(SESSION_S)
+            assert await meta.engine.reaper.step() == 1
+            assert await meta.rows(keys.HOLD) == []
+        assert (await meta.stat("/f")).nlink == 1
+
+    run(main())
+
+
+def test_holds_are_not_read_while_all_clients_are_heard_of() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        meta = await Meta.start(clock=clock, session_ms=SESSION_S * 1000)
+        await meta.write("/f", CHUNK)
+        await meta.do("Hold", begin=[(await meta.stat("/f")).inode])
+        read = []
+        pages = scan.pages
+
+        def noting(store: KvStore, span: tuple[bytes, bytes], *, limit: int) -> AsyncIterator[scan.Rows]:
+            read.append(span)
+            return pages(store, span, limit=limit)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan, "pages", noting)
+            await meta.engine.reaper.step()
+            assert keys.table(keys.HOLD) not in read
+            await clock.advance(SESSION_S)
+            for _ in range(3):
+                await meta.engine.reaper.step()
+        assert read.count(keys.table(keys.HOLD)) == 1, "once for a client that fell silent"
 
     run(main())
 

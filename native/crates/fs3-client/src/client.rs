@@ -17,6 +17,7 @@ use fs3_rt::JoinSet;
 use prost::Message;
 
 use crate::accesses;
+use crate::holds::end_holds;
 use crate::inner::{Inner, follow_routing, keep_sessions};
 use crate::meta::{CallLimits, Encoded, Metas, RequestHead, call, decoded};
 use crate::routing::check_layout;
@@ -132,6 +133,7 @@ impl Client {
     /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
     pub async fn close(&self) {
         let _ = fs3_rt::timeout(LAST_WORDS, accesses::tell(self.inner())).await;
+        end_holds(self.inner()).await;
         self.inner().close();
         self.shared.tasks.iter().for_each(fs3_rt::AbortHandle::abort);
     }
@@ -550,7 +552,7 @@ impl Client {
     async fn held(&self, caller: &Caller, gone: &Attr, hold: Option<[u8; 16]>) {
         let Some(session) = hold.filter(|_| gone.nlink == 0) else { return };
         self.inner().session_opened();
-        if !self.inner().inodes.hold(gone.inode, session) {
+        if !self.inner().inodes.unlinked(gone.inode, session) {
             self.release_hold(caller, gone.inode, session).await;
         }
     }

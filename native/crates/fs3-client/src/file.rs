@@ -41,7 +41,11 @@ struct Handle {
 
 impl OpenFile {
     pub(crate) fn new(client: Client, caller: Caller, attr: &Attr, opened: OpenResponse) -> Arc<Self> {
-        let state = client.inner().inodes.open(attr);
+        let writes = !opened.session.is_empty();
+        let state = client.inner().inodes.open(attr, writes, Instant::now());
+        if !writes {
+            client.inner().holds.need(client.inner());
+        }
         if !opened.session.is_empty() {
             client.inner().session_opened();
             state.limit_length(opened.length_limit);
@@ -146,7 +150,7 @@ impl OpenFile {
     /// (whose bytes beyond the count are undefined). Holes are zeros. Every byte was verified against its
     /// writer's checksum. Also works on files that are open for writing only.
     /// Errors: ChecksumMismatch when no replica is right; Timeout or Unavailable when none answered in time;
-    /// StaleHandle when another client removed the file (while open for reading only here).
+    /// StaleHandle when another client removed the file and the service did not know that it is open here.
     pub async fn read(&self, offset: u64, buf: RegionMut) -> (Result<usize>, RegionMut) {
         crate::read::read_one(self, offset, buf).await
     }
@@ -319,6 +323,14 @@ impl OpenFile {
         self.client().stat(&self.handle.caller, at_inode(self.inode())).await
     }
 
+    /// Let the inode stay when this file is closed, until what is returned is dropped. For files that are not closed.
+    pub fn retain(&self) -> Retained {
+        let client = self.client().clone();
+        client.inner().inodes.retain(self.inode(), Instant::now());
+        client.inner().holds.need(client.inner());
+        Retained { client, caller: self.handle.caller.clone(), inode: self.inode() }
+    }
+
     /// Publish length and mtime and end the session, after the writes on their way. Reads and writes after it
     /// fail; closing again does nothing. On an error the file is closed, but others may not see its last length.
     /// Dropping an open file without closing it closes in the background, errors going to the log.
@@ -336,7 +348,7 @@ impl Drop for OpenFile {
         let runtime = handle.client.runtime().clone();
         if handle.session.is_empty() {
             handle.closed.store(true, Ordering::Release);
-            if let Some(hold) = handle.client.inner().inodes.close(handle.state.inode) {
+            if let Some(hold) = handle.leave() {
                 let inode = handle.state.inode;
                 runtime.spawn(async move { handle.client.release_hold(&handle.caller, inode, hold).await });
             }
@@ -350,7 +362,28 @@ impl Drop for OpenFile {
     }
 }
 
+/// Keeps an inode as an open file does, so that the file can be opened again by its number. Made by [`OpenFile::retain`].
+pub struct Retained {
+    client: Client,
+    caller: Caller,
+    inode: u64,
+}
+
+impl Drop for Retained {
+    fn drop(&mut self) {
+        let Some(session) = self.client.inner().inodes.close(self.inode, false, Instant::now()) else { return };
+        let (client, caller, inode) = (self.client.clone(), self.caller.clone(), self.inode);
+        let runtime = self.client.runtime().clone();
+        runtime.spawn(async move { client.release_hold(&caller, inode, session).await });
+    }
+}
+
 impl Handle {
+    /// The inode has one open file less; returns the session to end.
+    fn leave(&self) -> Option<[u8; 16]> {
+        self.client.inner().inodes.close(self.state.inode, !self.session.is_empty(), Instant::now())
+    }
+
     fn check_open(&self) -> Result<()> {
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::new(Code::StaleHandle, "the file is closed"));
@@ -367,7 +400,7 @@ impl Handle {
         self.closed.store(true, Ordering::Release);
         let result = self.end_session().await;
         drop(writes_done);
-        if let Some(hold) = self.client.inner().inodes.close(self.state.inode) {
+        if let Some(hold) = self.leave() {
             self.client.release_hold(&self.caller, self.state.inode, hold).await;
         }
         result

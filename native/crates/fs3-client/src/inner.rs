@@ -19,10 +19,11 @@ use crate::accesses::Accesses;
 use crate::backoff::Backoff;
 use crate::channels::Channels;
 use crate::health::Health;
-use crate::inode::OpenInodes;
+use crate::holds::HoldTask;
 use crate::latency::Latencies;
 use crate::locks::Lease;
 use crate::meta::{CallLimits, Metas, call, decoded};
+use crate::open_inodes::OpenInodes;
 use crate::pool::ScratchPool;
 use crate::report::Reports;
 use crate::routing::RoutingView;
@@ -46,6 +47,7 @@ pub(crate) struct Inner {
     pub reports: Reports,
     pub inodes: OpenInodes,
     pub accesses: Accesses,
+    pub holds: HoldTask,
     pub channels: Channels,
     pub scratch: ScratchPool,
     pub read_budget: Semaphore,
@@ -88,6 +90,7 @@ impl Inner {
             reports: Reports::default(),
             inodes: OpenInodes::default(),
             accesses: Accesses::default(),
+            holds: HoldTask::default(),
             channels: Channels::new(id, config.write_channels),
             scratch: ScratchPool::default(),
             read_budget: Semaphore::new(config.read_bytes_in_flight),
@@ -239,7 +242,12 @@ impl Inner {
     /// No more calls; those on their way fail.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
+        self.inodes.to_tell.notify_one();
         self.wire.close();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// One long poll; the routing it brought is in use afterwards.
@@ -278,6 +286,7 @@ pub(crate) async fn follow_routing(inner: Arc<Inner>) {
 /// Send keepalives while there are sessions, so that the service does not reap them; until the task is aborted or
 /// the client closed.
 pub(crate) async fn keep_sessions(inner: Arc<Inner>) {
+    let mut lapses = 0;
     while !inner.closed.load(Ordering::Relaxed) {
         if inner.sessions.load(Ordering::Acquire) == 0 {
             // A permit stored by notify_one between the load and here ends the wait at once.
@@ -294,6 +303,10 @@ pub(crate) async fn keep_sessions(inner: Arc<Inner>) {
             Ok(response) => {
                 let session = Duration::from_millis(u64::from(response.session_ms));
                 inner.lease.renew(sent, session, Instant::now());
+                let before = std::mem::replace(&mut lapses, inner.lease.lapses(Instant::now()));
+                if lapses != before {
+                    inner.inodes.forgotten(Instant::now());
+                }
                 response.interval_ms.clamp(*KEEPALIVE_MS.start(), *KEEPALIVE_MS.end())
             }
             Err(error) => {

@@ -1,7 +1,6 @@
 //! What one client knows of an inode that it has open, shared by all its open files.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use fs3_proto::v1::{Attr, Layout, WriteReport};
@@ -52,7 +51,7 @@ pub(crate) struct Pending {
 }
 
 impl InodeState {
-    fn new(attr: Attr) -> Self {
+    pub fn new(attr: Attr) -> Self {
         let known = Known { unsynced_before: attr.length, attr, ..Default::default() };
         Self {
             inode: known.attr.inode,
@@ -215,73 +214,6 @@ impl Known {
     }
 }
 
-/// The inodes that have open files, with what keeps unlinked ones alive.
-#[derive(Default)]
-pub(crate) struct OpenInodes {
-    map: Mutex<HashMap<u64, Entry>>,
-}
-
-struct Entry {
-    state: Arc<InodeState>,
-    open_files: usize,
-    /// The session under which the inode lives on without a name.
-    hold: Option<[u8; 16]>,
-}
-
-impl OpenInodes {
-    /// One more open file.
-    pub fn open(&self, attr: &Attr) -> Arc<InodeState> {
-        let mut map = self.map.lock();
-        let entry = map.entry(attr.inode).or_insert_with(|| Entry {
-            state: Arc::new(InodeState::new(attr.clone())),
-            open_files: 0,
-            hold: None,
-        });
-        entry.open_files += 1;
-        entry.state.observe(attr);
-        entry.state.clone()
-    }
-
-    /// One less; returns the hold to release after the last.
-    pub fn close(&self, inode: u64) -> Option<[u8; 16]> {
-        let mut map = self.map.lock();
-        let entry = map.get_mut(&inode)?;
-        entry.open_files -= 1;
-        if entry.open_files > 0 {
-            return None;
-        }
-        map.remove(&inode).and_then(|entry| entry.hold)
-    }
-
-    pub fn get(&self, inode: u64) -> Option<Arc<InodeState>> {
-        self.map.lock().get(&inode).map(|entry| entry.state.clone())
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.map.lock().is_empty()
-    }
-
-    /// Take in attributes and return them as this client's users must see them.
-    pub fn merge(&self, attr: Attr) -> Attr {
-        match self.get(attr.inode) {
-            None => attr,
-            Some(state) => state.merge(&attr),
-        }
-    }
-
-    /// The inode lost its last name and lives under `session`. False when it is not open (any more): the
-    /// session must be ended then. A second hold of one inode cannot happen: it has no name left.
-    pub fn hold(&self, inode: u64, session: [u8; 16]) -> bool {
-        match self.map.lock().get_mut(&inode) {
-            Some(entry) => {
-                entry.hold = Some(session);
-                true
-            }
-            None => false,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -343,16 +275,5 @@ mod tests {
         state.observe(&Attr { mtime_ns: 7, ..attr(0, 0, 600) });
         state.set_mtime();
         assert_eq!((state.merged().mtime_ns, state.pending().unwrap().report.mtime_ns), (7, 7));
-    }
-
-    #[test]
-    fn a_hold_is_released_by_the_last_close() {
-        let open = OpenInodes::default();
-        open.open(&attr(0, 0, 0));
-        open.open(&attr(0, 0, 0));
-        assert!(open.hold(5, [1; 16]));
-        assert_eq!(open.close(5), None);
-        assert_eq!(open.close(5), Some([1; 16]));
-        assert!(open.is_empty() && !open.hold(5, [2; 16]));
     }
 }

@@ -12,6 +12,7 @@ mod file;
 #[cfg(test)]
 mod golden;
 mod health;
+mod holds;
 mod holes;
 mod inner;
 mod inode;
@@ -19,6 +20,7 @@ mod latency;
 mod loan;
 mod locks;
 mod meta;
+mod open_inodes;
 mod plan;
 mod pool;
 mod read;
@@ -30,7 +32,7 @@ mod write;
 
 pub use client::Client;
 pub use config::ClientConfig;
-pub use file::OpenFile;
+pub use file::{OpenFile, Retained};
 pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
 pub use fs3_proto::v1::{
     Attr, Caller, ChunkInfo, DirEntry, FileLock, FileType, Layout, ListResponse as DirPage, LockKind, LockType, Method,

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use fs3_client::{Attr, Client, Code, Error, OpenFile, OpenOptions, Result, at_inode};
+use fs3_client::{Attr, Client, Code, Error, OpenFile, OpenOptions, Result, Retained, at_inode};
 use fuser::{Errno, FileAttr, INodeNo, Notifier};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
@@ -38,6 +38,8 @@ pub(crate) struct Handle {
     pub inode: Arc<File>,
     /// `None` while parked: closed early, opened again by the next use.
     file: Mutex<Option<Arc<OpenFile>>>,
+    /// While parked: what lets it be opened again.
+    retained: Mutex<Option<Retained>>,
     pub write: bool,
     /// O_DIRECT: nothing is buffered when an operation returns.
     pub direct: bool,
@@ -316,6 +318,7 @@ impl Core {
             told: inode.told(),
             inode,
             file: Mutex::new(Some(file)),
+            retained: Mutex::default(),
             write: flags.write,
             direct: flags.direct,
             sync: flags.sync,
@@ -404,6 +407,7 @@ impl Core {
     }
 
     fn unlist_parked(&self, handle: &Arc<Handle>) {
+        handle.retained.lock().take();
         if let Some(entry) = self.inodes.lock().get_mut(&handle.inode.id) {
             entry.parked.retain(|p| !Arc::ptr_eq(p, handle));
         }
@@ -442,6 +446,7 @@ impl Core {
         let published = match file {
             None => Ok(None),
             Some(file) if !handle.reopened.load(Ordering::Relaxed) && inode.park(&file) => {
+                *handle.retained.lock() = Some(file.retain());
                 *handle.file.lock() = None;
                 if let Some(entry) = self.inodes.lock().get_mut(&inode.id) {
                     entry.parked.push(handle.clone());

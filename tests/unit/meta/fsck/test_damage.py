@@ -8,7 +8,7 @@ import pytest
 
 from fs3.meta import keys, model
 from fs3.v1 import meta_pb2 as pb
-from fs3.v1.disk_meta_pb2 import GcRecord, IdempotencyRecord, PendingTruncation, SessionRecord
+from fs3.v1.disk_meta_pb2 import GcRecord, HoldRecord, IdempotencyRecord, PendingTruncation, SessionRecord
 from meta.fsck.harness import change, fsck, kinds, record, store
 from meta.harness import Meta, audit, faults, memory_of, run
 
@@ -180,6 +180,22 @@ async def an_inode_that_is_gone_is_queued(meta: Meta) -> None:
 async def a_session_belongs_to_nothing(meta: Meta) -> None:
     session = SessionRecord(format=model.FORMAT, client_id=b"c" * 16)
     await change(meta, sets={keys.session(77 << 12, b"s" * 16): session.SerializeToString()})
+
+
+@damage("stray-hold", "stray-hold")
+async def holds_belong_to_nothing(meta: Meta) -> None:
+    file = await inode(meta, "/d/f")
+    await meta.do("Hold", begin=[file])
+    hold = HoldRecord(format=model.FORMAT).SerializeToString()
+    await change(meta, sets={keys.hold(77 << 12, meta.client_id): hold, keys.hold(file, b"n" * 16): hold})
+
+
+@damage("stray-hold")
+async def a_file_is_kept_by_nobody_who_is_known(meta: Meta) -> None:
+    file = await inode(meta, "/d/f")
+    await meta.do("Hold", begin=[file])
+    await meta.do("Unlink", "/d/f")
+    await change(meta, clears=(keys.keepalive(meta.client_id),))
 
 
 @damage("stray-truncation")
