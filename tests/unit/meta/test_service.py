@@ -35,7 +35,7 @@ TOKEN = "secret"
 
 
 def config(**fields: Any) -> MetaConfig:
-    return MetaConfig(cluster_id="test", token=TOKEN, kv="memory:", mgmtd=("127.0.0.1:1",), **fields)
+    return MetaConfig(cluster_id="test", token=TOKEN, kv="memory:", gc_delay_ms=0, mgmtd=("127.0.0.1:1",), **fields)
 
 
 @contextlib.asynccontextmanager

@@ -79,9 +79,13 @@ async fn tell(inner: &Inner, batch: &Batch) -> Result<Vec<u64>> {
 
 /// End all holds, as far as that does not take long.
 pub(crate) async fn end_holds(inner: &Inner) {
+    let batches = inner.inodes.take_holds();
+    if batches.is_empty() {
+        return;
+    }
     let end_all = async {
-        for batch in inner.inodes.take_holds() {
-            if let Err(error) = tell(inner, &batch).await {
+        for batch in &batches {
+            if let Err(error) = tell(inner, batch).await {
                 tracing::debug!(%error, "could not end holds");
                 return;
             }
