@@ -16,8 +16,6 @@ use fs3_proto::v1::{
 use fs3_rt::JoinSet;
 use prost::Message;
 
-use crate::accesses;
-use crate::holds::end_holds;
 use crate::inner::{Inner, follow_routing, keep_sessions};
 use crate::meta::{CallLimits, Encoded, Metas, RequestHead, call, decoded};
 use crate::routing::check_layout;
@@ -25,6 +23,7 @@ use crate::types::is_special;
 use crate::wire::Wire;
 use crate::{
     ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp,
+    accesses, holds,
 };
 
 /// How long the end of a client waits for the service to take what nobody depends on.
@@ -132,8 +131,11 @@ impl Client {
 
     /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
     pub async fn close(&self) {
-        let _ = fs3_rt::timeout(LAST_WORDS, accesses::tell(self.inner())).await;
-        end_holds(self.inner()).await;
+        let _ = fs3_rt::timeout(LAST_WORDS, async {
+            holds::end_all(self.inner()).await;
+            accesses::tell(self.inner()).await;
+        })
+        .await;
         self.inner().close();
         self.shared.tasks.iter().for_each(fs3_rt::AbortHandle::abort);
     }

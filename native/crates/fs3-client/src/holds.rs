@@ -13,8 +13,6 @@ use crate::open_inodes::{Batch, HOLDS_MAX};
 
 /// What becomes due within this time goes into one request.
 const GATHER: Duration = Duration::from_millis(500);
-/// How long the end of a client waits for the end of its holds. The service ends them later by itself.
-const END_MAX: Duration = Duration::from_secs(2);
 
 /// Begins the task that tells the service with the first open for reading: clients that only write have none.
 #[derive(Default)]
@@ -31,7 +29,7 @@ impl HoldTask {
 /// Keep the service informed until the client is closed.
 async fn keep_holds(inner: Arc<Inner>) {
     let mut holding = false;
-    while !inner.is_closed() {
+    while !inner.closed.load(Ordering::Relaxed) {
         let now = Instant::now();
         let Some(due) = inner.inodes.next_due(now) else {
             inner.inodes.to_tell.notified().await;
@@ -77,19 +75,12 @@ async fn tell(inner: &Inner, batch: &Batch) -> Result<Vec<u64>> {
     Ok(response.gone)
 }
 
-/// End all holds, as far as that does not take long.
-pub(crate) async fn end_holds(inner: &Inner) {
-    let batches = inner.inodes.take_holds();
-    if batches.is_empty() {
-        return;
-    }
-    let end_all = async {
-        for batch in &batches {
-            if let Err(error) = tell(inner, batch).await {
-                tracing::debug!(%error, "could not end holds");
-                return;
-            }
+/// End all holds. What fails is left to the service, which ends those of clients that are gone.
+pub(crate) async fn end_all(inner: &Inner) {
+    for batch in inner.inodes.take_holds() {
+        if let Err(error) = tell(inner, &batch).await {
+            tracing::debug!(%error, "could not end holds");
+            return;
         }
-    };
-    let _ = fs3_rt::timeout(END_MAX, end_all).await;
+    }
 }

@@ -246,10 +246,6 @@ impl Inner {
         self.wire.close();
     }
 
-    pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
-    }
-
     /// One long poll; the routing it brought is in use afterwards.
     async fn poll_routing(&self) -> Result<()> {
         let (at, address) = self.metas.pick();
