@@ -382,6 +382,7 @@ async def audit(meta: Meta) -> None:
             assert links.get(ino, 0) == attr.nlink, f"inode {ino:#x}: {attr.nlink} links, {links.get(ino, 0)} entries"
             assert attr.nlink or ino in queued or ino in held, f"inode {ino:#x} is an orphan"
     assert queued <= inodes.keys()
+    assert not queued & held
     await _audit_trash(meta)
     await _audit_xattrs(meta, inodes)
     await _audit_quotas(meta, inodes)
