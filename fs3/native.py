@@ -29,6 +29,7 @@ from fs3._native import (
     crc32c,
     crc_blocks,
     init_logging,
+    set_log_level,
     set_runtime_threads,
 )
 
@@ -59,5 +60,6 @@ __all__ = [
     "crc32c",
     "crc_blocks",
     "init_logging",
+    "set_log_level",
     "set_runtime_threads",
 ]

@@ -45,10 +45,14 @@ def setup_logging(level: str) -> None:
 
 
 class LogLevel:
-    """Follows the setting of the cluster; `own` is the level of this service's configuration."""
+    """Follows the setting of the cluster; `own` is the level of this service's configuration.
 
-    def __init__(self, own: str) -> None:
+    `also` is told of every level, for what is not logged by Python.
+    """
+
+    def __init__(self, own: str, also: Callable[[str], None] = lambda _: None) -> None:
         self._own = own
+        self._also = also
         self._text: str | None = None
 
     def follow(self, values: Mapping[str, str]) -> None:
@@ -56,7 +60,9 @@ class LogLevel:
         text = values.get(settings.LOG_LEVEL)
         if text != self._text:
             self._text = text
-            logging.getLogger().setLevel(settings.value_of(values, settings.LOG_LEVEL, self._own).upper())
+            level = settings.value_of(values, settings.LOG_LEVEL, self._own)
+            logging.getLogger().setLevel(level.upper())
+            self._also(level)
 
 
 def one_line(exc: BaseException) -> str:

@@ -70,7 +70,17 @@ def native_engine(config_json: str) -> StorageEngine:
 def log_engine(level: str) -> None:
     """Send what engines of this process log at `level` and above to stderr. Harmless twice, and without the module."""
     with contextlib.suppress(Fs3Error, RuntimeError):  # RuntimeError: the process has done so already
-        _native().init_logging({"warning": "warn"}.get(level, level))
+        _native().init_logging(_native_level(level))
+
+
+def change_engine_log(level: str) -> None:
+    """Log at that level from now on what engines log. Harmless before `log_engine`, and without the module."""
+    with contextlib.suppress(Fs3Error, RuntimeError):
+        _native().set_log_level(_native_level(level))
+
+
+def _native_level(level: str) -> str:
+    return {"warning": "warn"}.get(level, level)
 
 
 def _native() -> Any:

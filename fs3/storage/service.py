@@ -21,7 +21,14 @@ from fs3.core.service import LogLevel, run_service, write_ready
 from fs3.rpc.mgmtd_client import MgmtdClient, NodeHooks, NodeSession
 from fs3.rpc.network import GrpcNetwork, Network
 from fs3.storage.disks import NodeIdentity, open_node
-from fs3.storage.engine import EngineFactory, StorageEngine, engine_config, log_engine, native_engine
+from fs3.storage.engine import (
+    EngineFactory,
+    StorageEngine,
+    change_engine_log,
+    engine_config,
+    log_engine,
+    native_engine,
+)
 from fs3.v1.mgmtd_pb2 import TargetReport
 from fs3.v1.routing_pb2 import Disk, LocalState, Node
 from fs3.v1.storage_pb2 import EngineStatus
@@ -67,7 +74,7 @@ class StorageService:
 
     def __init__(self, config: StorageConfig, surroundings: Surroundings | None = None) -> None:
         self.config = config
-        self._log_level = LogLevel(config.log_level)
+        self._log_level = LogLevel(config.log_level, change_engine_log)
         self._around = surroundings or Surroundings()
         self.ready = asyncio.Event()
         self.session: NodeSession | None = None

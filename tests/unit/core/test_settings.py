@@ -46,12 +46,14 @@ def test_the_log_level_follows_the_setting_and_goes_back() -> None:
     root = logging.getLogger()
     before = root.level
     try:
-        level = LogLevel("error")
+        native: list[str] = []
+        level = LogLevel("error", native.append)
         level.follow({})
         assert root.level == before
         level.follow({settings.LOG_LEVEL: "debug"})
         assert root.level == logging.DEBUG
         level.follow({})
         assert root.level == logging.ERROR
+        assert native == ["debug", "error"]
     finally:
         root.setLevel(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ import uvloop
 from fs3.core.config import MgmtdConfig, StorageConfig
 from fs3.core.errors import Fs3Error
 from fs3.kv.memory import MemoryKv
+from fs3.mgmtd.ops.change_settings import change_settings
 from fs3.mgmtd.service import MgmtdService
 from fs3.storage.service import StorageService, Surroundings
 from fs3.v1.frame_pb2 import Code
+from fs3.v1.mgmtd_pb2 import ChangeSettingsRequest
 from fs3.v1.routing_pb2 import LocalState, PublicState, Routing
 from fs3.v1.storage_pb2 import EngineStatus
 
@@ -164,6 +167,29 @@ def test_the_lease_counts_from_the_sending_of_a_heartbeat(tmp_path: Path) -> Non
         await task
 
     run(tmp_path, body)
+
+
+def test_the_level_of_what_the_engine_logs_follows_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[str] = []
+    monkeypatch.setattr("fs3.storage.service.change_engine_log", levels.append)
+
+    async def body(world: World) -> None:
+        task, stop = await world.start(log_level="error")
+        manager = world.manager.manager
+        assert manager is not None
+        await change_settings(manager, ChangeSettingsRequest(values={"log_level": "debug"}))
+        await until(lambda: levels == ["debug"])
+        await change_settings(manager, ChangeSettingsRequest(unset=["log_level"]))
+        await until(lambda: levels == ["debug", "error"])
+        stop.set()
+        await task
+
+    root = logging.getLogger()
+    before = root.level
+    try:
+        run(tmp_path, body)
+    finally:
+        root.setLevel(before)
 
 
 def test_a_failing_target_is_reported_before_the_next_heartbeat_is_due(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(crc32c, module)?)?;
     module.add_function(wrap_pyfunction!(crc_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(logging::init_logging, module)?)?;
+    module.add_function(wrap_pyfunction!(logging::set_log_level, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_runtime_threads, module)?)?;
     mount::register(module)?;
     bench::register(module)?;
