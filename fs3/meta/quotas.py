@@ -123,6 +123,12 @@ async def charge(tr: Transaction, ctx: OpContext, quota: int, amount: Usage, *, 
         _add(tr, ctx, record, amount)
 
 
+async def require_room(tr: Transaction, quota: int, amount: Usage) -> None:
+    """Raises QUOTA_EXCEEDED when counting so much more under a stamp would pass a limit. Counts nothing."""
+    for record in await chain(tr, quota) if quota else ():
+        await _require_room(tr, record, amount)
+
+
 async def _require_room(tr: Transaction, record: QuotaRecord, amount: Usage) -> None:
     for room, more in zip(await _rooms(tr, record), amount, strict=True):
         if room is not None and more > max(0, room.left):

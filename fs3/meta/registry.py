@@ -12,6 +12,7 @@ from fs3.kv.api import KvStore, Transaction
 from fs3.meta.context import OpContext
 from fs3.meta.ops import (
     accessed,
+    append,
     await_lock,
     batch_stat,
     close,
@@ -93,6 +94,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     ),
     Operation("Close", _M.METHOD_META_CLOSE, pb.CloseRequest, pb.AttrResponse, close.run, mutates=True, unhurried=True),
     Operation("Sync", _M.METHOD_META_SYNC, pb.SyncRequest, pb.AttrResponse, sync.run, mutates=True),
+    Operation("Append", _M.METHOD_META_APPEND, pb.AppendRequest, pb.AppendResponse, append.run, mutates=True),
     Operation("Mkdir", _M.METHOD_META_MKDIR, pb.MkdirRequest, pb.AttrResponse, mkdir.run, mutates=True),
     Operation("Symlink", _M.METHOD_META_SYMLINK, pb.SymlinkRequest, pb.AttrResponse, symlink.run, mutates=True),
     Operation("Link", _M.METHOD_META_LINK, pb.LinkRequest, pb.AttrResponse, link.run, mutates=True),

@@ -12,16 +12,17 @@ from fs3.v1.meta_pb2 import Caller, WriteReport
 
 
 async def check_writer(
-    tr: Transaction, record: InodeRecord, session: bytes, report: WriteReport, caller: Caller
+    tr: Transaction, record: InodeRecord, session: bytes, report: WriteReport, caller: Caller, *, writes: bool = False
 ) -> bool:
-    """Whether the session exists. A report without one needs the permission bits.
+    """Whether the session exists. A report without one needs the permission bits, as for a write when `writes`.
 
     Raises STALE_HANDLE when a report comes for a session that was reaped and the bits do not grant it either.
     """
     attr = record.attr
     exists = bool(session) and await tr.get(keys.session(attr.inode, tree.check_session(session))) is not None
-    if not exists and (report.wrote or report.atime_ns):
-        want = access.WRITE if report.wrote else access.READ
+    writes = writes or report.wrote
+    if not exists and (writes or report.atime_ns):
+        want = access.WRITE if writes else access.READ
         if not access.allowed(attr, caller, want) and caller.uid != attr.uid:
             raise error(Code.CODE_STALE_HANDLE, f"inode {attr.inode:#x} has no such session; open the file again")
     return exists

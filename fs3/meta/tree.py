@@ -266,6 +266,29 @@ def keep_alive(tr: Transaction, ctx: OpContext, client_id: bytes, description: s
     tr.set(keys.keepalive(client_id), record.SerializeToString())
 
 
+def check_length(record: InodeRecord, length: int) -> None:
+    """Raises FILE_TOO_LARGE when the file cannot be so long."""
+    index_max = (length - 1) // record.attr.layout.chunk_bytes if length else 0
+    if length > model.FILE_BYTES_MAX or index_max > model.CHUNK_INDEX_MAX:
+        raise error(Code.CODE_FILE_TOO_LARGE, f"{length} bytes are more than a file can have")
+
+
+def reserve(record: InodeRecord, count: int) -> int:
+    """The next `count` bytes that no writer has been given; returns the first one. Raises FILE_TOO_LARGE.
+
+    Chunks may reach to their end from here on. The caller stores the record.
+    """
+    attr, reserved = record.attr, record.reserved
+    offset = attr.length
+    if reserved.truncate_version == attr.truncate_version:
+        offset = max(offset, reserved.end)
+    end = offset + count
+    check_length(record, end)
+    reserved.end, reserved.truncate_version = end, attr.truncate_version
+    record.extent_bytes = max(record.extent_bytes, end)
+    return offset
+
+
 async def set_length(tr: Transaction, ctx: OpContext, record: InodeRecord, length: int, *, sessions: bool) -> None:
     """Truncate to `length` bytes; the caller stores the record. Raises QUOTA_EXCEEDED.
 

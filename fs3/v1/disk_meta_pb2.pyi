@@ -41,6 +41,7 @@ class InodeRecord(_message.Message):
     LINKABLE_FIELD_NUMBER: _builtins.int
     QUEUED_NS_FIELD_NUMBER: _builtins.int
     LEFT_QUOTA_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """1"""
     truncating: _builtins.bool
@@ -77,6 +78,10 @@ class InodeRecord(_message.Message):
         operations inside one directory do not conflict with each other.
         """
 
+    @_builtins.property
+    def reserved(self) -> Global___Reserved:
+        """Files: how far appends have reserved bytes, which the length need not cover yet."""
+
     def __init__(
         self,
         *,
@@ -96,14 +101,39 @@ class InodeRecord(_message.Message):
         linkable: _builtins.bool = ...,
         queued_ns: _builtins.int = ...,
         left_quota: _builtins.int = ...,
+        reserved: Global___Reserved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "left_quota", b"left_quota", "linkable", b"linkable", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "queued_ns", b"queued_ns", "quota", b"quota", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attr", b"attr", "capability", b"capability", "default_acl", b"default_acl", "detached", b"detached", "extent_bytes", b"extent_bytes", "format", b"format", "left_quota", b"left_quota", "linkable", b"linkable", "loose", b"loose", "lost_names", b"lost_names", "name", b"name", "queued_ns", b"queued_ns", "quota", b"quota", "reserved", b"reserved", "truncating", b"truncating", "xattr_bytes", b"xattr_bytes", "xattr_name_bytes", b"xattr_name_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InodeRecord: _TypeAlias = InodeRecord  # noqa: Y015
+
+@_typing.final
+class Reserved(_message.Message):
+    """It means nothing once the file was truncated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    END_FIELD_NUMBER: _builtins.int
+    TRUNCATE_VERSION_FIELD_NUMBER: _builtins.int
+    end: _builtins.int
+    truncate_version: _builtins.int
+    def __init__(
+        self,
+        *,
+        end: _builtins.int = ...,
+        truncate_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "truncate_version", b"truncate_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reserved: _TypeAlias = Reserved  # noqa: Y015
 
 @_typing.final
 class TrashRecord(_message.Message):

@@ -93,6 +93,7 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_META_AWAIT_LOCK: _Method.ValueType  # 295
     """by frames only"""
     METHOD_META_ACCESSED: _Method.ValueType  # 296
+    METHOD_META_APPEND: _Method.ValueType  # 297
     METHOD_META_HOLD: _Method.ValueType  # 298
     METHOD_STORAGE_READ: _Method.ValueType  # 512
     METHOD_STORAGE_WRITE: _Method.ValueType  # 513
@@ -158,6 +159,7 @@ METHOD_META_GET_LOCK: Method.ValueType  # 294
 METHOD_META_AWAIT_LOCK: Method.ValueType  # 295
 """by frames only"""
 METHOD_META_ACCESSED: Method.ValueType  # 296
+METHOD_META_APPEND: Method.ValueType  # 297
 METHOD_META_HOLD: Method.ValueType  # 298
 METHOD_STORAGE_READ: Method.ValueType  # 512
 METHOD_STORAGE_WRITE: Method.ValueType  # 513

@@ -855,6 +855,79 @@ class SyncRequest(_message.Message):
 Global___SyncRequest: _TypeAlias = SyncRequest  # noqa: Y015
 
 @_typing.final
+class AppendRequest(_message.Message):
+    """Reserves bytes behind the end of the file, and behind what others have reserved, for the caller alone. The file becomes
+    longer when they are written and reported; until then they read as zeros wherever it is longer already.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    inode: _builtins.int
+    session: _builtins.bytes
+    bytes: _builtins.int
+    @_builtins.property
+    def caller(self) -> Global___Caller: ...
+    @_builtins.property
+    def op(self) -> Global___OpId: ...
+    @_builtins.property
+    def report(self) -> Global___WriteReport:
+        """what the caller wrote before comes first"""
+
+    def __init__(
+        self,
+        *,
+        caller: Global___Caller | None = ...,
+        op: Global___OpId | None = ...,
+        inode: _builtins.int = ...,
+        session: _builtins.bytes = ...,
+        report: Global___WriteReport | None = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "op", b"op", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "caller", b"caller", "inode", b"inode", "op", b"op", "report", b"report", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendRequest: _TypeAlias = AppendRequest  # noqa: Y015
+
+@_typing.final
+class AppendResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTR_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_LIMIT_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """of the first byte"""
+    length_limit: _builtins.int
+    """as in AttrResponse; not less than the end of what was reserved"""
+    @_builtins.property
+    def attr(self) -> Global___Attr: ...
+    def __init__(
+        self,
+        *,
+        attr: Global___Attr | None = ...,
+        offset: _builtins.int = ...,
+        length_limit: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__length_limit: _TypeAlias = _typing.Literal["length_limit"]  # noqa: Y015
+    _WhichOneofArgType__length_limit: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__length_limit) -> _WhichOneofReturnType__length_limit | None: ...
+
+Global___AppendResponse: _TypeAlias = AppendResponse  # noqa: Y015
+
+@_typing.final
 class MkdirRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -77,6 +77,11 @@ class MetaStub:
                 request_serializer=fs3_dot_v1_dot_meta__pb2.SyncRequest.SerializeToString,
                 response_deserializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
                 _registered_method=True)
+        self.Append = channel.unary_unary(
+                '/fs3.v1.Meta/Append',
+                request_serializer=fs3_dot_v1_dot_meta__pb2.AppendRequest.SerializeToString,
+                response_deserializer=fs3_dot_v1_dot_meta__pb2.AppendResponse.FromString,
+                _registered_method=True)
         self.Mkdir = channel.unary_unary(
                 '/fs3.v1.Meta/Mkdir',
                 request_serializer=fs3_dot_v1_dot_meta__pb2.MkdirRequest.SerializeToString,
@@ -256,6 +261,12 @@ class MetaServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Sync(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Append(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -459,6 +470,11 @@ def add_MetaServicer_to_server(servicer, server):
                     servicer.Sync,
                     request_deserializer=fs3_dot_v1_dot_meta__pb2.SyncRequest.FromString,
                     response_serializer=fs3_dot_v1_dot_meta__pb2.AttrResponse.SerializeToString,
+            ),
+            'Append': grpc.unary_unary_rpc_method_handler(
+                    servicer.Append,
+                    request_deserializer=fs3_dot_v1_dot_meta__pb2.AppendRequest.FromString,
+                    response_serializer=fs3_dot_v1_dot_meta__pb2.AppendResponse.SerializeToString,
             ),
             'Mkdir': grpc.unary_unary_rpc_method_handler(
                     servicer.Mkdir,
@@ -808,6 +824,33 @@ class Meta:
             '/fs3.v1.Meta/Sync',
             fs3_dot_v1_dot_meta__pb2.SyncRequest.SerializeToString,
             fs3_dot_v1_dot_meta__pb2.AttrResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Append(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fs3.v1.Meta/Append',
+            fs3_dot_v1_dot_meta__pb2.AppendRequest.SerializeToString,
+            fs3_dot_v1_dot_meta__pb2.AppendResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,7 @@ class MetaStub:
     Open: _grpc.UnaryUnaryMultiCallable[_meta_pb2.OpenRequest, _meta_pb2.OpenResponse]
     Close: _grpc.UnaryUnaryMultiCallable[_meta_pb2.CloseRequest, _meta_pb2.AttrResponse]
     Sync: _grpc.UnaryUnaryMultiCallable[_meta_pb2.SyncRequest, _meta_pb2.AttrResponse]
+    Append: _grpc.UnaryUnaryMultiCallable[_meta_pb2.AppendRequest, _meta_pb2.AppendResponse]
     Mkdir: _grpc.UnaryUnaryMultiCallable[_meta_pb2.MkdirRequest, _meta_pb2.AttrResponse]
     Symlink: _grpc.UnaryUnaryMultiCallable[_meta_pb2.SymlinkRequest, _meta_pb2.AttrResponse]
     Link: _grpc.UnaryUnaryMultiCallable[_meta_pb2.LinkRequest, _meta_pb2.AttrResponse]
@@ -87,6 +88,7 @@ class MetaAsyncStub(MetaStub):
     Open: _aio.UnaryUnaryMultiCallable[_meta_pb2.OpenRequest, _meta_pb2.OpenResponse]  # type: ignore[assignment]
     Close: _aio.UnaryUnaryMultiCallable[_meta_pb2.CloseRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     Sync: _aio.UnaryUnaryMultiCallable[_meta_pb2.SyncRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
+    Append: _aio.UnaryUnaryMultiCallable[_meta_pb2.AppendRequest, _meta_pb2.AppendResponse]  # type: ignore[assignment]
     Mkdir: _aio.UnaryUnaryMultiCallable[_meta_pb2.MkdirRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     Symlink: _aio.UnaryUnaryMultiCallable[_meta_pb2.SymlinkRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
     Link: _aio.UnaryUnaryMultiCallable[_meta_pb2.LinkRequest, _meta_pb2.AttrResponse]  # type: ignore[assignment]
@@ -172,6 +174,13 @@ class MetaServicer(metaclass=_abc_1.ABCMeta):
         request: _meta_pb2.SyncRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_meta_pb2.AttrResponse, _abc.Awaitable[_meta_pb2.AttrResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Append(
+        self,
+        request: _meta_pb2.AppendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_meta_pb2.AppendResponse, _abc.Awaitable[_meta_pb2.AppendResponse]]: ...
 
     @_abc_1.abstractmethod
     def Mkdir(

@@ -22,9 +22,7 @@ async def run(tr: Transaction, request: TruncateRequest, ctx: OpContext) -> Attr
         raise making.is_directory(record)
     if attr.type != model.FILE:
         raise error(Code.CODE_INVALID_ARGUMENT, "only files have a length to set")
-    index_max = (request.length - 1) // attr.layout.chunk_bytes if request.length else 0
-    if request.length > model.FILE_BYTES_MAX or index_max > model.CHUNK_INDEX_MAX:
-        raise error(Code.CODE_FILE_TOO_LARGE, f"{request.length} bytes are more than a file can have")
+    tree.check_length(record, request.length)
     opened = bool(request.session) and await tr.get(keys.session(attr.inode, request.session)) is not None
     if not opened:
         access.require(attr, request.caller, access.WRITE)

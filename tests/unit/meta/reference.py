@@ -57,7 +57,10 @@ class User:
 
 @dataclass(eq=False)
 class Node:
-    """An inode; its identity is what hard links share. ``stored``: the end of the bytes that storage has."""
+    """An inode; its identity is what hard links share.
+
+    ``stored``: the end of the bytes that storage has; ``reserved``: of those that appends have been given.
+    """
 
     kind: Kind
     mode: int
@@ -66,6 +69,7 @@ class Node:
     links: int = 1
     length: int = 0
     stored: int = 0
+    reserved: int = 0
     truncations: int = 0
     target: str = ""
     parent: Node | None = None
@@ -431,6 +435,7 @@ class Reference:
     def _cut(self, user: User, node: Node, length: int) -> None:
         node.length = length
         node.stored = min(node.stored, length)
+        node.reserved = 0
         node.truncations += 1
         node.content_changed(user)
 
@@ -438,11 +443,27 @@ class Reference:
         """Adopt what a writer wrote up to `end`, None for nothing, when it knew of so many truncations."""
         refuse((node.gone, Code.CODE_STALE_HANDLE))
         if end is not None:
-            entitled = session in node.sessions or node.allows(user, WRITE) or user.uid == node.uid
-            refuse((not entitled, Code.CODE_STALE_HANDLE))
+            refuse((not self._entitled(user, node, session), Code.CODE_STALE_HANDLE))
             node.length = max(node.length, end if truncations == node.truncations else node.stored)
             node.content_changed(user)
         return node
+
+    @staticmethod
+    def _entitled(user: User, node: Node, session: bytes) -> bool:
+        return session in node.sessions or node.allows(user, WRITE) or user.uid == node.uid
+
+    def append(self, user: User, node: Node, session: bytes, end: int | None, truncations: int, count: int) -> int:
+        """Adopt the report; the position of `count` bytes that nobody else is given."""
+        refuse((node.gone, Code.CODE_STALE_HANDLE))
+        refuse(
+            (node.kind is not Kind.FILE, Code.CODE_INVALID_ARGUMENT),
+            (not self._entitled(user, node, session), Code.CODE_STALE_HANDLE),
+            (not node.links and session not in node.sessions, Code.CODE_STALE_HANDLE),
+        )
+        self.report(user, node, session, end, truncations)
+        offset = max(node.length, node.reserved)
+        node.reserved = offset + count
+        return offset
 
     def close(self, user: User, node: Node, session: bytes, end: int | None, truncations: int) -> Node:
         """Adopt the report and end the session."""

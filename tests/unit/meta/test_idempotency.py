@@ -43,6 +43,7 @@ def every_mutation(meta: Meta, made: pb.OpenResponse) -> dict[str, object]:
         "Open": meta.request("Open", "/f", write=True, truncate=True),
         "Close": meta.request("Close", **handle),
         "Sync": meta.request("Sync", **handle),
+        "Append": meta.request("Append", **handle, bytes=77),
         "Lock": meta.request("Lock", inode=made.attr.inode, lock=pb.FileLock(kind=1, type=2, owner=1, end=9)),
         "Hold": meta.request("Hold", begin=[made.attr.inode]),
         "Mkdir": meta.request("Mkdir", "/newdir", mode=0o700),

@@ -356,6 +356,31 @@ class Namespace(RuleBasedStateMachine):
             handle.end = max(handle.end or 0, end)
 
     @precondition(lambda self: self.handles)
+    @rule(which=st.integers(0, 99), count=lengths, lands=st.booleans())
+    def append(self, which: int, count: int, lands: bool) -> None:
+        handle = self.handles[which % len(self.handles)]
+        known = (handle.user, handle.node, handle.session, handle.end, handle.truncations)
+        told = pb.WriteReport(wrote=handle.end is not None, length=handle.end or 0, truncate_version=handle.truncations)
+        done = self.both(
+            lambda: self.reference.append(*known, count + 1),
+            "Append",
+            inode=handle.inode,
+            by=handle.user,
+            session=handle.session,
+            report=told,
+            bytes=count + 1,
+        )
+        if not done:
+            return
+        offset, answer = done
+        assert answer.offset == offset
+        handle.end, handle.truncations = None, answer.attr.truncate_version
+        if lands:
+            handle.end = offset + count + 1
+            self.meta.chunks.write(answer.attr, handle.end, offset)
+            handle.node.stored = max(handle.node.stored, handle.end)
+
+    @precondition(lambda self: self.handles)
     @rule(which=st.integers(0, 99), length=lengths)
     def truncate_open(self, which: int, length: int) -> None:
         handle = self.handles[which % len(self.handles)]
