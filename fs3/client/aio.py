@@ -82,9 +82,9 @@ class AsyncFile:
         return await self.native.pwrite(data, offset)
 
     async def append(self, data: ReadableBuffer) -> int:
-        """Write all of a contiguous buffer at the end of the file; returns the end afterwards.
+        """Write all of a contiguous buffer at the end of the file; returns where it ends.
 
-        Appends of one client never overlap, through whichever of its open files; those of different clients may.
+        Appends never overlap, through whichever files and clients. Those of one client keep their order.
         """
         return await self.native.append(data)
 

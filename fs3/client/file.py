@@ -166,7 +166,7 @@ class RawFile(io.RawIOBase):
     def write(self, data: ReadableBuffer, /) -> int:
         """Write all of `data` at the position and move it; in append mode, at the end of the file.
 
-        Appends of one client never overlap, through whichever of its open files; those of different clients may.
+        Appends never overlap, through whichever files and clients. Those of one client keep their order.
         """
         self._check_writable()
         with self._turn:

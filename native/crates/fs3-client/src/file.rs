@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
-use fs3_proto::v1::{Attr, AttrResponse, Caller, CloseRequest, Layout, Method, OpenResponse, SyncRequest};
+use fs3_proto::v1::{
+    AppendRequest, AppendResponse, Attr, AttrResponse, Caller, CloseRequest, Layout, Method, OpenResponse, SyncRequest,
+};
 use fs3_rt::Instant;
 use tokio::sync::Mutex;
 
@@ -76,6 +78,14 @@ impl OpenFile {
 
     pub(crate) fn check_open(&self) -> Result<()> {
         self.handle.check_open()
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        self.check_open()?;
+        if !self.writable() {
+            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
+        }
+        Ok(())
     }
 
     /// Make sure, at most once a second, that the inode still exists. Errors: StaleHandle.
@@ -160,17 +170,19 @@ impl OpenFile {
     /// until this returns; a change is refused as damaged or stored as of some moment, never mixed unnoticed.
     /// Errors: NoSpace, QuotaExceeded, FileTooLarge, InvalidArgument when not open for writing, Timeout.
     pub async fn write(&self, offset: u64, data: Region) -> Result<usize> {
-        self.check_open()?;
-        if !self.writable() {
-            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
-        }
+        self.check_writable()?;
         if data.is_empty() {
             return Ok(0);
         }
+        let _shared = self.state().gate.read().await;
+        self.require_room(offset.saturating_add(data.len() as u64)).await?;
+        self.write_shared(offset, data).await
+    }
+
+    /// Write with the gate held.
+    async fn write_shared(&self, offset: u64, data: Region) -> Result<usize> {
         let state = self.state();
-        let _shared = state.gate.read().await;
         let (end, count) = (offset.saturating_add(data.len() as u64), data.len());
-        self.require_room(end).await?;
         match crate::write::write(self.client().inner(), state, offset, data).await {
             Ok(()) => {
                 state.acknowledge_write(end, fs3_rt::wall_ns());
@@ -187,10 +199,7 @@ impl OpenFile {
     /// disk space back. The file keeps its length. Returns after every serving replica has it; otherwise like
     /// [`OpenFile::write`].
     pub async fn punch(&self, offset: u64, length: u64) -> Result<()> {
-        self.check_open()?;
-        if !self.writable() {
-            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
-        }
+        self.check_writable()?;
         let state = self.state();
         let _shared = state.gate.read().await;
         let length = length.min(self.length().saturating_sub(offset));
@@ -213,10 +222,7 @@ impl OpenFile {
     /// see a write; it never makes a file shorter, whatever they do meanwhile. Errors: InvalidArgument when not open
     /// for writing, FileTooLarge, QuotaExceeded.
     pub async fn extend(&self, length: u64) -> Result<()> {
-        self.check_open()?;
-        if !self.writable() {
-            return Err(Error::new(Code::InvalidArgument, "the file is not open for writing"));
-        }
+        self.check_writable()?;
         let state = self.state();
         let _shared = state.gate.read().await;
         if length > self.length() {
@@ -240,15 +246,50 @@ impl OpenFile {
         crate::holes::seek_hole(self, offset).await
     }
 
-    /// Write all of `data` at the end of the file, as this client knows it; returns the end afterwards. Appends of
-    /// one client to one inode never overlap, through whichever open files; those of different clients may.
-    /// Otherwise like [`OpenFile::write`].
+    /// Write all of `data` at the end of the file; returns its end in the file. Appends never overlap, through whichever
+    /// open files and clients; those through one client have the order in which they were called. What other clients
+    /// appended at the same time reads as zeros until it is written. Otherwise like [`OpenFile::write`].
     pub async fn append(&self, data: Region) -> Result<u64> {
+        self.check_writable()?;
+        if data.is_empty() {
+            return Ok(self.length());
+        }
         let turn = fs3_rt::timeout(self.client().inner().config.op_timeout, self.state().append_turn.lock()).await;
         let _turn = turn.map_err(|_| Error::new(Code::Timeout, "an earlier append did not end in time"))?;
-        let offset = self.length();
-        let count = self.write(offset, data).await?;
+        let _shared = self.state().gate.read().await;
+        let offset = self.reserve_shared(data.len() as u64).await?;
+        let count = self.write_shared(offset, data).await?;
         Ok(offset + count as u64)
+    }
+
+    /// Have the service reserve `bytes` bytes behind the end of the file, for this caller alone; returns the position of
+    /// the first. What is acknowledged of this client's writes by then comes before it. Until they are written the
+    /// file has a hole there, once others have appended behind it. Errors: QuotaExceeded, FileTooLarge, StaleHandle,
+    /// InvalidArgument when not open for writing, Timeout.
+    pub async fn reserve(&self, bytes: u64) -> Result<u64> {
+        self.check_writable()?;
+        let _shared = self.state().gate.read().await;
+        self.reserve_shared(bytes).await
+    }
+
+    async fn reserve_shared(&self, bytes: u64) -> Result<u64> {
+        let (state, client) = (self.state(), self.client());
+        let pending = state.pending();
+        let request = AppendRequest {
+            caller: Some(self.handle.caller.clone()),
+            op: client.inner().op_id(),
+            inode: state.inode,
+            session: self.handle.session.clone(),
+            report: pending.as_ref().map(|pending| pending.report),
+            bytes,
+        };
+        let response: AppendResponse = client.inner().meta(Method::MetaAppend, &request).await?;
+        if let Some(pending) = &pending {
+            state.published(pending);
+        }
+        state.limit_length(response.length_limit);
+        response.attr.iter().for_each(|attr| state.observe(attr));
+        Ok(response.offset)
     }
 
     /// Make every acknowledged write of this client to the inode survive power loss, and publish length and mtime.

@@ -450,6 +450,29 @@ async fn appends_through_different_open_files_never_overlap() {
 }
 
 #[tokio::test]
+async fn appends_of_two_clients_never_overlap_even_if_answers_are_lost() {
+    let cluster = FakeCluster::start().await;
+    let (one, two) = (cluster.client().await, cluster.client().await);
+    let first = create(&one, "f").await;
+    let options = OpenOptions { write: true, ..Default::default() };
+    let second = two.open(&Caller::default(), at_path(b"f", false), options).await.unwrap();
+    let data = |byte| Region::from_vec(vec![byte; 1000]);
+    for round in 0..10 {
+        cluster.faults(|faults| {
+            faults.lose_answers.insert(Method::MetaAppend as i32, round % 2);
+        });
+        assert_eq!(first.append(data(1)).await.unwrap(), 2000 * round as u64 + 1000);
+        assert_eq!(second.append(data(2)).await.unwrap(), 2000 * round as u64 + 2000);
+    }
+    second.truncate(500).await.unwrap();
+    assert_eq!(first.append(data(3)).await.unwrap(), 1500);
+    assert_eq!(first.append(Region::from_vec(Vec::new())).await.unwrap(), 1500);
+    cluster.faults(|faults| faults.length_max = Some(2000));
+    assert_eq!(second.append(data(4)).await.unwrap_err().code, Code::QuotaExceeded);
+    assert_eq!(read(&first, 0, 2000).await.unwrap(), [vec![1; 500], vec![3; 1000]].concat());
+}
+
+#[tokio::test]
 async fn a_file_grows_beyond_its_limit_only_when_the_service_allows_it() {
     let cluster = FakeCluster::start().await;
     let client = cluster.client().await;

@@ -73,11 +73,16 @@ impl Pool {
 
     /// As [`Pool::try_take`], waiting for memory. `reclaim` is called before each sleep and should make memory
     /// come free. Errors: Busy when none came in time.
-    pub async fn take(&self, bytes: usize, mut reclaim: impl FnMut()) -> Result<Buffer> {
+    pub async fn take(&self, bytes: usize, reclaim: impl FnMut()) -> Result<Buffer> {
+        self.take_leaving(bytes, 0, reclaim).await
+    }
+
+    /// As [`Pool::take`], when `reserve` bytes of the budget stay free.
+    pub async fn take_leaving(&self, bytes: usize, reserve: usize, mut reclaim: impl FnMut()) -> Result<Buffer> {
         let deadline = tokio::time::Instant::now() + WAIT_MAX;
         loop {
             let freed = self.shared.freed.notified();
-            if let Some(buffer) = self.try_take(bytes, 0) {
+            if let Some(buffer) = self.try_take(bytes, reserve) {
                 return Ok(buffer);
             }
             if tokio::time::Instant::now() >= deadline {

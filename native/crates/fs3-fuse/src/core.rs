@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use fs3_client::{Attr, Client, Code, Error, OpenFile, OpenOptions, Result, Retained, at_inode};
-use fuser::{Errno, FileAttr, INodeNo, Notifier};
+use fuser::{Errno, FileAttr, INodeNo};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
@@ -43,10 +43,8 @@ pub(crate) struct Handle {
     pub write: bool,
     /// O_DIRECT: nothing is buffered when an operation returns.
     pub direct: bool,
-    /// O_SYNC or O_DSYNC.
+    /// O_SYNC or O_DSYNC, of a handle without page cache: the kernel does not sync after its writes.
     pub sync: bool,
-    /// Writes go to the end of the file whatever position the kernel names.
-    pub to_end: bool,
     /// The kernel does not tell when a descriptor of it is closed.
     pub unflushed: bool,
     pub locks: HandleLocks,
@@ -75,7 +73,6 @@ pub(crate) struct HandleFlags {
     pub write: bool,
     pub direct: bool,
     pub sync: bool,
-    pub to_end: bool,
     pub unflushed: bool,
 }
 
@@ -84,7 +81,6 @@ pub(crate) struct Core {
     pub client: Client,
     pub io: Arc<Io<OpenFile>>,
     pub options: MountOptions,
-    pub notifier: OnceLock<Notifier>,
     inodes: Mutex<HashMap<u64, Entry>>,
     /// What the kernel's page cache holds of files that are not open; forgotten with the kernel's inode.
     versions: Mutex<HashMap<u64, Version>>,
@@ -147,7 +143,6 @@ impl Core {
         Self {
             client,
             io,
-            notifier: OnceLock::new(),
             inodes: Mutex::default(),
             versions: Mutex::default(),
             handles: RwLock::default(),
@@ -236,6 +231,19 @@ impl Core {
         file_attr(&attr)
     }
 
+    /// Have appends to a file take their place, so that the length that the kernel is told is the right one: its reads
+    /// end there.
+    pub async fn place_appends(&self, inode: u64) {
+        if let Some(inode) = self.inode(inode) {
+            inode.place(&self.io).await;
+        }
+    }
+
+    /// Whether appends to a file have no place yet.
+    pub fn keeps_appends(&self, inode: u64) -> bool {
+        self.inode(inode).is_some_and(|inode| inode.keeps_appends())
+    }
+
     /// As [`Core::tell`] for the entry `name` of `parent`.
     pub fn tell_entry(&self, parent: u64, name: &[u8], attr: Attr) -> FileAttr {
         self.names.put((parent, name), attr.inode);
@@ -262,7 +270,7 @@ impl Core {
 
     /// Make the kernel ask for the attributes of an inode.
     pub fn invalidate_attr(&self, inode: u64) {
-        if let Some(notifier) = self.notifier.get() {
+        if let Some(notifier) = self.io.notifier.get() {
             // A negative offset concerns the attributes alone, so no page lock is taken.
             let _ = notifier.inval_inode(INodeNo(inode), -1, 0);
         }
@@ -322,7 +330,6 @@ impl Core {
             write: flags.write,
             direct: flags.direct,
             sync: flags.sync,
-            to_end: flags.to_end,
             unflushed: flags.unflushed,
             locks: HandleLocks::default(),
             stream: Mutex::default(),

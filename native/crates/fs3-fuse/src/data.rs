@@ -136,19 +136,19 @@ impl Core {
     }
 
     /// Write and answer. Buffered data is accepted at once; only when memory is short does the caller wait.
-    pub fn write(self: &Arc<Self>, handle: Arc<Handle>, offset: u64, data: &[u8], reply: ReplyWrite) {
+    pub fn write(self: &Arc<Self>, handle: Arc<Handle>, place: Place, data: &[u8], reply: ReplyWrite) {
         if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
             return reply.error(errno(&error));
         }
-        let place = if handle.to_end { Place::End } else { Place::At(offset) };
-        let (place, done) = match handle.inode.write(&self.io, place, data) {
-            Accepted::Taken { offset, bytes } => (Place::At(offset + bytes as u64), bytes),
-            Accepted::NoWriter | Accepted::Full => (place, 0),
+        let done = match handle.inode.write(&self.io, place, data) {
+            Accepted::Taken(bytes) => bytes,
+            Accepted::NoWriter | Accepted::Full | Accepted::Unplaced => 0,
         };
-        if done == data.len() && !handle.direct {
+        if done == data.len() && !handle.direct && !handle.sync {
             return reply.written(data.len() as u32);
         }
-        let (core, rest, len) = (self.clone(), data[done..].to_vec(), data.len());
+        let (core, place) = (self.clone(), place.behind(done));
+        let (rest, len) = (data[done..].to_vec(), data.len());
         self.spawn(async move {
             match core.finish_write(&handle, place, &rest).await {
                 Ok(()) => reply.written(len as u32),
@@ -163,9 +163,9 @@ impl Core {
         while done < data.len() {
             self.file(handle).await?;
             match handle.inode.write(&self.io, place, &data[done..]) {
-                Accepted::Taken { offset, bytes } => {
+                Accepted::Taken(bytes) => {
                     done += bytes;
-                    place = Place::At(offset + bytes as u64);
+                    place = place.behind(bytes);
                 }
                 // It is being closed early at this moment; then it is opened again.
                 Accepted::NoWriter => tokio::task::yield_now().await,
@@ -173,15 +173,20 @@ impl Core {
                     handle.inode.require_room(place, data.len() - done).await?;
                     continue;
                 }
+                Accepted::Unplaced => {
+                    handle.inode.place(&self.io).await;
+                    continue;
+                }
             }
             if done < data.len() {
                 if Instant::now() >= deadline {
                     return Err(Error::new(Code::Busy, "no memory came free for a write"));
                 }
-                drop(self.io.write_pool.take(LARGE, || self.io.reclaim()).await?);
+                let pool = &self.io.write_pool;
+                drop(pool.take_leaving(LARGE, place.memory_besides(), || self.io.reclaim()).await?);
             }
         }
-        if handle.direct {
+        if handle.direct || handle.sync {
             handle.inode.flush(&self.io).await;
             if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
                 return Err(error);

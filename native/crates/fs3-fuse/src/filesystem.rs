@@ -20,6 +20,7 @@ use crate::attrs::{file_attr, kind, set_times};
 use crate::caller::{Who, superuser};
 use crate::copy::Range;
 use crate::core::{Core, errno};
+use crate::inode::Place;
 use crate::locks::Asked;
 use crate::names::{Change, Listed, NewMode, Opened};
 
@@ -315,7 +316,7 @@ impl Filesystem for Fs {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -323,17 +324,20 @@ impl Filesystem for Fs {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
         };
+        // Pages of a shared mapping are written back to where they are from.
+        let appends = flags.0 & libc::O_APPEND != 0 && !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let place = if appends { Place::End { believed: offset } } else { Place::At(offset) };
         if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && handle.inode.has_set_id() {
             let (core, data) = (self.core.clone(), data.to_vec());
             self.core.spawn(async move {
                 match core.drop_set_id(handle.inode.id).await {
-                    Ok(()) => core.write(handle, offset, &data, reply),
+                    Ok(()) => core.write(handle, place, &data, reply),
                     Err(error) => reply.error(errno(&error)),
                 }
             });
             return;
         }
-        self.core.write(handle, offset, data, reply);
+        self.core.write(handle, place, data, reply);
     }
 
     fn flush(&self, _request: &Request, inode: INodeNo, fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {

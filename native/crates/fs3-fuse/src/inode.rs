@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use fs3_client::{Attr, Code, Error, Result};
+use fs3_client::{Attr, Code, Error, Region, Result};
 use parking_lot::Mutex;
 
+use crate::appends::{Appends, Batch};
 use crate::attrs::{SET_ID_BITS, Version, now_ns};
 use crate::blocks::Blocks;
+use crate::buffers::LARGE;
 use crate::event::Event;
-use crate::gather::{Gather, Piece};
+use crate::gather::Gather;
 use crate::io::{FileIo, Io};
 use crate::told::{Teller, Told};
 
@@ -29,6 +31,11 @@ pub(crate) struct Inode<F> {
 
 struct State<F> {
     gather: Gather,
+    appends: Appends,
+    placing: Option<Placing>,
+    /// Count bytes that were appended, and of these what needs no place any more: it has one, or failed.
+    appended: u64,
+    placed: u64,
     /// Pieces that are being written.
     flights: Vec<Arc<Flight>>,
     /// Files open for writing; data goes through the last one.
@@ -52,7 +59,16 @@ struct State<F> {
 struct Flight {
     start: u64,
     end: u64,
+    /// To a place that was reserved for it.
+    appended: bool,
     landed: Event,
+}
+
+/// The question to the service where appends go. One at a time, so that they keep their order.
+struct Placing {
+    /// What is kept when it is answered needs a place, too.
+    again: bool,
+    answered: Arc<Event>,
 }
 
 /// Where a write goes.
@@ -60,24 +76,52 @@ struct Flight {
 pub(crate) enum Place {
     /// To this position.
     At(u64),
-    /// To the end of the file.
-    End,
+    /// To the end of the file, wherever that is when it is written back.
+    End {
+        /// Where the kernel takes it to be.
+        believed: u64,
+    },
+}
+
+impl Place {
+    /// Where what follows `bytes` bytes goes.
+    pub fn behind(self, bytes: usize) -> Self {
+        let bytes = bytes as u64;
+        match self {
+            Self::At(offset) => Self::At(offset + bytes),
+            Self::End { believed } => Self::End { believed: believed + bytes },
+        }
+    }
+
+    /// Memory that a write may need besides one large buffer before any of it is taken, in bytes.
+    pub fn memory_besides(self) -> usize {
+        match self {
+            Self::At(_) => 0,
+            Self::End { .. } => LARGE,
+        }
+    }
 }
 
 /// What became of a write.
 pub(crate) enum Accepted {
-    /// That many bytes from `offset` were taken; fewer than given when memory ran out.
-    Taken { offset: u64, bytes: usize },
+    /// That many bytes were taken; fewer than given, of an append none, when memory ran out.
+    Taken(usize),
     /// No file is open for writing at the moment.
     NoWriter,
     /// Nothing: quotas have to allow that the file becomes so long first, see [`Inode::require_room`].
     Full,
+    /// Nothing: appends have to get their place first, see [`Inode::place`].
+    Unplaced,
 }
 
 impl<F: FileIo> Inode<F> {
     pub fn new(id: u64) -> Self {
         let state = State {
             gather: Gather::default(),
+            appends: Appends::default(),
+            placing: None,
+            appended: 0,
+            placed: 0,
             flights: Vec::new(),
             writers: Vec::new(),
             unpublished: false,
@@ -124,24 +168,125 @@ impl<F: FileIo> Inode<F> {
         if offset.saturating_add(data.len() as u64) > writer.length_limit() {
             return Accepted::Full;
         }
-        let mut out = Vec::new();
-        let bytes = state.gather.write(offset, data, |n| io.write_pool.try_take(n, 0), &mut out);
-        for piece in out {
-            self.launch(&mut state, io, piece);
-        }
+        let bytes = match place {
+            Place::At(_) if state.unplaced() > 0 => return Accepted::Unplaced,
+            Place::At(_) => self.gather(&mut state, io, offset, data),
+            Place::End { believed } => self.append(&mut state, io, offset, believed, data),
+        };
         if bytes > 0 {
             state.unpublished = true;
             state.written_ns = now_ns();
             state.version = None;
             state.changes += 1;
-            self.blocks.drop_range(offset, offset + bytes as u64);
             if state.dirty_since.is_none() {
                 state.dirty_since = Some(Instant::now());
                 drop(state);
                 io.list_dirty(self);
             }
         }
-        Accepted::Taken { offset, bytes }
+        Accepted::Taken(bytes)
+    }
+
+    fn gather(self: &Arc<Self>, state: &mut State<F>, io: &Arc<Io<F>>, offset: u64, data: &[u8]) -> usize {
+        let mut out = Vec::new();
+        let bytes = state.gather.write(offset, data, |n| io.write_pool.try_take(n, 0), &mut out);
+        for piece in out {
+            self.launch(state, io, piece.offset(), piece.into_region(), false);
+        }
+        self.blocks.drop_range(offset, offset + bytes as u64);
+        bytes
+    }
+
+    fn append(
+        self: &Arc<Self>,
+        state: &mut State<F>,
+        io: &Arc<Io<F>>,
+        likely: u64,
+        believed: u64,
+        data: &[u8],
+    ) -> usize {
+        if !state.appends.push(likely, believed, data, |n| io.write_pool.try_take(n, 0)) {
+            return 0;
+        }
+        state.appended += data.len() as u64;
+        if state.appends.is_full() && state.placing.is_none() {
+            self.place_kept(state, io);
+        }
+        data.len()
+    }
+
+    /// Ask where the appends that are kept go, behind what was written before them; later if it is being asked already.
+    fn place_kept(self: &Arc<Self>, state: &mut State<F>, io: &Arc<Io<F>>) {
+        if let Some(placing) = &mut state.placing {
+            placing.again = true;
+            return;
+        }
+        if state.appends.is_empty() {
+            return;
+        }
+        self.send_gathered(state, io);
+        let earlier: Vec<_> = state.flights.iter().filter(|f| !f.appended).cloned().collect();
+        let batch = state.appends.take();
+        let answered = Arc::new(Event::new());
+        state.placing = Some(Placing { again: false, answered: answered.clone() });
+        let (inode, io) = (self.clone(), io.clone());
+        let runtime = io.runtime.clone();
+        runtime.spawn(async move {
+            for flight in earlier {
+                flight.landed.wait().await;
+            }
+            let place = match inode.writer() {
+                Some(file) => file.reserve(batch.bytes).await,
+                None => Err(Error::new(Code::StaleHandle, "no file is open for writing")),
+            };
+            inode.place_batch(&io, batch, place);
+            answered.set();
+        });
+    }
+
+    /// Write appends to where they belong.
+    fn place_batch(self: &Arc<Self>, io: &Arc<Io<F>>, batch: Batch, place: Result<u64>) {
+        let mut state = self.state.lock();
+        let again = state.placing.take().is_some_and(|placing| placing.again);
+        state.placed += batch.bytes;
+        if place.as_ref().ok() != batch.believed.as_ref() {
+            // Pages of other handles may be cut off, or end, where the kernel believes the appended bytes to be.
+            io.forget_pages(self.id);
+        }
+        match place {
+            Ok(mut offset) => {
+                state.changes += 1;
+                self.blocks.drop_range(offset, offset + batch.bytes);
+                for region in batch.regions {
+                    let bytes = region.len() as u64;
+                    self.launch(&mut state, io, offset, region, true);
+                    offset += bytes;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(inode = self.id, bytes = batch.bytes, %error, "appended data found no place");
+                state.fail(error);
+            }
+        }
+        if again || state.appends.is_full() {
+            self.place_kept(&mut state, io);
+        }
+    }
+
+    /// Return once everything that was appended before is on its way to its place, or failed.
+    pub async fn place(self: &Arc<Self>, io: &Arc<Io<F>>) {
+        let appended = self.state.lock().appended;
+        loop {
+            let answered = {
+                let mut state = self.state.lock();
+                if state.placed >= appended {
+                    return;
+                }
+                self.place_kept(&mut state, io);
+                state.placing.as_ref().expect("something has no place").answered.clone()
+            };
+            answered.wait().await;
+        }
     }
 
     /// Make sure that quotas allow a write of `bytes` bytes. Errors: QuotaExceeded.
@@ -156,10 +301,10 @@ impl<F: FileIo> Inode<F> {
     }
 
     /// Start writing a piece, after the earlier ones that it overlaps.
-    fn launch(self: &Arc<Self>, state: &mut State<F>, io: &Arc<Io<F>>, piece: Piece) {
-        let (start, end) = (piece.offset(), piece.end());
+    fn launch(self: &Arc<Self>, state: &mut State<F>, io: &Arc<Io<F>>, start: u64, data: Region, appended: bool) {
+        let end = start + data.len() as u64;
         let earlier: Vec<_> = state.flights.iter().filter(|f| f.start < end && start < f.end).cloned().collect();
-        let flight = Arc::new(Flight { start, end, landed: Event::new() });
+        let flight = Arc::new(Flight { start, end, appended, landed: Event::new() });
         state.flights.push(flight.clone());
         let writer = state.writers.last().cloned();
         let inode = self.clone();
@@ -168,7 +313,7 @@ impl<F: FileIo> Inode<F> {
                 flight.landed.wait().await;
             }
             let result = match writer {
-                Some(file) => file.write(start, piece.into_region()).await,
+                Some(file) => file.write(start, data).await,
                 None => Err(Error::new(Code::StaleHandle, "no file is open for writing")),
             };
             inode.land(&flight, result);
@@ -196,15 +341,24 @@ impl<F: FileIo> Inode<F> {
     /// Send everything that is kept, without waiting.
     pub fn send_all(self: &Arc<Self>, io: &Arc<Io<F>>) {
         let mut state = self.state.lock();
+        self.place_kept(&mut state, io);
+        self.send_gathered(&mut state, io);
+    }
+
+    fn send_gathered(self: &Arc<Self>, state: &mut State<F>, io: &Arc<Io<F>>) {
         for piece in state.gather.take_all() {
-            self.launch(&mut state, io, piece);
+            self.launch(state, io, piece.offset(), piece.into_region(), false);
         }
     }
 
     /// Write everything accepted so far and wait for it. Failures are told by [`Inode::new_error`].
     pub async fn flush(self: &Arc<Self>, io: &Arc<Io<F>>) {
-        self.send_all(io);
-        let flights = self.state.lock().flights.clone();
+        self.place(io).await;
+        let flights = {
+            let mut state = self.state.lock();
+            self.send_gathered(&mut state, io);
+            state.flights.clone()
+        };
         for flight in flights {
             flight.landed.wait().await;
         }
@@ -212,6 +366,9 @@ impl<F: FileIo> Inode<F> {
 
     /// Wait until a read of `start..end` from storage sees every write accepted before it.
     pub async fn settle(self: &Arc<Self>, io: &Arc<Io<F>>, start: u64, end: u64) {
+        if self.may_reach_unplaced(end) {
+            self.place(io).await;
+        }
         let flights: Vec<_> = {
             let mut state = self.state.lock();
             if state.pending_end() == 0 {
@@ -220,15 +377,19 @@ impl<F: FileIo> Inode<F> {
             // Beyond what storage knows of, the end of the file depends on writes anywhere behind.
             let beyond = state.writers.last().is_some_and(|w| end > w.length());
             if beyond || state.gather.overlaps(start, end) {
-                for piece in state.gather.take_all() {
-                    self.launch(&mut state, io, piece);
-                }
+                self.send_gathered(&mut state, io);
             }
             state.flights.iter().filter(|f| beyond || (f.start < end && start < f.end)).cloned().collect()
         };
         for flight in flights {
             flight.landed.wait().await;
         }
+    }
+
+    /// Whether appends without a place may come to lie before `end`: they go behind all that storage knows of.
+    fn may_reach_unplaced(&self, end: u64) -> bool {
+        let state = self.state.lock();
+        state.unplaced() > 0 && state.writers.last().is_none_or(|w| end > w.length())
     }
 
     /// The count of changes, if storage has every byte of `start..end` that was accepted.
@@ -267,7 +428,7 @@ impl<F: FileIo> Inode<F> {
     pub fn park(&self, file: &Arc<F>) -> bool {
         let mut state = self.state.lock();
         let alone = state.writers.len() == 1 && Arc::ptr_eq(&state.writers[0], file);
-        let park = alone && !state.unlinked && state.pending_end() == 0;
+        let park = alone && !state.unlinked && !state.is_pending();
         if park {
             state.writers.clear();
         }
@@ -311,7 +472,7 @@ impl<F: FileIo> Inode<F> {
             state.unpublished = true;
         } else if !state.unpublished {
             state.written_ns = 0;
-            if state.pending_end() == 0 {
+            if !state.is_pending() {
                 state.dirty_since = None;
             }
         }
@@ -338,20 +499,28 @@ impl<F: FileIo> Inode<F> {
             attr.mtime_ns = attr.mtime_ns.max(state.written_ns);
             attr.ctime_ns = attr.ctime_ns.max(state.written_ns);
         }
+        attr.length += state.unplaced();
     }
 
-    /// The file's length in bytes as this mount knows it, `file` being one of its open files.
+    /// The file's length in bytes as this mount knows it, `file` being one of its open files; without what was appended and
+    /// has no place yet.
     pub fn length(&self, file: &F) -> u64 {
         file.length().max(self.state.lock().pending_end())
     }
 
     pub fn keeps_data(&self) -> bool {
-        !self.state.lock().gather.is_empty()
+        let state = self.state.lock();
+        !state.gather.is_empty() || !state.appends.is_empty()
+    }
+
+    /// Whether something that was appended has no place yet.
+    pub fn keeps_appends(&self) -> bool {
+        self.state.lock().unplaced() > 0
     }
 
     pub fn is_dirty(&self) -> bool {
         let state = self.state.lock();
-        state.unpublished || state.pending_end() > 0
+        state.unpublished || state.is_pending()
     }
 
     /// Since when there has been something to write or publish.
@@ -362,7 +531,7 @@ impl<F: FileIo> Inode<F> {
     /// Whether caches may be kept by an open that found `now`; remembers it as what they hold from here on.
     pub fn keep_cache(&self, now: Version) -> bool {
         let mut state = self.state.lock();
-        if state.unpublished || state.pending_end() > 0 {
+        if state.unpublished || state.is_pending() {
             // What the caches hold cannot be told from what others may have written.
             state.version = None;
             return false;
@@ -387,11 +556,11 @@ impl<F: FileIo> Inode<F> {
 }
 
 impl<F: FileIo> State<F> {
-    /// First byte of a write.
+    /// First byte of a write; of an append where it is if nobody else appends.
     fn position(&self, writer: &F, place: Place) -> u64 {
         match place {
             Place::At(offset) => offset,
-            Place::End => writer.length().max(self.pending_end()),
+            Place::End { .. } => writer.length().max(self.pending_end()) + self.unplaced(),
         }
     }
 }
@@ -402,7 +571,17 @@ impl<F> State<F> {
         self.errors += 1;
     }
 
-    /// Position behind the last byte that is not written yet, 0 when all is.
+    /// Bytes that were appended and have no place yet.
+    fn unplaced(&self) -> u64 {
+        self.appended - self.placed
+    }
+
+    /// Whether something is not written yet.
+    fn is_pending(&self) -> bool {
+        self.unplaced() > 0 || self.pending_end() > 0
+    }
+
+    /// Position behind the last byte that has a place and is not written yet, 0 when all is.
     fn pending_end(&self) -> u64 {
         self.flights.iter().map(|f| f.end).max().unwrap_or(0).max(self.gather.end())
     }

@@ -15,6 +15,10 @@ use crate::told::Teller;
 struct Fake {
     bytes: Mutex<Vec<u8>>,
     permits: Semaphore,
+    /// Reservations wait for these, and begin where nobody has reserved yet.
+    places: Semaphore,
+    reserved_end: AtomicU64,
+    reservations: AtomicUsize,
     failing: AtomicBool,
     writes: AtomicUsize,
     published: AtomicUsize,
@@ -29,6 +33,9 @@ impl Fake {
         Arc::new(Self {
             bytes: Mutex::default(),
             permits: Semaphore::new(permits),
+            places: Semaphore::new(100),
+            reserved_end: AtomicU64::new(0),
+            reservations: AtomicUsize::new(0),
             failing: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
             published: AtomicUsize::new(0),
@@ -60,6 +67,17 @@ impl FileIo for Fake {
         bytes.resize(len, 0);
         bytes[offset as usize..end].copy_from_slice(&data);
         Ok(data.len())
+    }
+
+    async fn reserve(&self, bytes: u64) -> Result<u64> {
+        self.places.acquire().await.expect("never closed").forget();
+        self.reservations.fetch_add(1, Ordering::Relaxed);
+        if self.reserved_end.load(Ordering::Relaxed) == u64::MAX {
+            return Err(Error::new(Code::QuotaExceeded, "full"));
+        }
+        let offset = self.length().max(self.reserved_end.load(Ordering::Relaxed));
+        self.reserved_end.store(offset + bytes, Ordering::Relaxed);
+        Ok(offset)
     }
 
     async fn publish(&self) -> Result<Attr> {
@@ -96,11 +114,20 @@ fn setup(permits: usize) -> (Arc<Io<Fake>>, Arc<Inode<Fake>>, Arc<Fake>) {
     (io, inode, file)
 }
 
-fn put(inode: &Arc<Inode<Fake>>, io: &Arc<Io<Fake>>, place: Place, data: &[u8]) -> u64 {
+/// To the end of the file; the kernel knows nothing better than that it is empty.
+const END: Place = Place::End { believed: 0 };
+
+fn put(inode: &Arc<Inode<Fake>>, io: &Arc<Io<Fake>>, place: Place, data: &[u8]) {
     match inode.write(io, place, data) {
-        Accepted::Taken { offset, bytes } if bytes == data.len() => offset,
+        Accepted::Taken(bytes) if bytes == data.len() => {}
         _ => panic!("the write was not taken"),
     }
+}
+
+fn shown_length(inode: &Arc<Inode<Fake>>, file: &Fake) -> u64 {
+    let mut attr = Attr { length: file.length(), ..Attr::default() };
+    inode.merge(&mut attr);
+    attr.length
 }
 
 #[tokio::test]
@@ -174,13 +201,105 @@ async fn kept_bytes_are_read_without_storage() {
 }
 
 #[tokio::test]
-async fn appends_go_behind_what_is_still_pending() {
+async fn appends_stay_here_until_a_flush_and_then_get_one_place() {
     let (io, inode, file) = setup(10);
     file.bytes.lock().resize(100, 0);
-    assert_eq!(put(&inode, &io, Place::End, b"abc"), 100);
-    assert_eq!(put(&inode, &io, Place::End, b"def"), 103);
+    put(&inode, &io, END, b"abc");
+    put(&inode, &io, END, b"def");
+    assert_eq!((file.reservations.load(Ordering::Relaxed), shown_length(&inode, &file)), (0, 106));
+    assert!(inode.is_dirty() && inode.keeps_data() && !inode.park(&file));
     inode.flush(&io).await;
+    assert_eq!((file.reservations.load(Ordering::Relaxed), file.writes.load(Ordering::Relaxed)), (1, 1));
     assert_eq!(file.bytes.lock()[100..], *b"abcdef");
+    inode.publish(None, false).await.unwrap();
+    assert!(!inode.is_dirty() && shown_length(&inode, &file) == 106);
+}
+
+#[tokio::test]
+async fn appends_go_where_others_left_room_and_keep_their_order() {
+    let (io, inode, file) = setup(100);
+    file.places.forget_permits(100);
+    put(&inode, &io, END, b"first");
+    inode.send_all(&io);
+    put(&inode, &io, END, b"second");
+    inode.send_all(&io);
+    put(&inode, &io, END, b"third");
+    assert_eq!(shown_length(&inode, &file), 16);
+    file.reserved_end.store(10, Ordering::Relaxed);
+    file.places.add_permits(1);
+    inode.settle(&io, 0, 0).await;
+    file.places.add_permits(10);
+    inode.flush(&io).await;
+    assert_eq!((&file.bytes.lock()[10..], file.reservations.load(Ordering::Relaxed)), (&b"firstsecondthird"[..], 2));
+}
+
+#[tokio::test]
+async fn a_flush_waits_for_the_appends_before_it_and_may_be_given_up() {
+    let (io, inode, file) = setup(100);
+    file.places.forget_permits(100);
+    put(&inode, &io, END, b"one");
+    let stuck = tokio::time::timeout(Duration::from_millis(10), inode.flush(&io)).await;
+    assert!(stuck.is_err(), "without an answer of the service there is no place");
+    put(&inode, &io, END, b"two");
+    file.places.add_permits(100);
+    inode.flush(&io).await;
+    assert_eq!(file.bytes.lock()[..], *b"onetwo");
+}
+
+#[tokio::test]
+async fn what_was_written_to_a_position_before_counts_and_after_waits() {
+    let (io, inode, file) = setup(0);
+    put(&inode, &io, Place::At(0), b"12345");
+    put(&inode, &io, END, b"678");
+    assert!(matches!(inode.write(&io, Place::At(5), b"x"), Accepted::Unplaced));
+    let stuck = tokio::time::timeout(Duration::from_millis(10), inode.place(&io)).await;
+    assert!(stuck.is_err() && file.reservations.load(Ordering::Relaxed) == 0, "the write has not landed");
+    file.permits.add_permits(10);
+    inode.place(&io).await;
+    put(&inode, &io, Place::At(6), b"x");
+    inode.flush(&io).await;
+    assert_eq!(file.bytes.lock()[..], *b"123456x8");
+}
+
+#[tokio::test]
+async fn a_read_finds_out_where_appends_are_only_if_it_may_meet_them() {
+    let (io, inode, file) = setup(10);
+    file.bytes.lock().resize(100, 7);
+    put(&inode, &io, END, b"abc");
+    inode.settle(&io, 20, 100).await;
+    assert_eq!(file.reservations.load(Ordering::Relaxed), 0);
+    inode.settle(&io, 20, 101).await;
+    assert_eq!(file.bytes.lock()[99..], *b"\x07abc");
+}
+
+#[tokio::test]
+async fn an_append_that_finds_no_place_is_told_and_the_next_ones_go_on() {
+    let (io, inode, file) = setup(10);
+    let told = inode.told();
+    file.reserved_end.store(u64::MAX, Ordering::Relaxed);
+    put(&inode, &io, END, b"lost");
+    inode.flush(&io).await;
+    assert_eq!(inode.new_error(&told, Teller::Sync).map(|e| e.code), Some(Code::QuotaExceeded));
+    assert_eq!((shown_length(&inode, &file), io.write_pool.used()), (0, 0));
+    file.reserved_end.store(0, Ordering::Relaxed);
+    put(&inode, &io, END, b"kept");
+    inode.flush(&io).await;
+    assert_eq!(file.bytes.lock()[..], *b"kept");
+}
+
+#[tokio::test]
+async fn a_stream_of_appends_is_written_in_large_pieces_without_being_asked() {
+    let (io, inode, file) = setup(1000);
+    let data = vec![5; 100_000];
+    for _ in 0..100 {
+        put(&inode, &io, END, &data);
+        tokio::task::yield_now().await;
+    }
+    inode.flush(&io).await;
+    assert_eq!(file.length(), 10_000_000);
+    assert!(file.bytes.lock().iter().all(|byte| *byte == 5));
+    let writes = file.writes.load(Ordering::Relaxed);
+    assert!(writes <= 20 && file.reservations.load(Ordering::Relaxed) <= writes, "{writes} writes");
 }
 
 #[tokio::test]
@@ -217,11 +336,12 @@ async fn a_write_beyond_the_limit_is_taken_once_there_is_room() {
     file.limit.store(4, Ordering::Relaxed);
     file.room.store(8, Ordering::Relaxed);
     put(&inode, &io, Place::At(0), b"1234");
-    assert!(matches!(inode.write(&io, Place::End, b"5"), Accepted::Full));
-    inode.require_room(Place::End, 4).await.unwrap();
-    put(&inode, &io, Place::End, b"5678");
+    assert!(matches!(inode.write(&io, END, b"5"), Accepted::Full));
+    inode.require_room(END, 4).await.unwrap();
+    put(&inode, &io, END, b"5678");
     assert!(matches!(inode.write(&io, Place::At(2), b"overlong"), Accepted::Full));
     assert_eq!(inode.require_room(Place::At(2), 8).await.unwrap_err().code, Code::QuotaExceeded);
+    inode.place(&io).await;
     put(&inode, &io, Place::At(0), b"abcd");
     inode.flush(&io).await;
     assert_eq!(file.bytes.lock()[..], *b"abcd5678");
@@ -269,7 +389,7 @@ async fn memory_held_by_an_idle_file_is_reclaimed_for_another() {
         .map(|id| {
             let (inode, file) = (Arc::new(Inode::new(id)), Fake::new(10));
             inode.add_writer(file);
-            put(&inode, &io, Place::At(500_000), b"waiting");
+            put(&inode, &io, if id % 2 == 0 { END } else { Place::At(500_000) }, &[b'w'; 100_000]);
             inode
         })
         .collect();

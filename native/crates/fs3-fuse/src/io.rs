@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fs3_client::{Attr, OpenFile, Region, RegionMut, Result};
+use fuser::{INodeNo, Notifier};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 use crate::buffers::Pool;
 use crate::inode::Inode;
@@ -22,6 +24,8 @@ pub(crate) trait FileIo: Send + Sync + 'static {
     fn read(&self, offset: u64, buf: RegionMut) -> impl Future<Output = (Result<usize>, RegionMut)> + Send;
     /// See [`OpenFile::write`].
     fn write(&self, offset: u64, data: Region) -> impl Future<Output = Result<usize>> + Send;
+    /// See [`OpenFile::reserve`].
+    fn reserve(&self, bytes: u64) -> impl Future<Output = Result<u64>> + Send;
     /// See [`OpenFile::publish`].
     fn publish(&self) -> impl Future<Output = Result<Attr>> + Send;
     /// See [`OpenFile::close`].
@@ -41,6 +45,10 @@ impl FileIo for OpenFile {
 
     fn write(&self, offset: u64, data: Region) -> impl Future<Output = Result<usize>> + Send {
         OpenFile::write(self, offset, data)
+    }
+
+    fn reserve(&self, bytes: u64) -> impl Future<Output = Result<u64>> + Send {
+        OpenFile::reserve(self, bytes)
     }
 
     fn publish(&self) -> impl Future<Output = Result<Attr>> + Send {
@@ -71,6 +79,7 @@ pub(crate) struct Io<F> {
     pub write_pool: Pool,
     /// Memory of data on its way from storage.
     pub read_pool: Pool,
+    pub notifier: OnceLock<Notifier>,
     dirty: Mutex<HashMap<u64, Arc<Inode<F>>>>,
 }
 
@@ -80,8 +89,17 @@ impl<F: FileIo> Io<F> {
             runtime,
             write_pool: Pool::new(memory_bytes / 2),
             read_pool: Pool::new(memory_bytes / 2),
+            notifier: OnceLock::new(),
             dirty: Mutex::default(),
         }
+    }
+
+    /// Make the kernel forget the pages and the attributes of a file. It waits for reads and writes of the pages, so
+    /// nothing that they need may wait for it.
+    pub fn forget_pages(&self, inode: u64) -> Option<JoinHandle<()>> {
+        let notifier = self.notifier.get().cloned()?;
+        let forget = move || drop(notifier.inval_inode(INodeNo(inode), 0, 0));
+        Some(self.runtime.spawn_blocking(forget))
     }
 
     /// Remember an inode that has data to write or a length to publish.

@@ -6,6 +6,7 @@
 //! after the data is on every serving replica and the length is published. Memory is bounded by two pools of
 //! recycled buffers ([`buffers`]).
 
+mod appends;
 mod attrs;
 mod blocks;
 mod buffers;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use fs3_client::{Attr, Code, Error, FileLock, Granted, KeptAlive, LockKind, LockType, Result};
-use fuser::{Errno, INodeNo};
+use fuser::Errno;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -272,10 +272,9 @@ impl Core {
 
     /// Make the kernel forget the pages of a file.
     pub async fn invalidate_pages(&self, inode: u64) {
-        let Some(notifier) = self.notifier.get().cloned() else { return };
-        // It waits for reads and writes of these pages, which are served meanwhile.
-        let forgotten = self.io.runtime.spawn_blocking(move || notifier.inval_inode(INodeNo(inode), 0, 0));
-        let _ = forgotten.await;
+        if let Some(forgotten) = self.io.forget_pages(inode) {
+            let _ = forgotten.await;
+        }
     }
 
     /// The first lock in the way of one.

@@ -137,7 +137,7 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
     let core = Arc::new(Core::new(client, runtime.clone(), options));
     let session = Session::new(Fs { core: core.clone() }, &mountpoint, &config)
         .map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
-    let _ = core.notifier.set(session.notifier());
+    let _ = core.io.notifier.set(session.notifier());
     set_readahead(&mountpoint, readahead_bytes);
 
     let ticking = core.clone();

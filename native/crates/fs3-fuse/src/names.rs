@@ -76,6 +76,7 @@ impl Core {
                 return Err(error);
             }
         };
+        self.place_appends(attr.inode).await;
         Ok(self.tell_entry(parent, name, attr))
     }
 
@@ -90,7 +91,9 @@ impl Core {
             return Ok((self.tell(attr), left));
         }
         let asked = self.dir_attrs.ask();
-        let mut attr = self.client.stat(&superuser(), at_inode(inode)).await?;
+        let caller = superuser();
+        let (attr, ()) = tokio::join!(self.client.stat(&caller, at_inode(inode)), self.place_appends(inode));
+        let mut attr = attr?;
         if attr.r#type() == FileType::Directory {
             self.dir_attrs.answered(asked, &mut attr);
         }
@@ -230,6 +233,7 @@ impl Core {
         let attr =
             who.run(|c| async move { self.client.link(&c, at_inode(inode), at_child(parent, name)).await }).await;
         self.dir_attrs.forget(parent);
+        self.place_appends(inode).await;
         Ok(self.tell_entry(parent, name, attr?))
     }
 
@@ -322,19 +326,20 @@ impl Core {
             // What the kernel reads from its cache it does not tell.
             file.note_read();
         }
-        let fresh = self.refresh_kernel(&attr);
-        // The kernel appends where it believes the end to be. When that may be stale the page cache is left out
-        // and the position chosen here.
-        let to_end = options.write && flags & libc::O_APPEND != 0 && !fresh;
-        let direct = flags & libc::O_DIRECT != 0 || to_end;
+        self.refresh_kernel(&attr);
+        // The kernel caches what it appends where it believes the end to be; so the page cache is left out.
+        let appends = options.write && flags & libc::O_APPEND != 0;
+        let direct = flags & libc::O_DIRECT != 0;
+        let uncached = direct || appends;
         let mut answer = FopenFlags::empty();
         answer.set(FopenFlags::FOPEN_KEEP_CACHE, keep);
-        answer.set(FopenFlags::FOPEN_DIRECT_IO, direct);
-        answer.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, direct && flags & libc::O_APPEND == 0);
+        answer.set(FopenFlags::FOPEN_DIRECT_IO, uncached);
+        answer.set(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, direct && !appends);
         // The close of a descriptor has to be told where it may end locks.
         let unflushed = !options.write && !self.locks.used();
         answer.set(FopenFlags::FOPEN_NOFLUSH, unflushed);
-        let flags = HandleFlags { write: options.write, direct, sync: flags & libc::O_DSYNC != 0, to_end, unflushed };
+        let sync = uncached && flags & libc::O_DSYNC != 0;
+        let flags = HandleFlags { write: options.write, direct, sync, unflushed };
         Opened { handle: self.add_handle(inode, file, flags), flags: answer }
     }
 
@@ -358,6 +363,7 @@ impl Core {
             Err(_) => self.dir_attrs.forget(parent),
         }
         let file = file?;
+        self.place_appends(file.inode()).await;
         let shown = self.tell_entry(parent, name, file.attr());
         let opened = self.opened(file, flags, OpenOptions { read, write, truncate });
         Ok((shown, opened))
@@ -430,7 +436,7 @@ impl Core {
     }
 
     fn listed<'a>(&self, parent: u64, entry: &'a DirEntry, next: u64, with_attr: bool) -> Listed<'a> {
-        let attr = entry.attr.as_ref().filter(|_| with_attr);
+        let attr = entry.attr.as_ref().filter(|attr| with_attr && !self.keeps_appends(attr.inode));
         let attr = attr.map(|attr| self.tell_entry(parent, &entry.name, attr.clone()));
         Listed { next, name: &entry.name, inode: entry.inode, kind: entry.r#type(), attr }
     }

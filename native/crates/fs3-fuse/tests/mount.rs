@@ -306,6 +306,149 @@ fn appends_of_several_handles_follow_each_other() {
     assert_eq!(fs::read_to_string(bed.path("log")).unwrap(), "one\ntwo\n".repeat(200));
 }
 
+fn append_to(path: &Path) -> File {
+    OpenOptions::new().append(true).create(true).open(path).unwrap()
+}
+
+#[test]
+fn appends_of_two_mounts_all_land_whole_and_in_order() {
+    let Some(mut bed) = Bed::new() else { return };
+    let other = bed.mount(MountOptions::default());
+    let line = |writer: usize, number: usize| format!("{writer}:{number}:{}\n", "x".repeat(number * 37 % 4999));
+    let write = |path: &Path, writer: usize| {
+        let mut file = append_to(path);
+        for number in 0..200 {
+            file.write_all(line(writer, number).as_bytes()).unwrap();
+            if number % 50 == writer {
+                file.sync_data().unwrap();
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for writer in 0..4 {
+            let path = if writer % 2 == 0 { bed.path("log") } else { other.join("log") };
+            scope.spawn(move || write(&path, writer));
+        }
+    });
+    let found = fs::read_to_string(bed.path("log")).unwrap();
+    let mut next = [0; 4];
+    for found in found.split_inclusive('\n') {
+        let writer: usize = found[..1].parse().unwrap();
+        assert_eq!(found, line(writer, next[writer]));
+        next[writer] += 1;
+    }
+    assert_eq!(next, [200; 4]);
+}
+
+#[test]
+fn small_appends_ask_for_one_place() {
+    let Some(bed) = Bed::new() else { return };
+    fs::write(bed.path("log"), b"begin\n").unwrap();
+    let mut file = append_to(&bed.path("log"));
+    bed.cluster.take_log();
+    for _ in 0..500 {
+        file.write_all(b"line\n").unwrap();
+    }
+    assert_eq!(bed.cluster.take_log().count(Method::MetaAppend), 0);
+    assert_eq!(fs::metadata(bed.path("log")).unwrap().len(), 2506);
+    assert_eq!(fs::read_to_string(bed.path("log")).unwrap(), format!("begin\n{}", "line\n".repeat(500)));
+    assert_eq!(bed.cluster.take_log().count(Method::MetaAppend), 1);
+}
+
+#[test]
+fn what_is_appended_elsewhere_than_the_kernel_believes_is_read_there() {
+    let Some(mut bed) = Bed::new() else { return };
+    let life = Duration::from_secs(3600);
+    let stale = bed.mount(MountOptions { attr_timeout: life, entry_timeout: life, ..MountOptions::default() });
+    fs::write(bed.path("f"), vec![b'x'; 5000]).unwrap();
+    let reader = File::open(stale.join("f")).unwrap();
+    let mut appender = append_to(&stale.join("f"));
+    let read = || {
+        let mut bytes = [0; 100];
+        let n = reader.read_at(&mut bytes, 0).unwrap();
+        bytes[..n].to_vec()
+    };
+    assert_eq!(read(), [b'x'; 100]);
+    fs::write(bed.path("f"), b"short").unwrap();
+    appender.write_all(b" and more").unwrap();
+    appender.sync_data().unwrap();
+    bed.eventually("the pages are forgotten", |_| read() == b"short and more");
+}
+
+#[test]
+fn a_reader_of_the_same_mount_sees_an_append_wherever_it_went() {
+    let Some(mut bed) = Bed::new() else { return };
+    let other = bed.mount(MountOptions::default()).join("log");
+    fs::write(bed.path("log"), b"begin").unwrap();
+    // It has a place, but the service does not know yet that it was written.
+    let mut theirs = append_to(&other);
+    theirs.write_all(&[b't'; 5000]).unwrap();
+    assert_eq!(fs::metadata(&other).unwrap().len(), 5005);
+    let mut ours = append_to(&bed.path("log"));
+    ours.write_all(b"ours").unwrap();
+    let found = fs::read(bed.path("log")).unwrap();
+    assert_eq!((found.len(), &found[5005..]), (5009, &b"ours"[..]));
+}
+
+#[test]
+fn a_synchronous_append_is_synced_before_it_returns() {
+    let Some(bed) = Bed::new() else { return };
+    let mut options = OpenOptions::new();
+    let mut file = options.append(true).create(true).custom_flags(libc::O_DSYNC).open(bed.path("log")).unwrap();
+    for count in 1..=3 {
+        file.write_all(b"line\n").unwrap();
+        let log = bed.cluster.state.log.lock();
+        assert_eq!((log.count(Method::StorageWrite), log.count(Method::StorageSync)), (count, count));
+    }
+}
+
+const NOT_MAPPED: &str = "the kernel does not map it";
+
+#[test]
+fn a_handle_that_appends_can_be_mapped() {
+    let Some(bed) = Bed::new() else { return };
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "map_an_appending_file", "--ignored", "--nocapture"]).env(CHILD_FILE, bed.path("m"));
+    let done = child.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    if String::from_utf8_lossy(&done.stdout).contains(NOT_MAPPED) {
+        return;
+    }
+    bed.eventually("the release", |bed| bed.cluster.session_count() == 0);
+    let back = fs::read(bed.path("m")).unwrap();
+    assert_eq!((&back[5000..5005], &back[10_000..], back.len()), (&b"mmap!"[..], &b"more"[..], 10_004));
+}
+
+/// What the test above runs as another process.
+#[test]
+#[ignore = "the program of another test"]
+fn map_an_appending_file() {
+    let path = PathBuf::from(std::env::var_os(CHILD_FILE).expect("run by another test"));
+    fs::write(&path, vec![1; 10_000]).unwrap();
+    let mut file = OpenOptions::new().read(true).append(true).open(path).unwrap();
+    // SAFETY: a fresh shared mapping of an open file.
+    let map = unsafe {
+        let flags = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(std::ptr::null_mut(), 10_000, flags, libc::MAP_SHARED, file.as_raw_fd(), 0)
+    };
+    if map == libc::MAP_FAILED {
+        // Kernels before 6.6 do not map what they do not cache.
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::ENODEV));
+        return println!("{NOT_MAPPED}");
+    }
+    // SAFETY: the mapping is that long and lives until the munmap below.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(map.cast::<u8>(), 10_000) };
+    bytes[5000..5005].copy_from_slice(b"mmap!");
+    file.write_all(b"more").unwrap();
+    // SAFETY: as mapped; `bytes` is not used afterwards.
+    assert_eq!(unsafe { libc::msync(map, 10_000, libc::MS_SYNC) }, 0);
+    let mut buf = [0; 5];
+    file.read_exact_at(&mut buf, 5000).unwrap();
+    assert_eq!(&buf, b"mmap!");
+    // SAFETY: as above.
+    unsafe { libc::munmap(map, 10_000) };
+}
+
 #[test]
 fn an_unlinked_file_lives_until_its_last_close() {
     let Some(bed) = Bed::new() else { return };

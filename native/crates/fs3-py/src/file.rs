@@ -88,7 +88,7 @@ impl File {
         }))
     }
 
-    /// Write a contiguous buffer at the end of the file; the end afterwards. Appends of one client never overlap.
+    /// Write a contiguous buffer at the end of the file; its end. Appends never overlap, of whichever clients.
     fn append(&self, buffer: &Bound<'_, PyAny>) -> PyResult<Operation> {
         let (file, region) = (self.open_file()?, readable(buffer)?);
         let work = async move { (file.append(region.clone()).await, region) };

@@ -76,6 +76,8 @@ pub struct State {
     pub log: Mutex<Log>,
     pub files: Mutex<HashMap<u64, Attr>>,
     pub names: Mutex<BTreeMap<Vec<u8>, u64>>,
+    /// Where what was reserved ends, by inode and truncate version.
+    reserved: Mutex<HashMap<(u64, u64), u64>>,
     answers: Mutex<HashMap<(Vec<u8>, u64), Bytes>>,
     written: Mutex<HashMap<(Vec<u8>, u32), u64>>,
 }
@@ -96,6 +98,7 @@ impl FakeCluster {
             log: Mutex::default(),
             files: Mutex::default(),
             names: Mutex::default(),
+            reserved: Mutex::default(),
             answers: Mutex::default(),
             written: Mutex::default(),
         });
@@ -422,6 +425,7 @@ impl Fake {
             Method::MetaTruncate => TruncateRequest::decode(body).unwrap().op,
             Method::MetaClose => CloseRequest::decode(body).unwrap().op,
             Method::MetaSync => SyncRequest::decode(body).unwrap().op,
+            Method::MetaAppend => AppendRequest::decode(body).unwrap().op,
             Method::MetaSetattr => SetattrRequest::decode(body).unwrap().op,
             _ => None,
         };
@@ -481,6 +485,7 @@ impl Fake {
                 let request = SyncRequest::decode(body).unwrap();
                 self.report(request.inode, request.report, request.wanted_length)
             }
+            Method::MetaAppend => self.reserve(AppendRequest::decode(body).unwrap()),
             Method::MetaTruncate => {
                 let request = TruncateRequest::decode(body).unwrap();
                 self.truncate(self.find(&request.at.unwrap())?, request.length)
@@ -531,6 +536,20 @@ impl Fake {
         }
         let length_limit = self.length_limit(attr.length, wanted);
         reply(AttrResponse { attr: Some(attr.clone()), length_limit })
+    }
+
+    fn reserve(&self, request: AppendRequest) -> Result<Response> {
+        self.report(request.inode, request.report, 0)?;
+        let attr = self.state.files.lock()[&request.inode].clone();
+        let mut reserved = self.state.reserved.lock();
+        let end = reserved.entry((request.inode, attr.truncate_version)).or_default();
+        let offset = attr.length.max(*end);
+        *end = offset + request.bytes;
+        if self.state.faults.lock().length_max.is_some_and(|max| *end > max) {
+            return Err(Error::new(Code::QuotaExceeded, "full"));
+        }
+        let length_limit = self.length_limit(attr.length, *end);
+        reply(AppendResponse { attr: Some(attr), offset, length_limit })
     }
 
     fn truncate(&self, mut attr: Attr, length: u64) -> Result<Response> {

@@ -48,6 +48,8 @@ struct Names {
     inodes: HashMap<u64, Attr>,
     entries: BTreeMap<(u64, Vec<u8>), u64>,
     sessions: HashSet<(u64, Vec<u8>)>,
+    /// Where what was reserved ends, by inode and truncate version.
+    reserved: HashMap<(u64, u64), u64>,
     xattrs: BTreeMap<(u64, Bytes), Bytes>,
     /// Whole locks: a part of one is not ended by itself.
     locks: Vec<(u64, Bytes, FileLock)>,
@@ -332,6 +334,15 @@ impl Fake {
                 let r = SyncRequest::decode(body).unwrap();
                 names.report(r.inode, r.report);
                 done(names.get(r.inode)?)
+            }
+            Method::MetaAppend => {
+                let r = AppendRequest::decode(body).unwrap();
+                names.report(r.inode, r.report);
+                let attr = names.get(r.inode)?;
+                let end = names.reserved.entry((r.inode, attr.truncate_version)).or_default();
+                let offset = attr.length.max(*end);
+                *end = offset + r.bytes;
+                reply(AppendResponse { attr: Some(attr), offset, length_limit: None })
             }
             Method::MetaMkdir => {
                 let r = MkdirRequest::decode(body).unwrap();
