@@ -13,8 +13,8 @@ use crate::inode::InodeState;
 
 /// An inode that is open for reading only is held once it has been for so long: most are closed before, and cost nothing.
 pub(crate) const HOLD_AFTER: Duration = Duration::from_secs(3);
-/// Inodes in one request.
-pub(crate) const HOLDS_MAX: usize = 1000;
+/// Inodes in one request: the service takes more, but others would wait for it.
+pub(crate) const HOLDS_MAX: usize = 250;
 
 /// The inodes that have open files, with what keeps unlinked ones alive.
 ///
@@ -372,16 +372,16 @@ mod tests {
     #[test]
     fn a_batch_has_its_limit() {
         let (open, at) = table();
-        let count = HOLDS_MAX as u64 + 500;
+        let count = HOLDS_MAX as u64 + 5;
         for inode in 1..=count {
             open.open(&attr(inode), false, at(0));
         }
         assert_eq!(open.take_batch(at(3)).len(), HOLDS_MAX);
-        assert_eq!(open.take_batch(at(3)).len(), 500);
+        assert_eq!(open.take_batch(at(3)).len(), 5);
         for inode in 1..=count {
             open.close(inode, false, at(4));
         }
         let (first, second) = (open.take_batch(at(4)), open.take_batch(at(4)));
-        assert_eq!((first.end.len(), second.end.len()), (HOLDS_MAX, 500));
+        assert_eq!((first.end.len(), second.end.len()), (HOLDS_MAX, 5));
     }
 }

@@ -162,6 +162,38 @@ async fn keepalives_are_sent_while_a_session_is_open() {
     file.close().await.unwrap();
 }
 
+/// What the services were told is open, and what is not any more.
+fn holds(cluster: &FakeCluster) -> Vec<(Vec<u64>, Vec<u64>)> {
+    cluster.state.log.lock().holds.iter().map(|hold| (hold.begin.clone(), hold.end.clone())).collect()
+}
+
+#[tokio::test]
+async fn what_is_open_for_reading_for_a_while_is_held_until_it_is_closed() {
+    let cluster = FakeCluster::start().await;
+    let attempt = Duration::from_millis(200);
+    let client = Client::connect(ClientConfig { meta_attempt_timeout: attempt, ..cluster.config() }).await.unwrap();
+    for name in ["short", "long", "last", "written"] {
+        create(&client, name).await.close().await.unwrap();
+    }
+    cluster.faults(|faults| {
+        faults.lose_answers.insert(Method::MetaHold as i32, 1);
+    });
+    let written = open(&client, "written", true).await;
+    let (long, last) = (open(&client, "long", false).await, open(&client, "last", false).await);
+    open(&client, "short", false).await.close().await.unwrap();
+    let both = vec![long.inode(), last.inode()];
+    eventually("the holds", || holds(&cluster) == [(both.clone(), vec![])]).await;
+    written.close().await.unwrap();
+    let keepalives = seen(&cluster, Method::MetaKeepalive).len();
+    eventually("keepalives", || seen(&cluster, Method::MetaKeepalive).len() >= keepalives + 2).await;
+    let inode = long.inode();
+    drop(long);
+    eventually("the end of a hold", || holds(&cluster).last() == Some(&(vec![], vec![inode]))).await;
+    client.close().await;
+    assert_eq!(holds(&cluster).last(), Some(&(vec![], vec![last.inode()])));
+    assert_eq!(holds(&cluster).len(), 3, "one call for each, and nothing of the others");
+}
+
 #[tokio::test]
 async fn a_dropped_file_is_closed_and_reported() {
     let cluster = FakeCluster::start().await;

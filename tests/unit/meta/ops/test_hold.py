@@ -1,5 +1,6 @@
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -57,6 +58,50 @@ def test_a_held_file_stays_until_the_last_hold_ends() -> None:
         await collect(a, clock)
         assert a.chunks.chunks == {}
         assert await a.code("Stat", "", inode=inode) == Code.CODE_STALE_HANDLE
+        await audit(a)
+
+    run(main())
+
+
+async def replaced(meta: Meta) -> None:
+    await written(meta, "/other")
+    await meta.rename("/other", "/d/f")
+    await meta.do("Unlink", "/d/f")
+
+
+async def removed_with_its_directory(meta: Meta) -> None:
+    await meta.do("RemoveAll", "/d")
+
+
+async def purged(meta: Meta) -> None:
+    await meta.keep("/d", 3600)
+    await meta.do("Unlink", "/d/f")
+    assert await meta.purge(*await meta.trash()) == 1
+
+
+async def expired(meta: Meta) -> None:
+    await meta.keep("/d", 60)
+    await meta.do("Unlink", "/d/f")
+    await meta.clock.advance(61)
+    await meta.engine.expirer.step()
+
+
+@pytest.mark.parametrize("lose_name", [replaced, removed_with_its_directory, purged, expired])
+def test_however_a_held_file_loses_its_name_it_stays(lose_name: Callable[[Meta], Awaitable[None]]) -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        a, b = await two_clients(clock=clock)
+        await a.mkdir("/d")
+        inode = await written(a, "/d/f")
+        await hold(b, inode)
+        await lose_name(a)
+        await collect(a, clock)
+        assert {ino for _, ino, _ in a.chunks.chunks} == {inode}
+        assert (await b.stat("", inode=inode)).nlink == 0
+        await audit(a)
+        await end(b, inode)
+        await collect(a, clock)
+        assert a.chunks.chunks == {}
         await audit(a)
 
     run(main())

@@ -59,6 +59,7 @@ pub struct Log {
     pub read_targets: HashSet<u64>,
     pub syncs: Vec<u32>,
     pub closes: Vec<CloseRequest>,
+    pub holds: Vec<HoldRequest>,
     pub reports: Vec<WriteReport>,
     /// Chunks that clients asked to check.
     pub checks: Vec<CheckRequest>,
@@ -424,6 +425,7 @@ impl Fake {
             Method::MetaUnlink => UnlinkRequest::decode(body).unwrap().op,
             Method::MetaTruncate => TruncateRequest::decode(body).unwrap().op,
             Method::MetaClose => CloseRequest::decode(body).unwrap().op,
+            Method::MetaHold => HoldRequest::decode(body).unwrap().op,
             Method::MetaSync => SyncRequest::decode(body).unwrap().op,
             Method::MetaAppend => AppendRequest::decode(body).unwrap().op,
             Method::MetaSetattr => SetattrRequest::decode(body).unwrap().op,
@@ -481,6 +483,10 @@ impl Fake {
                 self.state.log.lock().closes.push(request.clone());
                 self.report(request.inode, request.report, 0)
             }
+            Method::MetaHold => {
+                self.state.log.lock().holds.push(HoldRequest::decode(body).unwrap());
+                reply(HoldResponse::default())
+            }
             Method::MetaSync => {
                 let request = SyncRequest::decode(body).unwrap();
                 self.report(request.inode, request.report, request.wanted_length)
@@ -505,7 +511,7 @@ impl Fake {
                 self.state.files.lock().insert(attr.inode, attr.clone());
                 reply(AttrResponse { attr: Some(attr), length_limit: None })
             }
-            Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 100, ..Default::default() }),
+            Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 100, session_ms: 60_000 }),
             other => Err(Error::new(Code::Unimplemented, format!("the fake has no {other:?}"))),
         }
     }
