@@ -104,11 +104,11 @@ def test_a_pass_reads_what_is_due_and_no_more() -> None:
             patch.setattr(gc, "_entry", counting)
             assert await meta.engine.collector.step() == 3
         assert read == 4, "the three, and one to know when the first of the others was queued"
-        status = meta.engine.status(1)
+        status = meta.engine.status(1, RoutingSent())
         assert (status.gc_waiting, status.gc_oldest_ms) == (gc.SCAN_ROWS + 1, 11_000)
         await clock.advance(49)
         assert await meta.engine.collector.step() == gc.SCAN_ROWS + 1
-        assert meta.engine.status(1).gc_waiting == 0
+        assert meta.engine.status(1, RoutingSent()).gc_waiting == 0
         await audit(meta)
 
     run(main())
