@@ -402,6 +402,24 @@ fn a_synchronous_append_is_synced_before_it_returns() {
     }
 }
 
+#[test]
+fn appends_to_many_files_get_on_with_little_memory() {
+    let Some(mut bed) = Bed::new() else { return };
+    let small = bed.mount(MountOptions { max_memory_bytes: 1, ..MountOptions::default() });
+    let append = |writer: u8| {
+        let mut file = append_to(&small.join(format!("f{writer}")));
+        for round in 0..100 {
+            file.write_all(&vec![writer; 1 + round * 7919 % 300_000]).unwrap();
+        }
+    };
+    std::thread::scope(|scope| (1..=8).for_each(|writer| drop(scope.spawn(move || append(writer)))));
+    let expected: usize = (0..100).map(|round| 1 + round * 7919 % 300_000).sum();
+    for writer in 1..=8 {
+        let found = fs::read(bed.path(&format!("f{writer}"))).unwrap();
+        assert!(found.len() == expected && found.iter().all(|byte| *byte == writer), "writer {writer}");
+    }
+}
+
 const NOT_MAPPED: &str = "the kernel does not map it";
 
 #[test]
