@@ -22,7 +22,7 @@ async def run(tr: Transaction, request: LinkRequest, ctx: OpContext) -> AttrResp
         raise error(Code.CODE_NOT_PERMITTED, "a directory has one name only")
     if found.as_directory:
         raise walk.missing(found.name)
-    if attr.nlink == 0 and not source.linkable:
+    if attr.nlink == 0 and (not source.linkable or tree.waits_for_removal(source)):
         raise error(Code.CODE_NOT_FOUND, "the last name of this inode has been removed")
     if attr.nlink >= model.NLINK_MAX:
         raise error(Code.CODE_TOO_MANY_LINKS, f"an inode has at most {model.NLINK_MAX} names")

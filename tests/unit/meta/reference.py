@@ -78,13 +78,15 @@ class Node:
     # Session ids; those that only hold an unlinked file are in `holds` too.
     sessions: set[bytes] = field(default_factory=set)
     holds: set[bytes] = field(default_factory=set)
+    # A client has said that it is open for reading.
+    reading: bool = False
     # Explicit times; None: the service's clock has set them since.
     times_ns: tuple[int, int] | None = None
 
     @property
     def gone(self) -> bool:
-        """Whether neither a name nor a session keeps it."""
-        return self.links == 0 and not self.sessions
+        """Whether neither a name nor a client keeps it."""
+        return self.links == 0 and not self.sessions and not self.reading
 
     @property
     def nlink(self) -> int:
@@ -480,3 +482,4 @@ class Reference:
             node.length = max(node.length, node.stored)
         node.sessions.clear()
         node.holds.clear()
+        node.reading = False

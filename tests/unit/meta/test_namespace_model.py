@@ -125,6 +125,7 @@ class Namespace(RuleBasedStateMachine):
         self.client = Client([self.meta, *peers], self.rng)
         self.reference = Reference()
         self.handles: list[Handle] = []
+        self.readers: list[Node] = []
         self.inodes: dict[Node, int] = {self.reference.root: 1}
         self.faults = faults(seed, rate=FAULT_RATE)
         self.store.faults = self.faults
@@ -417,13 +418,34 @@ class Namespace(RuleBasedStateMachine):
             self.handles.remove(handle)
             self.drop_gone(handle.node)
 
-    @precondition(lambda self: self.handles)
+    @rule(which=st.integers(0, 99))
+    def hold(self, which: int) -> None:
+        files = [node for node in self.inodes if node.kind is Kind.FILE and not node.gone and not node.reading]
+        if not files:
+            return
+        node = files[which % len(files)]
+        done = self.both(lambda: None, "Hold", begin=[self.inodes[node]])
+        assert done is not None
+        assert list(done[1].gone) == []
+        node.reading = True
+        self.readers.append(node)
+
+    @precondition(lambda self: self.readers)
+    @rule(which=st.integers(0, 99))
+    def end_hold(self, which: int) -> None:
+        node = self.readers.pop(which % len(self.readers))
+        self.both(lambda: None, "Hold", end=[self.inodes[node]])
+        node.reading = False
+        self.drop_gone(node)
+
+    @precondition(lambda self: self.handles or self.readers)
     @rule()
     def clients_die(self) -> None:
         """All of them; the sessions that they leave are ended, but they may come back and not know of it."""
         with self.calm():
             self.run(self.undertaker.engine.reaper.step())
-        nodes = {handle.node: None for handle in self.handles}
+        nodes = dict.fromkeys([*(handle.node for handle in self.handles), *self.readers])
+        self.readers.clear()
         for node in nodes:
             self.reference.reap(node)
         self.drop_gone(*nodes)
@@ -442,7 +464,7 @@ class Namespace(RuleBasedStateMachine):
         server = self.client._servers[self.rng.randrange(SERVICES)]
         self._compare_attr(self.reference.root, await server.stat(""))
         await self._compare_directory(server, self.reference.root)
-        for node in {handle.node: None for handle in self.handles}:
+        for node in dict.fromkeys([*(handle.node for handle in self.handles), *self.readers]):
             if node.links == 0 and not node.gone:
                 self._compare_attr(node, await server.stat("", inode=self.inodes[node]))
 
@@ -468,7 +490,7 @@ class Namespace(RuleBasedStateMachine):
 
     def check_inode_count(self) -> None:
         named = {id(node) for node in (self.reference.root, *self.reference.root.below())}
-        open_nodes = {id(handle.node) for handle in self.handles if not handle.node.gone}
+        open_nodes = {id(node) for node in [*(h.node for h in self.handles), *self.readers] if not node.gone}
         with self.calm():
             assert self.run(self.meta.do("Statfs", "")).inodes == len(named | open_nodes)
 

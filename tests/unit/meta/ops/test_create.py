@@ -245,6 +245,21 @@ def test_a_file_without_a_name_may_get_one_once_unless_it_is_exclusive() -> None
     run(main())
 
 
+def test_a_file_without_a_name_that_was_closed_gets_none_while_it_waits_for_removal() -> None:
+    async def main() -> None:
+        meta = await Meta.start(gc_delay_ms=60_000)
+        made = await meta.create("", unnamed=True, open_write=True)
+        meta.chunks.write(made.attr, CHUNK)
+        report = pb.WriteReport(wrote=True, length=CHUNK)
+        await meta.do("Close", inode=made.attr.inode, session=made.session, report=report)
+        assert len(await meta.rows(keys.GC)) == 1
+        at = {"from": pb.PathAt(inode=made.attr.inode), "to": pb.PathAt(inode=1, path=b"f")}
+        assert await meta.code("Link", **at) == Code.CODE_NOT_FOUND
+        await audit(meta)
+
+    run(main())
+
+
 def test_a_file_without_a_name_needs_a_directory_that_may_be_written() -> None:
     async def main() -> None:
         meta = await Meta.start()
