@@ -15,6 +15,7 @@ from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, LimitExceeded, StoreFull, Transaction, TransactionFn
 from fs3.meta import chunks, keys, model, tree
+from fs3.meta.batches import Batches
 from fs3.meta.chunks import ChunkStore
 from fs3.meta.clock import monotonic_s
 from fs3.meta.context import LengthUnknown, OpContext, Placement, TruncationPending
@@ -69,6 +70,7 @@ class Engine:
         self._served = 0
         # Clients whose keepalive record this server has written lately, with the monotonic time.
         self._alive: OrderedDict[bytes, float] = OrderedDict()
+        self._batches = Batches(store, clock)
         self.lock_waits = LockWaits(clock)
         self.truncator = Truncator(store, chunk_store, clock, self.instance_id)
         self.collector = Collector(store, chunk_store, clock, self.context, delay_ms=gc_delay_ms)
@@ -201,7 +203,8 @@ class Engine:
         try:
             if operation.prepare is not None and not await self._answered(key):
                 await self._prepare(operation.prepare, request, ends_s)
-            response, started_s = await self._rounds(attempt, ctx, ends_s)
+            inode = request.inode if operation.batched else None
+            response, started_s = await self._rounds(attempt, ctx, ends_s, inode)
         except Fs3Error as refusal:
             if refusal.retryable or not request.op.resent:
                 raise
@@ -210,11 +213,18 @@ class Engine:
         await self._afterwards(operation, ctx, response, replayed, started_s, ends_s)
         return response
 
-    async def _rounds(self, attempt: TransactionFn[Any], ctx: OpContext, ends_s: float) -> tuple[Any, float]:
-        """Run `attempt` until it need not stop for anything; returns its response and when its last run began."""
+    async def _rounds(
+        self, attempt: TransactionFn[Any], ctx: OpContext, ends_s: float, inode: int | None
+    ) -> tuple[Any, float]:
+        """Run `attempt` until it need not stop for anything; returns its response and when its last run began.
+
+        `inode`: changes of it may go together.
+        """
         for _ in range(ROUNDS_MAX):
             started_s = monotonic_s(self.clock)
             try:
+                if inode is not None:
+                    return await self._batches.run(inode, attempt, ends_s=ends_s), started_s
                 left_ms = (ends_s - started_s) * 1000
                 return await retry.run(self.store, attempt, idempotent=True, deadline_ms=left_ms), started_s
             except TruncationPending as exc:

@@ -59,7 +59,8 @@ class Operation:
 
     ``mutates``: it carries an OpId and its answer is stored, unless ``only_reads`` says of a request that no run
     of it can write anything. ``cuts``: it may leave a pending truncation of the inode it answers with. ``prepare``
-    runs before the transaction, outside of it. ``unhurried``: its commit may wait for company.
+    runs before the transaction, outside of it. ``unhurried``: its commit may wait for company. ``batched``: it changes
+    the inode that the request names, and many clients may do so at once (see `fs3.meta.batches`).
     """
 
     name: str
@@ -72,6 +73,7 @@ class Operation:
     prepare: Prepare | None = None
     only_reads: Callable[[Any], bool] | None = None
     unhurried: bool = False
+    batched: bool = False
 
 
 _M = Method
@@ -92,9 +94,26 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         cuts=True,
         only_reads=open.only_reads,
     ),
-    Operation("Close", _M.METHOD_META_CLOSE, pb.CloseRequest, pb.AttrResponse, close.run, mutates=True, unhurried=True),
-    Operation("Sync", _M.METHOD_META_SYNC, pb.SyncRequest, pb.AttrResponse, sync.run, mutates=True),
-    Operation("Append", _M.METHOD_META_APPEND, pb.AppendRequest, pb.AppendResponse, append.run, mutates=True),
+    Operation(
+        "Close",
+        _M.METHOD_META_CLOSE,
+        pb.CloseRequest,
+        pb.AttrResponse,
+        close.run,
+        mutates=True,
+        unhurried=True,
+        batched=True,
+    ),
+    Operation("Sync", _M.METHOD_META_SYNC, pb.SyncRequest, pb.AttrResponse, sync.run, mutates=True, batched=True),
+    Operation(
+        "Append",
+        _M.METHOD_META_APPEND,
+        pb.AppendRequest,
+        pb.AppendResponse,
+        append.run,
+        mutates=True,
+        batched=True,
+    ),
     Operation("Mkdir", _M.METHOD_META_MKDIR, pb.MkdirRequest, pb.AttrResponse, mkdir.run, mutates=True),
     Operation("Symlink", _M.METHOD_META_SYMLINK, pb.SymlinkRequest, pb.AttrResponse, symlink.run, mutates=True),
     Operation("Link", _M.METHOD_META_LINK, pb.LinkRequest, pb.AttrResponse, link.run, mutates=True),
@@ -156,7 +175,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("QuotaList", _M.METHOD_META_QUOTA_LIST, pb.QuotaListRequest, pb.QuotaListResponse, quota_list.run),
     Operation("Keepalive", _M.METHOD_META_KEEPALIVE, pb.KeepaliveRequest, pb.KeepaliveResponse, keepalive.run),
     Operation("Accessed", _M.METHOD_META_ACCESSED, pb.AccessedRequest, pb.Empty, accessed.run),
-    Operation("Lock", _M.METHOD_META_LOCK, pb.LockRequest, pb.LockResponse, lock.run, mutates=True),
+    Operation("Lock", _M.METHOD_META_LOCK, pb.LockRequest, pb.LockResponse, lock.run, mutates=True, batched=True),
     Operation("Hold", _M.METHOD_META_HOLD, pb.HoldRequest, pb.HoldResponse, hold.run, mutates=True, unhurried=True),
     Operation("GetLock", _M.METHOD_META_GET_LOCK, pb.GetLockRequest, pb.GetLockResponse, get_lock.run),
 )

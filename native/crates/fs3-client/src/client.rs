@@ -444,7 +444,7 @@ impl Client {
         let head = RequestHead { caller: some(caller), op: if with_op { self.inner().op_id() } else { None } };
         let mut body = head.encode_to_vec();
         body.extend_from_slice(&request);
-        self.inner().meta_bytes(method, &Encoded(body.into())).await
+        self.inner().meta_bytes(method, &Encoded(body.into()), None).await
     }
 
     /// The value of an extended attribute. Errors: NoData, Access, NotSupported (unknown prefix).
@@ -568,7 +568,7 @@ impl Client {
             session: Bytes::copy_from_slice(&session),
             report: None,
         };
-        if let Err(error) = self.inner().meta::<_, AttrResponse>(Method::MetaClose, &request).await {
+        if let Err(error) = self.inner().meta_of::<_, AttrResponse>(inode, Method::MetaClose, &request).await {
             tracing::debug!(inode, %error, "could not end the session of an unlinked file");
         }
         self.inner().session_closed();
@@ -580,7 +580,7 @@ async fn first_routing(wire: &Wire, config: &ClientConfig) -> Result<Routing> {
     let deadline = fs3_rt::Instant::now() + config.op_timeout;
     let limits = CallLimits { deadline, attempt: config.meta_attempt_timeout };
     let request = GetRoutingRequest::default();
-    let response: GetRoutingResponse = decoded(call(wire, &metas, Method::GetRouting, &request, limits).await?)?;
+    let response: GetRoutingResponse = decoded(call(wire, &metas, Method::GetRouting, &request, None, limits).await?)?;
     let none = || Error::new(Code::Unavailable, "the cluster has no routing yet; is its manager running?");
     response.routing.ok_or_else(none)
 }

@@ -283,7 +283,7 @@ impl OpenFile {
             report: pending.as_ref().map(|pending| pending.report),
             bytes,
         };
-        let response: AppendResponse = client.inner().meta(Method::MetaAppend, &request).await?;
+        let response: AppendResponse = client.inner().meta_of(state.inode, Method::MetaAppend, &request).await?;
         if let Some(pending) = &pending {
             state.published(pending);
         }
@@ -343,7 +343,7 @@ impl OpenFile {
             report: pending.as_ref().map(|pending| pending.report),
             wanted_length,
         };
-        let response: AttrResponse = client.inner().meta(Method::MetaSync, &request).await?;
+        let response: AttrResponse = client.inner().meta_of(state.inode, Method::MetaSync, &request).await?;
         if let Some(pending) = &pending {
             state.published(pending);
         }
@@ -459,7 +459,8 @@ impl Handle {
             session: self.session.clone(),
             report: pending.as_ref().map(|pending| pending.report),
         };
-        let result = self.client.inner().meta::<_, AttrResponse>(Method::MetaClose, &request).await;
+        let result =
+            self.client.inner().meta_of::<_, AttrResponse>(self.state.inode, Method::MetaClose, &request).await;
         self.client.inner().session_closed();
         let response = result?;
         if let Some(pending) = &pending {

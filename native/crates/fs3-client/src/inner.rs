@@ -139,16 +139,26 @@ impl Inner {
 
     /// A metadata call with failover. The request carries its OpId, so every try is the same operation.
     pub async fn meta<Req: Message, Resp: Message + Default>(&self, method: Method, request: &Req) -> Result<Resp> {
-        decoded(self.meta_bytes(method, request).await?)
+        decoded(self.meta_bytes(method, request, None).await?)
     }
 
-    /// As [`Inner::meta`]; the encoded response.
-    pub async fn meta_bytes<Req: Message>(&self, method: Method, request: &Req) -> Result<Bytes> {
+    /// As [`Inner::meta`], of a change that concerns one inode, by its number.
+    pub async fn meta_of<Req: Message, Resp: Message + Default>(
+        &self,
+        inode: u64,
+        method: Method,
+        request: &Req,
+    ) -> Result<Resp> {
+        decoded(self.meta_bytes(method, request, Some(inode)).await?)
+    }
+
+    /// As [`Inner::meta`] and [`Inner::meta_of`]; the encoded response.
+    pub async fn meta_bytes<Req: Message>(&self, method: Method, request: &Req, inode: Option<u64>) -> Result<Bytes> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(Error::new(Code::Unavailable, "the client is closed"));
         }
         let limits = CallLimits { deadline: self.deadline(), attempt: self.config.meta_attempt_timeout };
-        call(&self.wire, &self.metas, method, request, limits).await
+        call(&self.wire, &self.metas, method, request, inode, limits).await
     }
 
     /// Take in attributes of the service and return them as this client's users must see them.

@@ -15,19 +15,48 @@ use crate::backoff::Backoff;
 use crate::wire::Wire;
 use fs3_proto::v1::{Caller, Method, OpId};
 
+/// A service that failed is not asked first for this long.
+const AVOID: Duration = Duration::from_secs(2);
+
 /// The meta services and which one is in use.
 pub(crate) struct Metas {
-    /// As configured, then those of the routing.
-    list: RwLock<Vec<String>>,
+    /// Those of the routing, then the configured ones that it does not have.
+    list: RwLock<Vec<Service>>,
     configured: Vec<String>,
     current: AtomicUsize,
+}
+
+struct Service {
+    address: String,
+    hash: u64,
+    /// It may be asked by inode: all clients know it.
+    routed: bool,
+    failed: Option<Instant>,
+}
+
+impl Service {
+    fn new(address: &str, routed: bool) -> Self {
+        Self { address: address.to_owned(), hash: fnv(address.as_bytes()), routed, failed: None }
+    }
+}
+
+/// FNV-1a of 64 bits.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Weight of a service for an inode.
+fn weight(service: &Service, inode: u64) -> u64 {
+    let mixed = (service.hash ^ inode).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ (mixed >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 impl Metas {
     pub fn new(configured: Vec<String>) -> Self {
         // Clients start at different services.
         let start = fs3_rt::random_below(configured.len().max(1) as u64) as usize;
-        Self { list: RwLock::new(configured.clone()), configured, current: AtomicUsize::new(start) }
+        let list = configured.iter().map(|address| Service::new(address, false)).collect();
+        Self { list: RwLock::new(list), configured, current: AtomicUsize::new(start) }
     }
 
     /// Take the services of a new routing: those first, then the configured ones it does not have.
@@ -36,10 +65,14 @@ impl Metas {
             return;
         }
         let mut list = self.list.write();
-        let using = list[self.current.load(Ordering::Relaxed) % list.len()].clone();
-        let mut next = routed.to_vec();
-        next.extend(self.configured.iter().filter(|a| !routed.contains(a)).cloned());
-        if let Some(at) = next.iter().position(|a| *a == using) {
+        let using = list[self.current.load(Ordering::Relaxed) % list.len()].address.clone();
+        let mut next: Vec<_> = routed.iter().map(|address| Service::new(address, true)).collect();
+        let others = self.configured.iter().filter(|address| !routed.contains(address));
+        next.extend(others.map(|address| Service::new(address, false)));
+        for service in &mut next {
+            service.failed = list.iter().find(|known| known.address == service.address).and_then(|known| known.failed);
+        }
+        if let Some(at) = next.iter().position(|service| service.address == using) {
             self.current.store(at, Ordering::Relaxed);
         }
         *list = next;
@@ -49,12 +82,32 @@ impl Metas {
     pub fn pick(&self) -> (usize, String) {
         let list = self.list.read();
         let at = self.current.load(Ordering::Relaxed) % list.len();
-        (at, list[at].clone())
+        (at, list[at].address.clone())
+    }
+
+    /// The service where all clients change this inode: changes that meet there wait for each other instead of
+    /// conflicting in the store. Any other does as well. By rendezvous hash (Thaler and Ravishankar, 1998).
+    pub fn owner(&self, inode: u64) -> (usize, String) {
+        let list = self.list.read();
+        let fit = |service: &Service| service.routed && service.failed.is_none_or(|at| at.elapsed() >= AVOID);
+        let candidates = list.iter().enumerate().filter(|(_, service)| fit(service));
+        match candidates.max_by_key(|(_, service)| weight(service, inode)) {
+            Some((at, service)) => (at, service.address.clone()),
+            None => {
+                drop(list);
+                self.pick()
+            }
+        }
     }
 
     /// Move on from `at`, unless somebody has already.
     pub fn failed(&self, at: usize) {
-        let count = self.list.read().len();
+        let mut list = self.list.write();
+        let count = list.len();
+        if let Some(service) = list.get_mut(at) {
+            service.failed = Some(Instant::now());
+        }
+        drop(list);
         let _ = self
             .current
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now % count == at).then_some((at + 1) % count));
@@ -62,7 +115,7 @@ impl Metas {
 
     /// Whether `address` is one of them.
     pub fn has(&self, address: &str) -> bool {
-        self.list.read().iter().any(|known| known == address)
+        self.list.read().iter().any(|known| known.address == address)
     }
 
     pub fn count(&self) -> usize {
@@ -81,11 +134,14 @@ pub(crate) struct CallLimits {
 ///
 /// Every try carries the same OpId. All but the first say that others may have arrived: what is refused then takes no
 /// effect later either.
+///
+/// `inode`: of a change of that inode alone, which [`Metas::owner`] is asked for first.
 pub(crate) async fn call<Req: Message>(
     wire: &Wire,
     metas: &Metas,
     method: Method,
     request: &Req,
+    inode: Option<u64>,
     limits: CallLimits,
 ) -> Result<Bytes> {
     let mut body = Encoded(request.encode_to_vec().into());
@@ -95,7 +151,10 @@ pub(crate) async fn call<Req: Message>(
     // Says more than the time-out of a last try that was cut short by the deadline.
     let mut telling: Option<Error> = None;
     loop {
-        let (at, address) = metas.pick();
+        let (at, address) = match inode.filter(|_| failures == 0) {
+            Some(inode) => metas.owner(inode),
+            None => metas.pick(),
+        };
         let (now, cut) = (Instant::now(), Instant::now() + limits.attempt > limits.deadline);
         let attempt = if cut { limits.deadline } else { now + limits.attempt };
         let error = match wire.call(&address, method, body.clone(), attempt).await {
@@ -210,6 +269,29 @@ mod tests {
             unchanged(ListRequest { caller: caller.clone(), at, ..Default::default() }.encode_to_vec());
         }
         unchanged(KeepaliveRequest { client_id: vec![9; 16].into(), description: "d".into() }.encode_to_vec());
+    }
+
+    #[test]
+    fn all_clients_ask_one_service_for_an_inode_and_few_inodes_move_when_one_goes() {
+        let addresses: Vec<String> = (0..5).map(|i| format!("10.0.0.{i}:7000")).collect();
+        let (one, other) = (Metas::new(vec![addresses[3].clone()]), Metas::new(vec!["other:1".into()]));
+        one.learn(&addresses);
+        other.learn(&addresses.iter().rev().cloned().collect::<Vec<_>>());
+        let owners: Vec<_> = (1..=1000).map(|inode| one.owner(inode).1).collect();
+        assert!((1..=1000).all(|inode| other.owner(inode).1 == owners[inode as usize - 1]));
+        assert!(addresses.iter().all(|a| (100..300).contains(&owners.iter().filter(|o| *o == a).count())));
+        let (at, gone) = one.owner(1);
+        one.failed(at);
+        for (inode, before) in (1..).zip(&owners) {
+            let now = one.owner(inode).1;
+            assert!(if *before == gone { now != gone } else { now == *before });
+        }
+    }
+
+    #[test]
+    fn without_a_routing_the_service_in_use_is_asked() {
+        let metas = Metas::new(vec!["a:1".into(), "b:1".into()]);
+        assert_eq!(metas.owner(7), metas.pick());
     }
 
     #[test]
