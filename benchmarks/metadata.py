@@ -1,7 +1,8 @@
 """Metadata by the number of metadata services, durable and not, and a tree of many files. `make bench-meta` runs it.
 
 Two client processes with 16 operations in flight each, every one at its own service where there are two; one replica,
-as files are empty. Clusters of its own in a temporary directory. `--json FILE` keeps the figures.
+as files are nearly empty. Lengths are published by 32 clients, each of its own file, then all of one. Clusters of its
+own in a temporary directory. `--json FILE` keeps the figures.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ IN_FLIGHT = 16
 LISTED_FILES = 10_000
 TREE_DIRECTORY_FILES = 1000
 COLLECT_S_MAX = 3600.0
+PUBLISH_S = 4.0
+PUBLISHED_BYTES = 4096
 
 # In a client process.
 _runner: asyncio.Runner
@@ -57,6 +60,29 @@ async def _all(work: str, names: Iterator[str]) -> None:
     await asyncio.gather(*(turn() for _ in range(IN_FLIGHT)))
 
 
+def _publish(url: str, token: str, names: list[str], first: int, seconds: float) -> list[float]:
+    """As many clients as `names` write to their files and publish the lengths, again and again; seconds of each."""
+    return _runner.run(_publishers(url, token, names, first, seconds))
+
+
+async def _publishers(url: str, token: str, names: list[str], first: int, seconds: float) -> list[float]:
+    took_s: list[float] = []
+    ends_s = time.perf_counter() + seconds
+
+    async def client(number: int, name: str) -> None:
+        async with await connect_async(url, token=token) as fs, await fs.open(name, "r+b") as file:
+            at = first + number
+            while time.perf_counter() < ends_s:
+                await file.pwrite(b"x" * PUBLISHED_BYTES, at * PUBLISHED_BYTES)
+                began_s = time.perf_counter()
+                await file.publish()
+                took_s.append(time.perf_counter() - began_s)
+                at += CLIENTS * IN_FLIGHT
+
+    await asyncio.gather(*(client(number, name) for number, name in enumerate(names)))
+    return took_s
+
+
 async def _create(name: str) -> None:
     await (await _fs.open(name, "xb")).close()
 
@@ -78,6 +104,14 @@ class Clients:
             )
             for i in range(CLIENTS)
         ]
+
+    def publish(self, cluster: LocalCluster, names: list[str]) -> list[float]:
+        """Each of CLIENTS * IN_FLIGHT clients publishes lengths of its file; seconds of each time."""
+        done = [
+            pool.submit(_publish, cluster.url, cluster.token, names[first : first + IN_FLIGHT], first, PUBLISH_S)
+            for first, pool in zip(range(0, len(names), IN_FLIGHT), self._pools, strict=True)
+        ]
+        return [seconds for each in done for seconds in each.result()]
 
     def run(self, work: str, directories: list[str], files: int) -> float:
         """Do `work` on `files` files of each directory, an even share by each client; returns seconds."""
@@ -119,7 +153,7 @@ def list_s(cluster: LocalCluster, directory: str) -> float:
 
 
 def measure_rates(directory: Path, files: int, *, metas: int, durable: bool) -> dict[str, Any]:
-    """Creations, stats and removals per second in one directory, each client with half of the names."""
+    """Creations, stats and removals per second in one directory, each client with half of the names, and more."""
     with running(directory, meta=metas, kv_durable=durable) as (cluster, clients, fs):
         pids = cluster.pids("meta")
         found: dict[str, Any] = {"metas": metas, "durable": durable}
@@ -132,6 +166,14 @@ def measure_rates(directory: Path, files: int, *, metas: int, durable: bool) -> 
         fs.mkdir("/listed")
         clients.run("create", ["/listed"], LISTED_FILES)
         found["list_ms"] = round(statistics.median(list_s(cluster, "/listed") for _ in range(5)) * 1000)
+        fs.mkdir("/published")
+        for kind, files in (("own", CLIENTS * IN_FLIGHT), ("shared", 1)):
+            names = [f"/published/{kind}{i % files}" for i in range(CLIENTS * IN_FLIGHT)]
+            for name in set(names):
+                fs.open(name, "xb").close()
+            took_s = sorted(clients.publish(cluster, names))
+            found[f"publish_{kind}_per_s"] = round(len(took_s) / PUBLISH_S)
+            found[f"publish_{kind}_p99_ms"] = round(took_s[len(took_s) * 99 // 100] * 1000, 1)
         return found
 
 
