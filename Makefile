@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta kill-campaign control-kill-campaign posix-diff torture test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff torture test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -53,6 +53,9 @@ bench: build ## limits of this machine, then fs3, as ratios
 
 bench-meta: build ## metadata with one and two services, durable and not; a million files in one tree
 	@$(PY) benchmarks/metadata.py $(ARGS)
+
+profile: build ## CPU of small files at a mount, by service and thread: make profile, or ARGS=--functions
+	@$(PY) benchmarks/profile.py $(ARGS)
 
 kill-campaign: build ## long run of kill -9 under write load: make kill-campaign CYCLES=1000
 	@FS3_KILL_CYCLES=$(or $(CYCLES),1000) $(VENV)/bin/pytest tests/cluster/test_kill_cycles.py -x

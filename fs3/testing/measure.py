@@ -367,7 +367,8 @@ def mount_read(path: Path, total_bytes: int, *, pids: Iterable[int] = ()) -> Mea
     return meter.result(bytes_=total_bytes)
 
 
-def _small_files(job: tuple[str, int, int]) -> int:
+def small_files(job: tuple[str, int, int]) -> int:
+    """In the directory and under the number of a job, create, write and close so many files; returns how many."""
     directory, number, count = job
     data = b"x" * SMALL_FILE_BYTES
     for i in range(count):
@@ -405,9 +406,9 @@ def mount_small_files(
     warm = [(str(home), 1000 + number, 1) for number, home in enumerate(homes)]
     found = {}
     with ProcessPoolExecutor(jobs) as pool:
-        list(pool.map(_small_files, warm))
+        list(pool.map(small_files, warm))
         children = list(pool._processes or {})
-        for label, call in (("create_write_close", _small_files), ("stat", _stats), ("unlink", _unlinks)):
+        for label, call in (("create_write_close", small_files), ("stat", _stats), ("unlink", _unlinks)):
             meter = Meter([*pids, *children])
             with meter:
                 done = sum(pool.map(call, work))
