@@ -1,5 +1,7 @@
 import asyncio
 
+import pytest
+
 from fs3.core.clock import VirtualClock
 from fs3.meta import keys, locks
 from fs3.v1.frame_pb2 import Code
@@ -102,10 +104,11 @@ def test_what_is_no_lock_is_refused() -> None:
     run(main())
 
 
-def test_never_two_hold_it_whatever_the_store_does() -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_never_two_hold_it_whatever_the_store_does(seed: int) -> None:
     async def main() -> None:
         a, b, inode = await two_clients()
-        memory_of(a).faults = faults(5)
+        memory_of(a).faults = faults(seed)
         holders: list[Meta] = []
 
         async def others() -> None:
