@@ -568,7 +568,7 @@ impl Client {
             session: Bytes::copy_from_slice(&session),
             report: None,
         };
-        if let Err(error) = self.inner().meta_of::<_, AttrResponse>(inode, Method::MetaClose, &request).await {
+        if let Err(error) = self.inner().meta::<_, AttrResponse>(Method::MetaClose, &request).await {
             tracing::debug!(inode, %error, "could not end the session of an unlinked file");
         }
         self.inner().session_closed();

@@ -283,7 +283,8 @@ impl OpenFile {
             report: pending.as_ref().map(|pending| pending.report),
             bytes,
         };
-        let response: AppendResponse = client.inner().meta_of(state.inode, Method::MetaAppend, &request).await?;
+        let response: AppendResponse =
+            client.inner().meta_of(self.handle.shared_inode(), Method::MetaAppend, &request).await?;
         if let Some(pending) = &pending {
             state.published(pending);
         }
@@ -343,7 +344,8 @@ impl OpenFile {
             report: pending.as_ref().map(|pending| pending.report),
             wanted_length,
         };
-        let response: AttrResponse = client.inner().meta_of(state.inode, Method::MetaSync, &request).await?;
+        let response: AttrResponse =
+            client.inner().meta_of(self.handle.shared_inode(), Method::MetaSync, &request).await?;
         if let Some(pending) = &pending {
             state.published(pending);
         }
@@ -447,6 +449,11 @@ impl Handle {
         result
     }
 
+    /// The inode, if others are likely to change it at the same time: not while its maker has it open.
+    fn shared_inode(&self) -> Option<u64> {
+        (!self.created).then_some(self.state.inode)
+    }
+
     async fn end_session(&self) -> Result<Attr> {
         if self.session.is_empty() {
             return Ok(self.state.merged());
@@ -459,8 +466,8 @@ impl Handle {
             session: self.session.clone(),
             report: pending.as_ref().map(|pending| pending.report),
         };
-        let result =
-            self.client.inner().meta_of::<_, AttrResponse>(self.state.inode, Method::MetaClose, &request).await;
+        let inner = self.client.inner();
+        let result = inner.meta_of::<_, AttrResponse>(self.shared_inode(), Method::MetaClose, &request).await;
         self.client.inner().session_closed();
         let response = result?;
         if let Some(pending) = &pending {

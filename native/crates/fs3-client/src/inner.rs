@@ -142,14 +142,14 @@ impl Inner {
         decoded(self.meta_bytes(method, request, None).await?)
     }
 
-    /// As [`Inner::meta`], of a change that concerns one inode, by its number.
+    /// As [`Inner::meta`], for a change of one inode that other clients are likely to change at the same time.
     pub async fn meta_of<Req: Message, Resp: Message + Default>(
         &self,
-        inode: u64,
+        inode: Option<u64>,
         method: Method,
         request: &Req,
     ) -> Result<Resp> {
-        decoded(self.meta_bytes(method, request, Some(inode)).await?)
+        decoded(self.meta_bytes(method, request, inode).await?)
     }
 
     /// As [`Inner::meta`] and [`Inner::meta_of`]; the encoded response.

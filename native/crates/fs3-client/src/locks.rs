@@ -116,7 +116,7 @@ impl Client {
 
     async fn set_lock(&self, request: LockRequest) -> Result<LockResponse> {
         let request = LockRequest { op: self.inner().op_id(), ..request };
-        self.inner().meta_of(request.inode, Method::MetaLock, &request).await
+        self.inner().meta_of(Some(request.inode), Method::MetaLock, &request).await
     }
 
     /// Wait until a lock that is queued for may be granted, for some seconds; says whether it may. Nothing is taken, so
@@ -125,7 +125,7 @@ impl Client {
         let wait = AWAIT_MAX.min(self.inner().config.meta_attempt_timeout / 2);
         let (client_id, wait_ms) = (self.id_bytes(), wait.as_millis() as u32);
         let request = AwaitLockRequest { client_id, inode, lock: Some(lock), wait_ms };
-        let response: AwaitLockResponse = self.inner().meta_of(inode, Method::MetaAwaitLock, &request).await?;
+        let response: AwaitLockResponse = self.inner().meta_of(Some(inode), Method::MetaAwaitLock, &request).await?;
         Ok(response.free)
     }
 
