@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff torture test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -65,6 +65,9 @@ control-kill-campaign: build ## long run of kill -9 of metadata services and man
 
 posix-diff: build ## random system calls of two users on a mount and on the local file system: make posix-diff SEEDS=100 SEED=…
 	@$(PY) -m tests.posix --seeds $(or $(SEEDS),100) $(if $(SEED),--seed $(SEED))
+
+fsx: build ## random operations with mmap on mounts, compared with memory: make fsx OPS=1000000 SEED=…
+	@$(PY) -m tests.fsx $(if $(OPS),--ops $(OPS)) $(if $(SEED),--seed $(SEED))
 
 torture: build ## writers and readers under kill -9, partitions, bad disks, power cuts: make torture CYCLES=… MINUTES=… SEED=…
 	@$(PY) -m tests.torture $(if $(CYCLES),--cycles $(CYCLES)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
