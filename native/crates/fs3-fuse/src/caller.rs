@@ -20,6 +20,11 @@ impl Who {
         Self { uid: request.uid(), gid: request.gid(), pid: request.pid() }
     }
 
+    #[cfg(test)]
+    pub fn new(uid: u32, gid: u32, pid: u32) -> Self {
+        Self { uid, gid, pid }
+    }
+
     /// The caller without its supplementary groups.
     pub fn caller(&self) -> Caller {
         Caller { uid: self.uid, gid: self.gid, groups: Vec::new() }

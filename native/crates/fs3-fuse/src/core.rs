@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -24,6 +26,7 @@ use crate::mount::MountOptions;
 use crate::readahead::Stream;
 use crate::tables::Recent;
 use crate::told::{Teller, Told};
+use crate::virt::Virt;
 
 /// How often one operation may find its file closed early. A handle is closed early at most once, so it is a bug beyond.
 const EARLY_CLOSES_MAX: usize = 8;
@@ -93,6 +96,9 @@ pub(crate) struct Core {
     names: Recent<u64>,
     pub dir_attrs: DirAttrs,
     pub locks: Locks,
+    pub virt: Virt,
+    /// Where it is mounted.
+    pub mountpoint: Vec<u8>,
     tasks: Arc<Tasks>,
 }
 
@@ -138,7 +144,7 @@ pub(crate) fn errno(error: &Error) -> Errno {
 }
 
 impl Core {
-    pub fn new(client: Client, runtime: tokio::runtime::Handle, options: MountOptions) -> Self {
+    pub fn new(client: Client, runtime: tokio::runtime::Handle, mountpoint: &Path, options: MountOptions) -> Self {
         let io = Arc::new(Io::new(runtime, options.max_memory_bytes));
         Self {
             client,
@@ -152,6 +158,8 @@ impl Core {
             names: Recent::new(RECENT_PLACES, options.entry_timeout),
             dir_attrs: DirAttrs::new(options.attr_timeout),
             locks: Locks::default(),
+            virt: Virt::default(),
+            mountpoint: mountpoint.as_os_str().as_bytes().to_vec(),
             tasks: Arc::default(),
             options,
         }

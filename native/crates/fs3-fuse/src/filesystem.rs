@@ -23,6 +23,7 @@ use crate::core::{Core, errno};
 use crate::inode::Place;
 use crate::locks::Asked;
 use crate::names::{Change, Listed, NewMode, Opened};
+use crate::virt::{self, is_reserved, is_virtual};
 
 /// Largest write that the kernel sends, in bytes.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
@@ -83,6 +84,18 @@ fn answer_xattr(reply: ReplyXattr, size: u32, result: Result<Bytes>) {
     }
 }
 
+fn answer_virtual_entry(reply: ReplyEntry, result: std::result::Result<FileAttr, Errno>) {
+    match result {
+        Ok(attr) => reply.entry_with_ttls(&virt::LIFE, &virt::LIFE, &attr, GENERATION),
+        Err(error) => reply.error(error),
+    }
+}
+
+/// Whether a name is of the virtual directory, or in it.
+fn is_virtual_name(parent: INodeNo, name: &OsStr) -> bool {
+    is_virtual(parent.0) || is_reserved(parent.0, name.as_bytes())
+}
+
 impl Fs {
     /// Run `operation` with the mount's state and a copy of the name.
     fn named<Fut>(&self, name: &OsStr, operation: impl FnOnce(Arc<Core>, Vec<u8>) -> Fut)
@@ -122,6 +135,9 @@ impl Filesystem for Fs {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if is_virtual(parent.0) || is_reserved(parent.0, name.as_bytes()) {
+            return answer_virtual_entry(reply, self.core.virt.lookup(parent.0, name));
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             let result = core.lookup(who, parent.0, &name).await;
@@ -134,6 +150,12 @@ impl Filesystem for Fs {
     }
 
     fn getattr(&self, _request: &Request, inode: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        if is_virtual(inode.0) {
+            return match self.core.virt.getattr(inode.0) {
+                Ok(attr) => reply.attr(&virt::LIFE, &attr),
+                Err(error) => reply.error(error),
+            };
+        }
         let core = self.core.clone();
         self.core.spawn(async move {
             match core.getattr_for(inode.0).await {
@@ -161,6 +183,9 @@ impl Filesystem for Fs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EPERM);
+        }
         let mut other = Setattr { mode: mode.map(|m| m & 0o7777), uid, gid, ..Setattr::default() };
         set_times(&mut other, atime, mtime);
         let change = Change { length: size, handle: fh.map(|f| f.0), other };
@@ -172,6 +197,12 @@ impl Filesystem for Fs {
     }
 
     fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        if is_virtual(inode.0) {
+            return match self.core.virt.readlink(inode.0) {
+                Ok(target) => reply.data(&target),
+                Err(error) => reply.error(error),
+            };
+        }
         let core = self.core.clone();
         self.core.spawn(async move {
             match core.readlink(inode.0).await {
@@ -191,6 +222,9 @@ impl Filesystem for Fs {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        if is_virtual_name(parent, name) {
+            return reply.error(Errno::EPERM);
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             let result = core.mknod(who, parent.0, &name, NewMode::of(mode, umask), rdev).await;
@@ -199,6 +233,9 @@ impl Filesystem for Fs {
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        if is_virtual_name(parent, name) {
+            return reply.error(Errno::EPERM);
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             let result = core.mkdir(who, parent.0, &name, NewMode::of(mode, umask)).await;
@@ -207,6 +244,12 @@ impl Filesystem for Fs {
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if is_virtual_name(parent, name) {
+            return match self.core.virtual_unlink(Who::of(request), parent.0, name.as_bytes()) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(error),
+            };
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             answer_empty(reply, core.unlink(who, parent.0, &name).await);
@@ -214,6 +257,9 @@ impl Filesystem for Fs {
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if is_virtual_name(parent, name) {
+            return reply.error(Errno::EPERM);
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             answer_empty(reply, core.rmdir(who, parent.0, &name).await);
@@ -221,6 +267,12 @@ impl Filesystem for Fs {
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        if is_virtual_name(parent, name) {
+            let (who, target) = (Who::of(request), target.as_os_str().as_bytes().to_vec());
+            return self.named(name, |core, name| async move {
+                answer_virtual_entry(reply, core.virtual_symlink(who, parent.0, &name, &target).await);
+            });
+        }
         let (who, target) = (Who::of(request), target.as_os_str().as_bytes().to_vec());
         self.named(name, |core, name| async move {
             let result = core.symlink(who, parent.0, &name, &target).await;
@@ -238,6 +290,9 @@ impl Filesystem for Fs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        if is_virtual_name(parent, name) || is_virtual_name(newparent, newname) {
+            return reply.error(Errno::EPERM);
+        }
         let (who, to) = (Who::of(request), newname.as_bytes().to_vec());
         self.named(name, |core, from| async move {
             let result = core.rename(who, (parent.0, &from), (newparent.0, &to), flags.bits()).await;
@@ -246,6 +301,9 @@ impl Filesystem for Fs {
     }
 
     fn link(&self, request: &Request, inode: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        if is_virtual(inode.0) || is_virtual_name(newparent, newname) {
+            return reply.error(Errno::EPERM);
+        }
         let who = Who::of(request);
         self.named(newname, |core, name| async move {
             let result = core.link(who, inode.0, newparent.0, &name).await;
@@ -254,6 +312,13 @@ impl Filesystem for Fs {
     }
 
     fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if is_virtual(inode.0) {
+            return match self.core.virt.open(&self.core, inode.0, flags.0) {
+                // Its length is not known before it is read.
+                Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO),
+                Err(error) => reply.error(error),
+            };
+        }
         let (core, who) = (self.core.clone(), Who::of(request));
         self.core.spawn(async move {
             match core.open(who, inode.0, flags.0).await {
@@ -273,6 +338,9 @@ impl Filesystem for Fs {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        if is_virtual_name(parent, name) {
+            return reply.error(Errno::EPERM);
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             let made = core.create(who, parent.0, &name, NewMode::of(mode, umask), flags).await;
@@ -281,6 +349,9 @@ impl Filesystem for Fs {
     }
 
     fn tmpfile(&self, request: &Request, parent: INodeNo, mode: u32, umask: u32, flags: i32, reply: ReplyCreate) {
+        if is_virtual(parent.0) {
+            return reply.error(Errno::EPERM);
+        }
         let (core, who) = (self.core.clone(), Who::of(request));
         self.core.spawn(async move {
             let made = core.create_unnamed(who, parent.0, NewMode::of(mode, umask), flags).await;
@@ -291,7 +362,7 @@ impl Filesystem for Fs {
     fn read(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         offset: u64,
         size: u32,
@@ -299,6 +370,16 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        if is_virtual(inode.0) {
+            let mut reply = Some(reply);
+            let read = self.core.virt.read(fh.0, offset, size, |bytes| {
+                reply.take().expect("not answered yet").data(bytes);
+            });
+            if let (Err(error), Some(reply)) = (read, reply) {
+                reply.error(error);
+            }
+            return;
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -311,7 +392,7 @@ impl Filesystem for Fs {
     fn write(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         offset: u64,
         data: &[u8],
@@ -320,6 +401,9 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EPERM);
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -341,6 +425,9 @@ impl Filesystem for Fs {
     }
 
     fn flush(&self, _request: &Request, inode: INodeNo, fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
+        if is_virtual(inode.0) {
+            return reply.ok();
+        }
         let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
         let core = self.core.clone();
         self.core.spawn(async move {
@@ -356,7 +443,7 @@ impl Filesystem for Fs {
     fn getlk(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         owner: LockOwner,
         start: u64,
@@ -365,6 +452,9 @@ impl Filesystem for Fs {
         pid: u32,
         reply: ReplyLock,
     ) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::ENOTSUP);
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -382,7 +472,7 @@ impl Filesystem for Fs {
     fn setlk(
         &self,
         request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         owner: LockOwner,
         start: u64,
@@ -393,6 +483,9 @@ impl Filesystem for Fs {
         flock: bool,
         reply: ReplyEmpty,
     ) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::ENOTSUP);
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -413,13 +506,17 @@ impl Filesystem for Fs {
     fn release(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        if is_virtual(inode.0) {
+            self.core.virt.release(fh.0);
+            return reply.ok();
+        }
         let core = self.core.clone();
         self.core.spawn(async move {
             core.release(fh.0).await;
@@ -427,7 +524,10 @@ impl Filesystem for Fs {
         });
     }
 
-    fn fsync(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(&self, _request: &Request, inode: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EINVAL);
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -437,10 +537,20 @@ impl Filesystem for Fs {
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if is_virtual(inode.0) {
+            return reply.opened(FileHandle(0), FopenFlags::empty());
+        }
         reply.opened(FileHandle(self.core.add_dir(inode.0)), FopenFlags::empty());
     }
 
-    fn readdir(&self, request: &Request, _inode: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, request: &Request, inode: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        if is_virtual(inode.0) {
+            let add = |e: Listed<'_>| reply.add(INodeNo(e.inode), e.next, kind(e.kind), OsStr::from_bytes(e.name));
+            return match self.core.virt.list(inode.0, offset, add) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(error),
+            };
+        }
         let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
         let (core, who) = (self.core.clone(), Who::of(request));
         self.core.spawn(async move {
@@ -455,11 +565,21 @@ impl Filesystem for Fs {
     fn readdirplus(
         &self,
         request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        if is_virtual(inode.0) {
+            let add = |e: Listed<'_>| {
+                let name = OsStr::from_bytes(e.name);
+                reply.add(INodeNo(e.inode), e.next, name, &Duration::ZERO, &bare_attr(&e), GENERATION)
+            };
+            return match self.core.virt.list(inode.0, offset, add) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(error),
+            };
+        }
         let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
         let (core, who) = (self.core.clone(), Who::of(request));
         self.core.spawn(async move {
@@ -479,7 +599,10 @@ impl Filesystem for Fs {
         });
     }
 
-    fn releasedir(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+    fn releasedir(&self, _request: &Request, inode: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        if is_virtual(inode.0) {
+            return reply.ok();
+        }
         self.core.remove_dir(fh.0);
         reply.ok();
     }
@@ -490,6 +613,9 @@ impl Filesystem for Fs {
     }
 
     fn statfs(&self, _request: &Request, inode: INodeNo, reply: ReplyStatfs) {
+        if is_virtual(inode.0) {
+            return reply.statfs(0, 0, 0, 0, 0, BLOCK_BYTES as u32, 255, BLOCK_BYTES as u32);
+        }
         let core = self.core.clone();
         self.core.spawn(async move {
             match core.client.statfs(&superuser(), at_inode(inode.0)).await {
@@ -505,7 +631,10 @@ impl Filesystem for Fs {
         });
     }
 
-    fn lseek(&self, _request: &Request, _inode: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(&self, _request: &Request, inode: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EINVAL);
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -536,6 +665,9 @@ impl Filesystem for Fs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EPERM);
+        }
         let (who, value) = (Who::of(request), value.to_vec());
         self.named(name, |core, name| async move {
             answer_empty(reply, core.setxattr(who, inode.0, &name, &value, flags).await);
@@ -543,6 +675,9 @@ impl Filesystem for Fs {
     }
 
     fn getxattr(&self, request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::ENODATA);
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             answer_xattr(reply, size, core.getxattr(who, inode.0, &name).await);
@@ -550,11 +685,17 @@ impl Filesystem for Fs {
     }
 
     fn listxattr(&self, request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        if is_virtual(inode.0) {
+            return answer_xattr(reply, size, Ok(Bytes::new()));
+        }
         let (core, who) = (self.core.clone(), Who::of(request));
         self.core.spawn(async move { answer_xattr(reply, size, core.listxattr(who, inode.0).await) });
     }
 
     fn removexattr(&self, request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EPERM);
+        }
         let who = Who::of(request);
         self.named(name, |core, name| async move {
             answer_empty(reply, core.removexattr(who, inode.0, &name).await);
@@ -597,16 +738,19 @@ impl Filesystem for Fs {
     fn copy_file_range(
         &self,
         request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         from: u64,
-        _inode_out: INodeNo,
+        inode_out: INodeNo,
         fh_out: FileHandle,
         to: u64,
         bytes: u64,
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        if is_virtual(inode.0) || is_virtual(inode_out.0) {
+            return reply.error(Errno::ENOTSUP);
+        }
         let (source, target) = match (self.core.usable(fh.0), self.core.usable(fh_out.0)) {
             (Ok(source), Ok(target)) => (source, target),
             (Err(error), _) | (_, Err(error)) => return reply.error(error),
@@ -624,13 +768,16 @@ impl Filesystem for Fs {
     fn fallocate(
         &self,
         request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         fh: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        if is_virtual(inode.0) {
+            return reply.error(Errno::EPERM);
+        }
         let handle = match self.core.usable(fh.0) {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),

@@ -29,6 +29,7 @@ mod names;
 mod readahead;
 mod tables;
 mod told;
+mod virt;
 mod xattrs;
 
 pub use mount::{MountHandle, MountOptions, mount};

@@ -134,7 +134,7 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
     let readahead_bytes = options.readahead_bytes;
     let mountpoint =
         mountpoint.canonicalize().map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
-    let core = Arc::new(Core::new(client, runtime.clone(), options));
+    let core = Arc::new(Core::new(client, runtime.clone(), &mountpoint, options));
     let session = Session::new(Fs { core: core.clone() }, &mountpoint, &config)
         .map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
     let _ = core.io.notifier.set(session.notifier());
