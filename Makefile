@@ -88,7 +88,7 @@ proto: setup ## regenerate fs3/v1 from proto/
 
 lock: setup ## renew requirements.lock from pyproject.toml
 	@$(VENV)/bin/pip install -q pip-tools
-	@$(VENV)/bin/pip-compile -q --extra dev --no-emit-index-url --no-emit-find-links --no-emit-options --allow-unsafe --strip-extras --no-header --no-annotate --generate-hashes -o requirements.lock pyproject.toml
+	@$(VENV)/bin/pip-compile -q --extra dev --extra fusepy --no-emit-index-url --no-emit-find-links --no-emit-options --allow-unsafe --strip-extras --no-header --no-annotate --generate-hashes -o requirements.lock pyproject.toml
 
 clean: ## remove what the build made inside the checkout
 	@rm -rf $(VENV) fs3/_native*.so native/target .mypy_cache .ruff_cache .pytest_cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -21,14 +20,12 @@ from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
 from fs3.fuse import serve
 from fs3.fuse.options import MountOptions, parse_url
-from fs3.fuse.table import Daemon, Mounted, default_file, mounted_at, real_path
+from fs3.fuse.table import Daemon, Mounted, default_file, detach, mounted_at, real_path
 from fs3.v1.frame_pb2 import Code
 
 MOUNT_TIMEOUT_S = 30.0
 UMOUNT_TIMEOUT_S = 90.0
 _POLL_S = 0.02
-_UMOUNT_NOFOLLOW = 8
-_MNT_DETACH = 2
 
 
 def check_device(device: str = "/dev/fuse") -> None:
@@ -213,37 +210,7 @@ def _abandon(child: subprocess.Popen[bytes], mountpoint: str) -> None:
     there = mounted_at(mountpoint)
     if there is not None and there.is_fs3:
         with contextlib.suppress(Fs3Error):
-            _detach(mountpoint, lazy=True)
-
-
-def _detach(mountpoint: str, *, lazy: bool) -> None:
-    """Take the mount away, by system call or, for ordinary users, through fusermount3."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
-    if libc.umount2(os.fsencode(mountpoint), flags) == 0:
-        return
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOENT):
-        return  # nothing is mounted there any more
-    if number == errno.EPERM:
-        helper = shutil.which("fusermount3") or shutil.which("fusermount")
-        if helper is None:
-            raise error(
-                Code.CODE_NOT_SUPPORTED, "fusermount3 is missing: install the package fuse3, or unmount as root"
-            )
-        command = [helper, "-u", *(["-z"] if lazy else []), "--", mountpoint]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode == 0:
-            return
-        if "busy" not in done.stderr.lower():
-            raise error(Code.CODE_ACCESS, f"{mountpoint} cannot be unmounted: {' '.join(done.stderr.split())}")
-        number = errno.EBUSY
-    if number == errno.EBUSY:
-        raise error(
-            Code.CODE_BUSY,
-            f"{mountpoint} is in use: end what uses it (fuser -vm {mountpoint} shows it) or unmount with --lazy",
-        )
-    raise error(Code.CODE_UNAVAILABLE, f"{mountpoint} cannot be unmounted: {os.strerror(number)}")
+            detach(mountpoint, lazy=True)
 
 
 def _find_daemon(mountpoint: str, pid_file: str) -> Daemon | None:
@@ -264,7 +231,7 @@ def umount(mountpoint: str, *, lazy: bool = False, pid_file: str = "", timeout_s
     if not there.is_fs3:
         raise error(Code.CODE_INVALID_ARGUMENT, f"{mountpoint} is a mount of type {there.fstype}, not of fs3")
     process = _find_daemon(path, pid_file)
-    _detach(path, lazy=lazy or process is None)
+    detach(path, lazy=lazy or process is None)
     if lazy or process is None:
         return
     deadline = time.monotonic() + timeout_s

@@ -16,6 +16,15 @@ from fs3.core.units import parse_bytes
 from fs3.v1.frame_pb2 import Code
 
 MEMORY_BYTES_MIN = 16 << 20
+ENGINES = ("native", "fusepy")
+# Options that the fusepy engine has; it refuses all others rather than leave them out.
+_FUSEPY_OPTIONS = frozenset(
+    {
+        "engine", "allow_other", "default_permissions", "read_only", "suid", "dev", "threads", "max_memory_bytes",
+        "attr_timeout_s", "entry_timeout_s", "readahead_bytes", "noatime", "local_locks", "op_timeout_s", "transport",
+        "rdma", "cluster_id", "log_file", "pid_file", "log_level",
+    }
+)  # fmt: skip
 
 # What `mount -o` calls some of them, and options of mount(8) that mean nothing here.
 _ALIASES = {
@@ -74,6 +83,8 @@ class MountOptions:
     pid_file: str = ""
     """Empty: chosen by the mountpoint, so that `umount` finds it."""
     log_level: str = "info"
+    engine: str = "native"
+    """Who serves the mount: native, or fusepy (Python threads, for machines where the native one cannot run)."""
 
     def __post_init__(self) -> None:
         if self.threads < 0 or self.threads > 256:
@@ -90,6 +101,18 @@ class MountOptions:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name == "op_timeout_s" and value == 0):
                 raise _invalid(f"{name} must be a number of seconds, not {value}")
+
+        if self.engine not in ENGINES:
+            raise _invalid(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
+        if self.engine == "fusepy":
+            self._check_fusepy()
+
+    def _check_fusepy(self) -> None:
+        for option in dataclasses.fields(self):
+            factory = option.default_factory
+            default = option.default if factory is dataclasses.MISSING else factory()
+            if option.name not in _FUSEPY_OPTIONS and getattr(self, option.name) != default:
+                raise _invalid(f"the fusepy engine has no option {option.name}: leave it out, or use --engine native")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MountOptions:

@@ -45,7 +45,7 @@ class Parameters:
 
 
 def _start(parameters: Parameters) -> Any:
-    """Mount and serve in the background; returns the native handle."""
+    """Mount and serve in the background; returns what ends it, a native handle or one that is like it."""
     from fs3 import native
 
     options = parameters.options
@@ -53,6 +53,10 @@ def _start(parameters: Parameters) -> Any:
         native.init_logging({"warning": "warn"}.get(options.log_level, options.log_level))
     with contextlib.suppress(RuntimeError):
         native.set_runtime_threads(max(2, min(8, os.cpu_count() or 2)))
+    if options.engine == "fusepy":
+        from fs3.fuse.python_engine import PythonMount
+
+        return PythonMount(parameters.metas, parameters.token, parameters.mountpoint, options)
     return native.Mount(
         metas=parameters.metas,
         token=parameters.token,

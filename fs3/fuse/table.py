@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fs3.core.errors import error
 from fs3.core.process import start_ticks
+from fs3.v1.frame_pb2 import Code
 
 FSTYPE = "fuse.fs3"
+_UMOUNT_NOFOLLOW = 8
+_MNT_DETACH = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,46 @@ def mounted_at(mountpoint: str) -> Mounted | None:
         mounts = parse_mountinfo(handle.read())
     found = [m for m in mounts if m.mountpoint == mountpoint]
     return found[-1] if found else None
+
+
+def detach(mountpoint: str, *, lazy: bool) -> None:
+    """Take the mount away, by system call or, for ordinary users, through fusermount3. Raises Fs3Error."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+    if libc.umount2(os.fsencode(mountpoint), flags) == 0:
+        return
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOENT):
+        return  # nothing is mounted there any more
+    if number == errno.EPERM:
+        helper = shutil.which("fusermount3") or shutil.which("fusermount")
+        if helper is None:
+            raise error(
+                Code.CODE_NOT_SUPPORTED, "fusermount3 is missing: install the package fuse3, or unmount as root"
+            )
+        command = [helper, "-u", *(["-z"] if lazy else []), "--", mountpoint]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            return
+        if "busy" not in done.stderr.lower():
+            raise error(Code.CODE_ACCESS, f"{mountpoint} cannot be unmounted: {' '.join(done.stderr.split())}")
+        number = errno.EBUSY
+    if number == errno.EBUSY:
+        raise error(
+            Code.CODE_BUSY,
+            f"{mountpoint} is in use: end what uses it (fuser -vm {mountpoint} shows it) or unmount with --lazy",
+        )
+    raise error(Code.CODE_UNAVAILABLE, f"{mountpoint} cannot be unmounted: {os.strerror(number)}")
+
+
+def mount_device(mountpoint: str) -> str:
+    """`major:minor` of the topmost mount on this path. Raises OSError."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as handle:
+        lines = [line.split(" ") for line in handle]
+    found = [fields[2] for fields in lines if len(fields) > 4 and _unescape(fields[4]) == mountpoint]
+    if not found:
+        raise OSError(errno.ENOENT, f"{mountpoint} is not mounted")
+    return found[-1]
 
 
 def real_path(mountpoint: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fs3.fuse.options import ENGINES
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 
 # Short leases, so that a test that kills a node does not wait for long; removed files go at once.
@@ -42,6 +43,12 @@ def make_cluster(tmp_path: Path) -> Iterator[MakeCluster]:
 def cluster(make_cluster: MakeCluster) -> LocalCluster:
     """A running cluster of one manager, one metadata service and three storage services, for this test alone."""
     return make_cluster()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Who serves the mounts of a test; tests that ask for it run once with each."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from fs3.testing.cluster import LocalCluster
 
 
 @contextmanager
-def mounted(cluster: LocalCluster, mountpoint: Path, options: str = "") -> Iterator[Path]:
+def mounted(cluster: LocalCluster, mountpoint: Path, options: str = "", *, engine: str = "native") -> Iterator[Path]:
     """Mount `cluster` for the time of the block."""
     mountpoint.mkdir(exist_ok=True)
     stem = str(cluster.directory / f"mount-{mountpoint.name}")
-    parsed = parse_options(options, log_file=f"{stem}.log", pid_file=f"{stem}.pid")
+    parsed = parse_options(options, engine=engine, log_file=f"{stem}.log", pid_file=f"{stem}.pid")
     mount(cluster.url, str(mountpoint), token=cluster.token, options=parsed)
     try:
         yield mountpoint

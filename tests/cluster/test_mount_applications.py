@@ -21,10 +21,11 @@ COMMAND_S = 300
 
 
 @pytest.fixture(scope="module")
-def mountpoint(shared_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A mount of the module's cluster."""
-    with mounted(shared_cluster, tmp_path_factory.mktemp("mnt") / "m") as path:
-        yield path
+def mountpoint(shared_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[Path]:
+    """A directory on a mount of the module's cluster."""
+    with mounted(shared_cluster, tmp_path_factory.mktemp("mnt") / "m", engine=engine) as path:
+        (path / engine).mkdir()
+        yield path / engine
 
 
 def run(*command: str, cwd: Path | None = None) -> str:

@@ -38,12 +38,12 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 @pytest.fixture(scope="module")
-def mountpoint(shared_cluster: LocalCluster) -> Iterator[Path]:
+def mountpoint(shared_cluster: LocalCluster, engine: str) -> Iterator[Path]:
     # Other users have to get there; pytest's own directories are for one user.
     with tempfile.TemporaryDirectory(prefix="fs3-xattrs-") as base:
         os.chmod(base, 0o755)
         options = "allow_other" if os.geteuid() == 0 else ""
-        with mounted(shared_cluster, Path(base, "m"), options) as path:
+        with mounted(shared_cluster, Path(base, "m"), options, engine=engine) as path:
             path.chmod(0o755)
             yield path
 

@@ -55,3 +55,13 @@ def test_what_is_not_the_url_of_a_whole_cluster_is_refused(url: str) -> None:
     with pytest.raises(Fs3Error) as caught:
         parse_url(url)
     assert caught.value.code == Code.CODE_INVALID_ARGUMENT
+
+
+def test_an_engine_refuses_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_options("ro,noatime", engine="fusepy").engine == "fusepy"
+    with pytest.raises(Fs3Error, match="engine must be one of native, fusepy, not 'fuse'"):
+        parse_options("", engine="fuse")
+    monkeypatch.setattr("fs3.fuse.options._FUSEPY_OPTIONS", frozenset({"engine"}))
+    with pytest.raises(Fs3Error, match="the fusepy engine has no option noatime"):
+        parse_options("noatime", engine="fusepy")
+    assert parse_options("noatime").noatime

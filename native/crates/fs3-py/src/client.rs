@@ -15,6 +15,7 @@ use pyo3::types::{PyBytes, PyDict, PyList};
 use crate::buffer::{readable, writable};
 use crate::errors::to_object;
 use crate::file::File;
+use crate::locks::Locks;
 use crate::operation::Operation;
 use crate::records::{Attr, DirEntry, Replica, Statfs};
 use crate::runtime::Owned;
@@ -100,6 +101,16 @@ impl Client {
         Ok(Operation::new(fs3_client::Client::connect(config), move |py, client| {
             Py::new(py, Client { client: Owned::new(client), caller })
         }))
+    }
+
+    /// The same client on behalf of somebody else. It shares everything else, so making one costs nothing.
+    fn acting_as(&self, uid: u32, gid: u32, groups: Vec<u32>) -> PyResult<Self> {
+        Ok(Self { client: Owned::new(self.native()?), caller: Arc::new(Caller { uid, gid, groups }) })
+    }
+
+    /// Locks of files.
+    fn locks(&self) -> PyResult<Locks> {
+        Ok(Locks::new(self.native()?))
     }
 
     /// Random identity of this client, 16 bytes.
@@ -191,6 +202,18 @@ impl Client {
         }))
     }
 
+    /// Entries of a directory in name order, greater than `after` and `limit` at most; whether they are the last ones, and the
+    /// directory's parent.
+    #[pyo3(signature = (path, after, limit, *, inode=1, with_attr=false))]
+    fn list_page(&self, path: Vec<u8>, after: Vec<u8>, limit: u32, inode: u64, with_attr: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let work = async move { client.list(&caller, at(inode, &path, true), &after, limit, with_attr).await };
+        Ok(Operation::new(work, |py, page| {
+            let entries = page.entries.into_iter().map(|entry| Py::new(py, DirEntry::from(entry)));
+            Ok((entries.collect::<PyResult<Vec<_>>>()?, page.end, page.parent))
+        }))
+    }
+
     /// Create and open a file; without `exclusive` an existing one is opened. `umask` is taken from the mode unless the
     /// directory has a default access control list.
     #[pyo3(signature = (path, *, inode=1, mode=0o644, umask=0, exclusive=false, truncate=false, read=true, write=true,
@@ -233,12 +256,12 @@ impl Client {
         Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
     }
 
-    /// Make a file, fifo, socket or device without opening it; `kind` is a number of `fs3.v1.FileType`.
-    #[pyo3(signature = (path, *, inode=1, mode=0o644, kind=1, rdev=0))]
-    fn mknod(&self, path: Vec<u8>, inode: u64, mode: u32, kind: i32, rdev: u64) -> PyResult<Operation> {
+    /// Make a file, fifo, socket or device without opening it; `kind` is a number of `fs3.v1.FileType`, `umask` as in `create`.
+    #[pyo3(signature = (path, *, inode=1, mode=0o644, umask=0, kind=1, rdev=0))]
+    fn mknod(&self, path: Vec<u8>, inode: u64, mode: u32, umask: u32, kind: i32, rdev: u64) -> PyResult<Operation> {
         let kind = FileType::try_from(kind).map_err(|_| PyValueError::new_err("kind is no FileType"))?;
         self.attr(move |client, caller| async move {
-            client.mknod(&caller, at(inode, &path, false), mode, 0, kind, rdev).await
+            client.mknod(&caller, at(inode, &path, false), mode, umask, kind, rdev).await
         })
     }
 
@@ -265,11 +288,19 @@ impl Client {
         self.attr(move |client, caller| async move { client.symlink(&caller, at(inode, &path, false), &target).await })
     }
 
-    /// Make `destination` a hard link to `source`.
-    #[pyo3(signature = (source, destination, *, inode=1, follow=false))]
-    fn link(&self, source: Vec<u8>, destination: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
+    /// Make `destination` a hard link to `source`; it is relative to the directory `to_inode`, if that is given.
+    #[pyo3(signature = (source, destination, *, inode=1, follow=false, to_inode=None))]
+    fn link(
+        &self,
+        source: Vec<u8>,
+        destination: Vec<u8>,
+        inode: u64,
+        follow: bool,
+        to_inode: Option<u64>,
+    ) -> PyResult<Operation> {
         self.attr(move |client, caller| async move {
-            client.link(&caller, at(inode, &source, follow), at(inode, &destination, false)).await
+            let to = at(to_inode.unwrap_or(inode), &destination, false);
+            client.link(&caller, at(inode, &source, follow), to).await
         })
     }
 
@@ -295,8 +326,9 @@ impl Client {
         Ok(Operation::new(work, |_, ()| Ok(())))
     }
 
-    /// Rename; an existing destination is replaced atomically unless `no_replace`.
-    #[pyo3(signature = (source, destination, *, inode=1, no_replace=false, exchange=false))]
+    /// Rename; an existing destination is replaced atomically unless `no_replace`. It is relative to the directory
+    /// `to_inode`, if that is given.
+    #[pyo3(signature = (source, destination, *, inode=1, no_replace=false, exchange=false, to_inode=None))]
     fn rename(
         &self,
         source: Vec<u8>,
@@ -304,10 +336,11 @@ impl Client {
         inode: u64,
         no_replace: bool,
         exchange: bool,
+        to_inode: Option<u64>,
     ) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
         let work = async move {
-            let (from, to) = (at(inode, &source, false), at(inode, &destination, false));
+            let (from, to) = (at(inode, &source, false), at(to_inode.unwrap_or(inode), &destination, false));
             client.rename(&caller, from, to, no_replace, exchange, None).await
         };
         Ok(Operation::new(work, |_, _| Ok(())))

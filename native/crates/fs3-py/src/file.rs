@@ -116,6 +116,24 @@ impl File {
         }))
     }
 
+    /// Make it at least `length` bytes long without writing; it never becomes shorter.
+    fn extend(&self, length: u64) -> PyResult<Operation> {
+        let file = self.open_file()?;
+        Ok(Operation::new(async move { file.extend(length).await }, |_, ()| Ok(())))
+    }
+
+    /// Reading it changes no access time from here on.
+    fn keep_atime(&self) -> PyResult<()> {
+        self.file.get()?.keep_atime();
+        Ok(())
+    }
+
+    /// It was read, as far as access times go, though the bytes came from a cache of the caller.
+    fn note_read(&self) -> PyResult<()> {
+        self.file.get()?.note_read();
+        Ok(())
+    }
+
     /// The first byte at or after `offset` that is in a hole (`hole`) or is not; None when there is none in the file.
     fn seek_sparse(&self, offset: u64, hole: bool) -> PyResult<Operation> {
         let file = self.open_file()?;

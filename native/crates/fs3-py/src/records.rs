@@ -47,6 +47,9 @@ pub struct Attr {
     truncate_version: u64,
     #[pyo3(get)]
     parent: u64,
+    /// Which extended attributes it has: bits of `fs3.v1.XattrBit`.
+    #[pyo3(get)]
+    xattrs: u32,
 }
 
 #[pymethods]
@@ -103,6 +106,7 @@ impl From<fs3_client::Attr> for Attr {
             rdev: attr.rdev,
             truncate_version: attr.truncate_version,
             parent: attr.parent,
+            xattrs: attr.xattrs,
         }
     }
 }
