@@ -10,6 +10,8 @@ pub mod sim;
 mod task;
 mod time;
 
+use rand::TryRngCore;
+
 pub use clock::{Instant, monotonic_ns, wall_ns};
 pub use task::{AbortHandle, Handle, JoinError, JoinHandle, JoinSet, spawn, spawn_blocking, yield_now};
 pub use time::{Elapsed, Sleep, Timeout, sleep, timeout, timeout_at};
@@ -19,11 +21,12 @@ pub fn is_simulated() -> bool {
     sim::is_current()
 }
 
-/// Random bytes, for identities.
+/// Random bytes, for identities. From the operating system each time: a generator in this process would give a forked
+/// child the identities of its parent and of its parent's other children.
 pub fn random_bytes<const N: usize>() -> [u8; N] {
     let Some(sim) = sim::Simulator::current() else {
         let mut bytes = [0; N];
-        rand::fill(&mut bytes[..]);
+        rand::rngs::OsRng.try_fill_bytes(&mut bytes).expect("the operating system has random numbers");
         return bytes;
     };
     let mut bytes = [0; N];
