@@ -218,6 +218,9 @@ class Client:
         truncate: bool = False,
         follow: bool = True,
     ) -> Operation[File]: ...
+    def open_many(
+        self, paths: Sequence[bytes], *, inode: int = 1, follow: bool = True
+    ) -> Operation[builtins.list[File | OSError]]: ...
     def mknod(
         self, path: bytes, *, inode: int = 1, mode: int = 0o644, umask: int = 0, kind: int = 1, rdev: int = 0
     ) -> Operation[Attr]: ...

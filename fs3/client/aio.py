@@ -8,22 +8,37 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fs3 import native
-from fs3.client.calls import checked_counts, link_target, native_reads, native_writes, open_operation, time_changes
+from fs3.client.batch import Batch
+from fs3.client.buffers import Readable, Writable, exported
+from fs3.client.calls import (
+    checked_counts,
+    link_target,
+    native_reads,
+    native_writes,
+    open_operation,
+    stat_results,
+    time_changes,
+)
 from fs3.client.connection import Connection, connect_options
-from fs3.client.file import Mode, parse_mode
+from fs3.client.file import Mode, parse_mode, total, vectors
+from fs3.client.finish import finished
 from fs3.client.paths import StrPath, join
 from fs3.client.records import DirEntry, stat_result, statvfs_result
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer
 
 
-async def connect_async(url: str, token: str | None = None, **options: Any) -> AsyncFileSystem:
+async def connect_async(url: str | None = None, token: str | None = None, **options: Any) -> AsyncFileSystem:
     """Connect to a cluster; arguments and errors as for :func:`connect`."""
     made = connect_options(url, token, **options)
     return AsyncFileSystem(Connection(made, await made.start()))
+
+
+def _unpickle(url: str, token: str | None, options: dict[str, Any]) -> AsyncFileSystem:
+    return AsyncFileSystem(Connection(connect_options(url, token, **options)))
 
 
 class AsyncFile:
@@ -33,7 +48,8 @@ class AsyncFile:
     pinned until nothing uses it.
     """
 
-    def __init__(self, file: native.File, name: str, mode: Mode) -> None:
+    def __init__(self, client: native.Client, file: native.File, name: str, mode: Mode) -> None:
+        self._client = client
         self._file = file
         self.name = name
         self.mode = str(mode)
@@ -62,63 +78,74 @@ class AsyncFile:
         """The length in bytes as this client knows it."""
         return self.native.length
 
-    async def pread_into(self, buffer: WriteableBuffer, offset: int) -> int:
+    async def pread_into(self, buffer: Writable, offset: int) -> int:
         """Fill a contiguous writable buffer from byte `offset`; the count, short only at the end of the file."""
-        return await self.native.pread_into(buffer, offset)
+        return await finished(self.native.pread_into(exported(buffer), offset), self.name)
+
+    async def preadv(self, buffers: Iterable[Writable], offset: int) -> int:
+        """Fill buffers one after the other from byte `offset`, all at once; the count in all."""
+        counts = await self._client.read_many(vectors(self.native, buffers, offset))
+        return total(counts, self.name)
 
     async def pread(self, length: int, offset: int) -> bytes:
         """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
         file = self.native
         buffer = bytearray(max(0, min(length, file.length - offset)))
-        count = await file.pread_into(buffer, offset) if buffer else 0
+        count = await finished(file.pread_into(buffer, offset), self.name) if buffer else 0
         return bytes(memoryview(buffer)[:count])
 
     async def read(self) -> bytes:
         """The whole file."""
         return await self.pread(self.length, 0)
 
-    async def pwrite(self, data: ReadableBuffer, offset: int) -> int:
+    async def pwrite(self, data: Readable, offset: int) -> int:
         """Write all of a contiguous buffer at byte `offset`; returns after every serving replica has it."""
-        return await self.native.pwrite(data, offset)
+        return await finished(self.native.pwrite(exported(data), offset), self.name)
 
-    async def append(self, data: ReadableBuffer) -> int:
+    async def pwritev(self, buffers: Iterable[Readable], offset: int) -> int:
+        """Write buffers one after the other from byte `offset`, all at once; the count in all."""
+        counts = await self._client.write_many(vectors(self.native, buffers, offset))
+        return total(counts, self.name)
+
+    async def append(self, data: Readable) -> int:
         """Write all of a contiguous buffer at the end of the file; returns where it ends.
 
         Appends never overlap, through whichever files and clients. Those of one client keep their order.
         """
-        return await self.native.append(data)
+        return await finished(self.native.append(exported(data)), self.name)
 
     async def punch(self, offset: int, length: int) -> None:
         """Make a hole, as far as the file goes: it reads as zeros, and whole blocks give their disk space back."""
-        await self.native.punch(offset, length)
+        await finished(self.native.punch(offset, length), self.name)
 
     async def truncate(self, size: int) -> None:
         """Cut or extend (with zeros) to `size` bytes."""
-        await self.native.truncate(size)
+        await finished(self.native.truncate(size), self.name)
 
     async def sync(self) -> None:
         """Make acknowledged writes survive power loss of all nodes, and publish length and time of modification."""
-        await self.native.sync()
+        await finished(self.native.sync(), self.name)
 
     async def publish(self) -> None:
         """Make the length known to other clients, as closing does, without a disk sync."""
-        await self.native.publish()
+        await finished(self.native.publish(), self.name)
 
     async def stat(self) -> os.stat_result:
         """Attributes from the service, merged with this client's writes."""
-        return stat_result(await self.native.refresh())
+        return stat_result(await finished(self.native.refresh(), self.name))
 
     async def close(self) -> None:
         """Publish length and time of modification and end the session. Closing again does nothing."""
         if not self.closed:
             self.closed = True
-            await self._file.close()
+            await finished(self._file.close(), self.name)
 
 
 class AsyncFileSystem:
     """A cluster as a file system for asyncio. An async context manager that closes it.
 
-    Paths, errors and consistency as :class:`FileSystem`. May be used from several event loops.
+    Paths, errors, consistency, forks and pickling as :class:`FileSystem`. May be used from several event loops. The
+    first call of a copy, or in a forked child, connects, and keeps the event loop waiting for that.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -132,8 +159,11 @@ class AsyncFileSystem:
     ) -> None:
         await self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, self._connection.options.given
+
     def __repr__(self) -> str:
-        return f"AsyncFileSystem({str(self._connection.options.url)!r})"
+        return f"AsyncFileSystem({self.url!r})"
 
     async def close(self) -> None:
         """End the connections. Files that are still open fail afterwards: close them first."""
@@ -145,6 +175,11 @@ class AsyncFileSystem:
     def client(self) -> native.Client:
         """The native client of this process."""
         return self._connection.client()
+
+    @property
+    def url(self) -> str:
+        """The URL it was connected with, without the token's file."""
+        return str(self._connection.options.url)
 
     @property
     def cluster_id(self) -> str:
@@ -164,31 +199,47 @@ class AsyncFileSystem:
         parsed = parse_mode(mode)
         if not parsed.binary or parsed.action == "a":
             raise ValueError(f"invalid mode: {mode!r}; files are opened in rb, wb, xb, with + or without")
-        file = await open_operation(self._connection, path, parsed, permissions, chunk_bytes)
-        return AsyncFile(file, os.fsdecode(path), parsed)
+        file = await finished(open_operation(self._connection, path, parsed, permissions, chunk_bytes), path)
+        return AsyncFile(self.client, file, os.fsdecode(path), parsed)
 
-    async def read_into(self, path: StrPath, buffer: WriteableBuffer, offset: int = 0) -> int:
+    async def read_into(self, path: StrPath, buffer: Writable, offset: int = 0) -> int:
         """Open a file, fill `buffer` from byte `offset`, close it; the count, short only at the end of the file."""
         async with await self.open(path) as file:
             return await file.pread_into(buffer, offset)
 
     async def read_many(
-        self, reads: Iterable[tuple[AsyncFile, int, WriteableBuffer]], *, return_errors: bool = False
+        self, reads: Iterable[tuple[AsyncFile, int, Writable]], *, return_errors: bool = False
     ) -> list[int]:
         """Read many ranges in one go; see :meth:`FileSystem.read_many`."""
-        return checked_counts(await self.client.read_many(native_reads(reads)), return_errors)
+        ranges = list(reads)
+        return checked_counts(ranges, await self.client.read_many(native_reads(ranges)), return_errors)
+
+    async def read_batch(
+        self,
+        ranges: Iterable[tuple[AsyncFile | StrPath, int, int | None]],
+        out: Writable | None = None,
+        *,
+        return_errors: bool = False,
+    ) -> list[memoryview]:
+        """Read ranges of many files in one go; see :meth:`FileSystem.read_batch`."""
+        batch = Batch(ranges)
+        paths = [self._connection.path(path) for path in batch.paths]
+        opened = await self.client.open_many(paths) if paths else []
+        counts = await self.client.read_many(batch.reads(opened, out, return_errors))
+        return batch.results(counts, return_errors)
 
     async def write_many(
-        self, writes: Iterable[tuple[AsyncFile, int, ReadableBuffer]], *, return_errors: bool = False
+        self, writes: Iterable[tuple[AsyncFile, int, Readable]], *, return_errors: bool = False
     ) -> list[int]:
         """Write many ranges in one go; see :meth:`FileSystem.write_many`."""
-        return checked_counts(await self.client.write_many(native_writes(writes)), return_errors)
+        ranges = list(writes)
+        return checked_counts(ranges, await self.client.write_many(native_writes(ranges)), return_errors)
 
     # ---- attributes
 
     async def stat(self, path: StrPath, *, follow_symlinks: bool = True) -> os.stat_result:
         """Attributes, like :func:`os.stat`."""
-        return stat_result(await self.client.stat(self._connection.path(path), follow=follow_symlinks))
+        return stat_result(await finished(self.client.stat(self._connection.path(path), follow=follow_symlinks), path))
 
     async def lstat(self, path: StrPath) -> os.stat_result:
         """Attributes, of a symlink itself if it is one."""
@@ -200,7 +251,7 @@ class AsyncFileSystem:
         """Attributes of many paths in few round trips, in the order given; where it failed, the error."""
         wanted = [self._connection.path(path) for path in paths]
         found = await self.client.batch_stat(wanted, follow=follow_symlinks)
-        return [item if isinstance(item, OSError) else stat_result(item) for item in found]
+        return stat_results(paths, found)
 
     async def exists(self, path: StrPath) -> bool:
         """Whether something is there; a dangling symlink is nothing."""
@@ -233,12 +284,16 @@ class AsyncFileSystem:
 
     async def chmod(self, path: StrPath, mode: int, *, follow_symlinks: bool = True) -> None:
         """Set permission and set-id bits."""
-        await self.client.setattr(self._connection.path(path), follow=follow_symlinks, mode=mode & 0o7777)
+        await finished(
+            self.client.setattr(self._connection.path(path), follow=follow_symlinks, mode=mode & 0o7777), path
+        )
 
     async def chown(self, path: StrPath, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
         """Set owner and group; -1 leaves one as it is."""
         owner, group = (None if number == -1 else number for number in (uid, gid))
-        await self.client.setattr(self._connection.path(path), follow=follow_symlinks, uid=owner, gid=group)
+        await finished(
+            self.client.setattr(self._connection.path(path), follow=follow_symlinks, uid=owner, gid=group), path
+        )
 
     async def utime(
         self,
@@ -250,16 +305,16 @@ class AsyncFileSystem:
     ) -> None:
         """Set times of access and modification: seconds or nanoseconds since 1970; neither: the service's now."""
         changes = time_changes(times, ns)
-        await self.client.setattr(self._connection.path(path), follow=follow_symlinks, **changes)
+        await finished(self.client.setattr(self._connection.path(path), follow=follow_symlinks, **changes), path)
 
     async def truncate(self, path: StrPath, length: int) -> None:
         """Cut or extend (with zeros) a file to `length` bytes."""
-        await self.client.truncate(self._connection.path(path), length)
+        await finished(self.client.truncate(self._connection.path(path), length), path)
 
     async def getxattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> bytes:
         """The value of an extended attribute. Raises OSError ENODATA when there is none."""
         where, name = self._connection.path(path), os.fsencode(attribute)
-        return await self.client.getxattr(where, name, follow=follow_symlinks)
+        return await finished(self.client.getxattr(where, name, follow=follow_symlinks), path)
 
     async def setxattr(
         self,
@@ -272,34 +327,34 @@ class AsyncFileSystem:
     ) -> None:
         """Set an extended attribute; see :meth:`FileSystem.setxattr`."""
         where, name = self._connection.path(path), os.fsencode(attribute)
-        await self.client.setxattr(where, name, bytes(value), flags, follow=follow_symlinks)
+        await finished(self.client.setxattr(where, name, bytes(value), flags, follow=follow_symlinks), path)
 
     async def listxattr(self, path: StrPath = "/", *, follow_symlinks: bool = True) -> list[str]:
         """The names of the extended attributes, sorted by their bytes."""
-        names = await self.client.listxattr(self._connection.path(path), follow=follow_symlinks)
+        names = await finished(self.client.listxattr(self._connection.path(path), follow=follow_symlinks), path)
         return [os.fsdecode(name) for name in names]
 
     async def removexattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> None:
         """Remove an extended attribute. Raises OSError ENODATA when there is none."""
         where, name = self._connection.path(path), os.fsencode(attribute)
-        await self.client.removexattr(where, name, follow=follow_symlinks)
+        await finished(self.client.removexattr(where, name, follow=follow_symlinks), path)
 
     async def statvfs(self, path: StrPath = "/") -> os.statvfs_result:
         """Capacity and use, counted as a user does (raw capacity / replicas)."""
-        return statvfs_result(await self.client.statfs(self._connection.path(path)))
+        return statvfs_result(await finished(self.client.statfs(self._connection.path(path)), path))
 
     # ---- directories
 
     async def listdir(self, path: StrPath = "/") -> list[str]:
         """The names in a directory, sorted by their bytes."""
-        return [os.fsdecode(entry.name) for entry in await self.client.list(self._connection.path(path))]
+        return [os.fsdecode(e.name) for e in await finished(self.client.list(self._connection.path(path)), path)]
 
     async def scandir(self, path: StrPath = "/") -> list[DirEntry]:
         """The entries of a directory with their attributes, in few round trips.
 
         They answer from the listing: what a symlink points to is asked with :meth:`stat`.
         """
-        entries = await self.client.list(self._connection.path(path), with_attr=True)
+        entries = await finished(self.client.list(self._connection.path(path), with_attr=True), path)
         return [DirEntry(os.fsdecode(path), entry, None) for entry in entries]
 
     async def walk(self, top: StrPath = "/") -> AsyncIterator[tuple[str, list[str], list[str]]]:
@@ -315,11 +370,13 @@ class AsyncFileSystem:
     async def mkdir(self, path: StrPath, mode: int = 0o777, *, chunk_bytes: int = 0) -> None:
         """Make a directory. `mode` before umask; `chunk_bytes`: what new files in it get (0: as its parent)."""
         where = self._connection.path(path)
-        await self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, chunk_bytes=chunk_bytes)
+        await finished(
+            self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, chunk_bytes=chunk_bytes), path
+        )
 
     async def layout(self, path: StrPath) -> native.Layout | None:
         """How a file lies on the chains, or what a directory passes on to new files (0: the cluster's default)."""
-        return (await self.client.stat(self._connection.path(path))).layout
+        return (await finished(self.client.stat(self._connection.path(path)), path)).layout
 
     async def set_layout(self, path: StrPath, *, chunk_bytes: int | None = None, stripe: int | None = None) -> None:
         """Set what files made in a directory from now on, and its new subdirectories, get; None leaves it as it is.
@@ -327,7 +384,7 @@ class AsyncFileSystem:
         `chunk_bytes`: a power of two from 64 KiB to 64 MiB. `stripe`: the number of chains that a file lies on. 0: the
         cluster's default. Files that are there keep theirs.
         """
-        await self.client.setattr(self._connection.path(path), chunk_bytes=chunk_bytes, stripe=stripe)
+        await finished(self.client.setattr(self._connection.path(path), chunk_bytes=chunk_bytes, stripe=stripe), path)
 
     async def makedirs(self, path: StrPath, mode: int = 0o777, exist_ok: bool = False) -> None:
         """Make a directory and those above it that are missing. An existing one is an error unless `exist_ok`."""
@@ -335,24 +392,24 @@ class AsyncFileSystem:
             await self.mkdir(path, mode)
             return
         where = self._connection.path(path)
-        await self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, parents=True)
+        await finished(self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, parents=True), path)
 
     # ---- names
 
     async def remove(self, path: StrPath) -> None:
         """Remove a name that is not a directory. An open file lives on until it is closed."""
-        await self.client.unlink(self._connection.path(path))
+        await finished(self.client.unlink(self._connection.path(path)), path)
 
     unlink = remove
 
     async def rmdir(self, path: StrPath) -> None:
         """Remove an empty directory."""
-        await self.client.rmdir(self._connection.path(path))
+        await finished(self.client.rmdir(self._connection.path(path)), path)
 
-    async def rmtree(self, path: StrPath, ignore_errors: bool = False) -> None:
-        """Remove a directory and everything below it in one atomic step."""
+    async def rmtree(self, path: StrPath, ignore_errors: bool = False, *, skip_trash: bool = False) -> None:
+        """Remove a directory and everything below it in one atomic step; see :meth:`FileSystem.rmtree`."""
         try:
-            await self.client.remove_all(self._connection.path(path))
+            await finished(self.client.remove_all(self._connection.path(path), skip_trash=skip_trash), path)
         except OSError:
             if not ignore_errors:
                 raise
@@ -373,17 +430,17 @@ class AsyncFileSystem:
         self, source: StrPath, destination: StrPath, *, no_replace: bool = False, exchange: bool = False
     ) -> None:
         paths = (self._connection.path(source), self._connection.path(destination))
-        await self.client.rename(*paths, no_replace=no_replace, exchange=exchange)
+        await finished(self.client.rename(*paths, no_replace=no_replace, exchange=exchange), source, destination)
 
     async def link(self, source: StrPath, destination: StrPath, *, follow_symlinks: bool = False) -> None:
         """Make `destination` another name of the file `source`."""
         paths = (self._connection.path(source), self._connection.path(destination))
-        await self.client.link(*paths, follow=follow_symlinks)
+        await finished(self.client.link(*paths, follow=follow_symlinks), source, destination)
 
     async def symlink(self, target: StrPath, path: StrPath) -> None:
         """Make `path` a symlink to `target`, which is stored as it is written."""
-        await self.client.symlink(self._connection.path(path), os.fsencode(target))
+        await finished(self.client.symlink(self._connection.path(path), os.fsencode(target)), target, path)
 
     async def readlink(self, path: StrPath) -> str:
         """Where a symlink points. Raises INVALID_ARGUMENT for anything else."""
-        return link_target(await self.client.stat(self._connection.path(path), follow=False), path)
+        return link_target(await finished(self.client.stat(self._connection.path(path), follow=False), path), path)

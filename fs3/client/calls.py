@@ -5,24 +5,30 @@ from __future__ import annotations
 import io
 import os
 import stat as stat_module
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
 from fs3 import native
+from fs3.client.buffers import Readable, Writable, exported
 from fs3.client.connection import Connection
 from fs3.client.file import Mode, RawFile
+from fs3.client.finish import name_paths
 from fs3.client.paths import StrPath
 from fs3.client.records import stat_result
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
-B = TypeVar("B")
 M = TypeVar("M", bound=Message)
+
+
+def stat_results(paths: Sequence[StrPath], found: list[native.Attr | OSError]) -> list[os.stat_result | OSError]:
+    """Attributes of many paths; errors carry their paths."""
+    for path, item in zip(paths, found, strict=True):
+        if isinstance(item, OSError):
+            name_paths(item, path)
+    return [item if isinstance(item, OSError) else stat_result(item) for item in found]
 
 
 def open_operation(
@@ -53,29 +59,30 @@ def meta_call(client: native.Client, method: int, request: Message, response: ty
     return response.FromString(client.meta_call(method, request.SerializeToString(), with_op).wait())
 
 
-def native_reads(reads: Iterable[tuple[Any, int, WriteableBuffer]]) -> list[tuple[native.File, int, WriteableBuffer]]:
+def native_reads(reads: Iterable[tuple[Any, int, Writable]]) -> list[tuple[native.File, int, Any]]:
     """(file of any kind, offset, buffer) with the native files. Raises TypeError for files of something else."""
     return _native_ops(reads, writing=False)
 
 
-def native_writes(writes: Iterable[tuple[Any, int, ReadableBuffer]]) -> list[tuple[native.File, int, ReadableBuffer]]:
+def native_writes(writes: Iterable[tuple[Any, int, Readable]]) -> list[tuple[native.File, int, Any]]:
     """As :func:`native_reads`, of files open for writing."""
     return _native_ops(writes, writing=True)
 
 
-def _native_ops(ops: Iterable[tuple[Any, int, B]], *, writing: bool) -> list[tuple[native.File, int, B]]:
+def _native_ops(ops: Iterable[tuple[Any, int, Any]], *, writing: bool) -> list[tuple[native.File, int, Any]]:
     found = []
     last: Any = None
-    native_file: Any = None
+    opened: Any = None
     for file, offset, buffer in ops:
         # Many ranges of one file are the common case.
-        if native_file is None or file is not last:
-            last, native_file = file, _native_file(file, writing)
-        found.append((native_file, offset, buffer))
+        if opened is None or file is not last:
+            last, opened = file, native_file(file, writing=writing)
+        found.append((opened, offset, exported(buffer)))
     return found
 
 
-def _native_file(file: Any, writing: bool) -> native.File:
+def native_file(file: Any, *, writing: bool = False) -> native.File:
+    """The native file of an open file of any kind. Raises TypeError for something else."""
     raw = getattr(file, "raw", file)
     if not isinstance(getattr(raw, "native", None), native.File):
         raise TypeError(f"not an open file of fs3: {file!r}")
@@ -84,11 +91,14 @@ def _native_file(file: Any, writing: bool) -> native.File:
     return cast(native.File, raw.native)
 
 
-def checked_counts(results: list[int | OSError], return_errors: bool) -> list[int]:
-    """The counts. Raises the first error, unless errors are to be returned in their places."""
-    if not return_errors:
-        for result in results:
-            if isinstance(result, OSError):
+def checked_counts(
+    ranges: Sequence[tuple[Any, int, Any]], results: list[int | OSError], return_errors: bool
+) -> list[int]:
+    """The counts. Errors name their files; the first is raised, unless they are to be returned in their places."""
+    for (file, _, _), result in zip(ranges, results, strict=True):
+        if isinstance(result, OSError):
+            name_paths(result, file.name)
+            if not return_errors:
                 raise result
     return cast(list[int], results)
 
@@ -96,7 +106,9 @@ def checked_counts(results: list[int | OSError], return_errors: bool) -> list[in
 def link_target(attr: native.Attr, path: StrPath) -> str:
     """Where a symlink points. Raises INVALID_ARGUMENT when it is none."""
     if not stat_module.S_ISLNK(stat_result(attr).st_mode):
-        raise error(Code.CODE_INVALID_ARGUMENT, f"{os.fsdecode(path)} is not a symbolic link")
+        wrong = error(Code.CODE_INVALID_ARGUMENT, "not a symbolic link")
+        name_paths(wrong, path)
+        raise wrong
     return os.fsdecode(attr.symlink_target)
 
 

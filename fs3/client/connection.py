@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fs3 import native
 from fs3.client.paths import StrPath, current_umask, to_service
-from fs3.client.url import ClusterUrl, find_token, parse_url
+from fs3.client.url import ClusterUrl, find_token, given_url, parse_url
 from fs3.core.config import RdmaOptions
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
@@ -22,6 +23,7 @@ class ConnectOptions:
 
     ``uid``, ``gid``, ``groups``: who the calls are made as. ``timeout_s``: how long one operation may take in all,
     retries included. ``rdma``: how RDMA is used. ``limits``: further keyword arguments of ``native.Client.connect``.
+    ``given``: the arguments of :func:`connect_options` that make the same in another process.
     """
 
     url: ClusterUrl
@@ -35,6 +37,7 @@ class ConnectOptions:
     description: str
     rdma: RdmaOptions
     limits: dict[str, Any]
+    given: tuple[str, str | None, dict[str, Any]] = field(default=("", None, {}), repr=False)
 
     @property
     def base(self) -> bytes:
@@ -57,9 +60,15 @@ class ConnectOptions:
         )
 
 
-def connect_options(
-    url: str,
-    token: str | None = None,
+def connect_options(url: str | None = None, token: str | None = None, **options: Any) -> ConnectOptions:
+    """The options that arguments of :func:`connect` stand for. Raises as that does for those that are wrong."""
+    parsed = parse_url(given_url(url))
+    return replace(_filled_in(parsed, token, **options), given=(parsed.complete(), token, options))
+
+
+def _filled_in(
+    url: ClusterUrl,
+    token: str | None,
     *,
     cluster_id: str | None = None,
     uid: int | None = None,
@@ -71,13 +80,12 @@ def connect_options(
     rdma: RdmaOptions | None = None,
     **limits: Any,
 ) -> ConnectOptions:
-    """Parse the URL, find the token, and fill in this process' user, groups and umask."""
-    parsed = parse_url(url)
+    """Find the token, and fill in this process' user, groups and umask."""
     if rdma is not None and not isinstance(rdma, RdmaOptions):
         raise error(Code.CODE_INVALID_ARGUMENT, f"rdma must be an fs3.RdmaOptions, not {rdma!r}")
     return ConnectOptions(
-        url=parsed,
-        token=find_token(parsed, token),
+        url=url,
+        token=find_token(url, token),
         cluster_id=cluster_id,
         uid=os.geteuid() if uid is None else uid,
         gid=os.getegid() if gid is None else gid,
@@ -95,24 +103,26 @@ def _description() -> str:
 
 
 class Connection:
-    """A native client with the options to make another. Thread-safe.
+    """A native client with the options to make another; made when it is first needed if none is given. Thread-safe.
 
     A forked child cannot use its parent's client (the threads are not there); it connects anew at its first call.
     """
 
-    def __init__(self, options: ConnectOptions, client: native.Client) -> None:
+    def __init__(self, options: ConnectOptions, client: native.Client | None = None) -> None:
         self.options = options
-        self._client: native.Client | None = client
-        self._pid = os.getpid()
+        self._client = client
+        self._pid = 0 if client is None else os.getpid()
+        self._closed = False
+        # One thread connects.
         self._turn = threading.Lock()
+        _connections.add(self)
 
     def client(self) -> native.Client:
         """The client of this process. Raises UNAVAILABLE when closed."""
-        if self._pid != os.getpid():
-            return self._reconnect()
-        if self._client is None:
-            raise error(Code.CODE_UNAVAILABLE, "the file system is closed; connect again")
-        return self._client
+        # In this order: `_connect` sets the process last.
+        if self._pid == os.getpid() and (client := self._client) is not None:
+            return client
+        return self._connect()
 
     def path(self, path: StrPath) -> bytes:
         """`path` from the cluster's root."""
@@ -125,16 +135,31 @@ class Connection:
 
     def release(self) -> native.Client | None:
         """The client to close, once; None when there is none of this process."""
-        client, self._client = self._client, None
-        return client if self._pid == os.getpid() else None
-
-    def _reconnect(self) -> native.Client:
-        # The lock may have been held by a thread of the parent that does not exist here.
-        self._turn = threading.Lock() if self._pid != os.getpid() and self._turn.locked() else self._turn
         with self._turn:
-            if self._pid != os.getpid():
-                if self._client is None:
-                    raise error(Code.CODE_UNAVAILABLE, "the file system is closed; connect again")
+            self._closed = True
+            client, self._client = self._client, None
+            return client if self._pid == os.getpid() else None
+
+    def forked(self) -> None:
+        """Called in a forked child: whoever held the lock is not there."""
+        self._turn = threading.Lock()
+
+    def _connect(self) -> native.Client:
+        with self._turn:
+            if self._closed:
+                raise error(Code.CODE_UNAVAILABLE, "the file system is closed; connect again")
+            if self._client is None or self._pid != os.getpid():
                 self._client = self.options.start().wait()
                 self._pid = os.getpid()
-        return self.client()
+            return self._client
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for connection in _connections:
+        connection.forked()
+
+
+os.register_at_fork(after_in_child=_forked)

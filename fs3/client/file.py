@@ -6,14 +6,17 @@ import errno
 import io
 import os
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from fs3 import native
+from fs3.client.buffers import Readable, Writable, exported
+from fs3.client.finish import finish
 from fs3.client.records import stat_result
+from fs3.native import Operation
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+T = TypeVar("T")
 
 # One round trip moves this much through a buffered file.
 BUFFER_BYTES = 1 << 20
@@ -57,14 +60,16 @@ def parse_mode(mode: str) -> Mode:
 class RawFile(io.RawIOBase):
     """An open file without buffer: every read and write goes to the cluster, into and from the caller's memory.
 
-    Positioned calls (``pread``, ``pread_into``, ``pwrite``) may be made from any number of threads at once; calls that
-    use the position take turns. A write returns after every serving replica has it (it survives kill -9 of all
+    Buffers are contiguous bytes-like objects: bytearray, memoryview, mmap, NumPy arrays, tensors on the CPU. Positioned
+    calls (``pread_into``, ``pwrite``, ...) may be made from any number of threads at once; calls that use the position
+    take turns. A write returns after every serving replica has it (it survives kill -9 of all
     services); :meth:`sync` makes it survive power loss. Other clients see writes after :meth:`publish`, :meth:`sync`
     or :meth:`close`. Cannot be used in a forked child.
     """
 
-    def __init__(self, file: native.File, name: str, mode: Mode) -> None:
+    def __init__(self, client: native.Client, file: native.File, name: str, mode: Mode) -> None:
         super().__init__()
+        self._client = client
         self._file = file
         self._parsed = mode
         self._position = 0
@@ -90,6 +95,11 @@ class RawFile(io.RawIOBase):
         """The inode."""
         return self._file.inode
 
+    @property
+    def length(self) -> int:
+        """The length in bytes as this client knows it; :meth:`stat` asks the service."""
+        return self.native.length
+
     # ---- abilities
 
     def readable(self) -> bool:
@@ -109,39 +119,51 @@ class RawFile(io.RawIOBase):
 
     # ---- positioned
 
-    def pread_into(self, buffer: WriteableBuffer, offset: int) -> int:
+    def pread_into(self, buffer: Writable, offset: int) -> int:
         """Fill a contiguous writable buffer (bytearray, NumPy array, ...) from byte `offset`.
 
         Returns the count, short only at the end of the file. Bytes of the buffer beyond the count are undefined. The
         buffer is pinned until the call returns. Raises Fs3Error.
         """
         self._check_readable()
-        return self._file.pread_into(buffer, _offset(offset)).wait()
+        return self._done(self._file.pread_into(exported(buffer), _offset(offset)))
+
+    def preadv(self, buffers: Iterable[Writable], offset: int) -> int:
+        """Fill buffers one after the other from byte `offset`, all at once; the count, as :func:`os.preadv`."""
+        self._check_readable()
+        counts = self._done(self._client.read_many(vectors(self._file, buffers, _offset(offset))))
+        return total(counts, self.name)
 
     def pread(self, length: int, offset: int) -> bytes:
         """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
         self._check_readable()
         length = max(0, min(length, self._file.length - offset))
         buffer = bytearray(length)
-        count = self._file.pread_into(buffer, _offset(offset)).wait() if length else 0
+        count = self._done(self._file.pread_into(buffer, _offset(offset))) if length else 0
         return bytes(memoryview(buffer)[:count])
 
-    def pwrite(self, data: ReadableBuffer, offset: int) -> int:
+    def pwrite(self, data: Readable, offset: int) -> int:
         """Write all of a contiguous buffer at byte `offset`; returns its length in bytes.
 
         Returns after every serving replica has it. `data` must not change meanwhile. On an error a part may have been
         written.
         """
         self._check_writable()
-        return self._file.pwrite(data, _offset(offset)).wait()
+        return self._done(self._file.pwrite(exported(data), _offset(offset)))
+
+    def pwritev(self, buffers: Iterable[Readable], offset: int) -> int:
+        """Write buffers one after the other from byte `offset`, all at once; the count, as :func:`os.pwritev`."""
+        self._check_writable()
+        counts = self._done(self._client.write_many(vectors(self._file, buffers, _offset(offset))))
+        return total(counts, self.name)
 
     # ---- with the position
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: Writable) -> int:
         """Fill `buffer` from the position and move it. 0 at the end of the file."""
         self._check_readable()
         with self._turn:
-            count = self._file.pread_into(buffer, self._position).wait()
+            count = self._done(self._file.pread_into(exported(buffer), self._position))
             self._position += count
         return count
 
@@ -163,7 +185,7 @@ class RawFile(io.RawIOBase):
             self._position += len(data)
         return data
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: Readable, /) -> int:
         """Write all of `data` at the position and move it; in append mode, at the end of the file.
 
         Appends never overlap, through whichever files and clients. Those of one client keep their order.
@@ -171,9 +193,10 @@ class RawFile(io.RawIOBase):
         self._check_writable()
         with self._turn:
             if self._parsed.action == "a":
-                self._position = self._file.append(data).wait()
-                return memoryview(data).nbytes
-            count = self._file.pwrite(data, self._position).wait()
+                memory = exported(data)
+                self._position = self._done(self._file.append(memory))
+                return memoryview(memory).nbytes
+            count = self._done(self._file.pwrite(exported(data), self._position))
             self._position += count
         return count
 
@@ -200,7 +223,7 @@ class RawFile(io.RawIOBase):
             return self._position
 
     def _sparse(self, offset: int, whence: int) -> int:
-        position = self._file.seek_sparse(offset, whence == os.SEEK_HOLE).wait()
+        position = self._done(self._file.seek_sparse(offset, whence == os.SEEK_HOLE))
         if position is None:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         return position
@@ -216,28 +239,28 @@ class RawFile(io.RawIOBase):
         """Cut or extend (with zeros) to `size` bytes, default: the position. Returns the size."""
         self._check_writable()
         size = self._position if size is None else _offset(size)
-        self._file.truncate(size).wait()
+        self._done(self._file.truncate(size))
         return size
 
     def punch(self, offset: int, length: int, /) -> None:
         """Make a hole, as far as the file goes: it reads as zeros, and whole blocks give their disk space back."""
         self._check_writable()
-        self._file.punch(_offset(offset), _offset(length)).wait()
+        self._done(self._file.punch(_offset(offset), _offset(length)))
 
     def sync(self) -> None:
         """Make acknowledged writes survive power loss of all nodes, and publish length and time of modification."""
         self._check_writable()
-        self._file.sync().wait()
+        self._done(self._file.sync())
 
     def publish(self) -> None:
         """Make the length known to other clients, as closing does, without a disk sync."""
         self._check_writable()
-        self._file.publish().wait()
+        self._done(self._file.publish())
 
     def stat(self) -> os.stat_result:
         """Attributes from the service, merged with this client's writes."""
         self._check_open()
-        return stat_result(self._file.refresh().wait())
+        return stat_result(self._done(self._file.refresh()))
 
     def close(self) -> None:
         """Publish length and time of modification and end the session. Closing again does nothing."""
@@ -245,11 +268,14 @@ class RawFile(io.RawIOBase):
             return
         try:
             if self._pid == os.getpid():
-                self._file.close().wait()
+                self._done(self._file.close())
         finally:
             super().close()
 
     # ---- checks
+
+    def _done(self, operation: Operation[T]) -> T:
+        return finish(operation, self.name)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -307,3 +333,21 @@ def _offset(offset: int) -> int:
     if offset < 0:
         raise ValueError(f"negative offset: {offset}")
     return offset
+
+
+def vectors(file: native.File, buffers: Iterable[Any], offset: int) -> list[tuple[native.File, int, Any]]:
+    """The ranges of consecutive buffers from `offset` on."""
+    found = []
+    for buffer in map(exported, buffers):
+        found.append((file, offset, buffer))
+        offset += memoryview(buffer).nbytes
+    return found
+
+
+def total(counts: Sequence[int | OSError], name: str) -> int:
+    """The count of consecutive ranges. Raises the first error."""
+    for count in counts:
+        if isinstance(count, OSError):
+            count.filename = name
+            raise count
+    return sum(counts)  # type: ignore[arg-type]

@@ -9,9 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 from fs3 import native
-from fs3.client.calls import checked_counts, link_target, native_reads, native_writes, open_operation, time_changes
+from fs3.client.batch import Batch
+from fs3.client.buffers import Readable, Writable
+from fs3.client.calls import (
+    checked_counts,
+    link_target,
+    native_reads,
+    native_writes,
+    open_operation,
+    stat_results,
+    time_changes,
+)
 from fs3.client.connection import Connection, connect_options
 from fs3.client.file import RawFile, check_arguments, parse_mode, wrap
+from fs3.client.finish import finish
 from fs3.client.paths import StrPath, join
 from fs3.client.records import DirEntry, stat_result, statvfs_result
 from fs3.client.scan import Scan
@@ -26,26 +37,29 @@ if TYPE_CHECKING:
         OpenBinaryModeWriting,
         OpenTextMode,
         ReadableBuffer,
-        WriteableBuffer,
     )
 
 BinaryFile = RawFile | io.BufferedReader | io.BufferedWriter | io.BufferedRandom
 
 
-def connect(url: str, token: str | None = None, **options: Any) -> FileSystem:
+def connect(url: str | None = None, token: str | None = None, **options: Any) -> FileSystem:
     """Connect to a cluster.
 
-    `url` is ``fs3://host:port[,host:port][/base][?token_file=...]`` with addresses of meta services; paths start at
-    `base`. The token comes from the argument, the URL's token_file, FS3_TOKEN or FS3_TOKEN_FILE. Options:
-    ``cluster_id`` (refuse any other), ``uid``, ``gid``, ``groups``, ``umask`` (default: this process'), ``timeout_s``
-    (30; how long one operation may take in all), ``transport`` ("auto": storage by RDMA where both ends have it, "tcp",
-    "rdma"), ``rdma`` (an :class:`fs3.RdmaOptions`: how RDMA is used), ``noatime`` (reading never changes access times),
-    ``description``, and the limits of ``native.Client.connect``.
+    `url` is ``fs3://host:port[,host:port][/base][?token_file=...]`` with addresses of meta services, default: that of
+    FS3_URL; paths start at `base`. The token comes from the argument, the URL's token_file, FS3_TOKEN, or the file
+    FS3_TOKEN_FILE. Options: ``cluster_id`` (refuse any other), ``uid``, ``gid``, ``groups``, ``umask`` (default: this
+    process'), ``timeout_s`` (30; how long one operation may take in all), ``transport`` ("auto": storage by RDMA where
+    both ends have it, "tcp", "rdma"), ``rdma`` (an :class:`fs3.RdmaOptions`: how RDMA is used), ``noatime`` (reading
+    never changes access times), ``description``, and the limits of ``native.Client.connect``.
 
     Raises Denied for a bad token, INVALID_ARGUMENT for a bad URL, UNAVAILABLE or TimedOut when no meta service answers.
     """
     made = connect_options(url, token, **options)
     return FileSystem(Connection(made, made.start().wait()))
+
+
+def _unpickle(url: str, token: str | None, options: dict[str, Any]) -> FileSystem:
+    return FileSystem(Connection(connect_options(url, token, **options)))
 
 
 class FileSystem:
@@ -55,6 +69,9 @@ class FileSystem:
     OSErrors of :mod:`fs3.core.errors` (FileNotFoundError, PermissionError, ...). Metadata operations are linearizable;
     what one client wrote to a file, another sees after the first closed (or synced) it and the other opened it. After
     a fork the child connects anew by itself; files that were open in the parent cannot be used there.
+
+    Can be pickled, as the arguments it was connected with: a copy connects by itself at its first call. A token that
+    was an argument is in the pickle; one that was found in a file or the environment is looked for again.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -68,8 +85,11 @@ class FileSystem:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, self._connection.options.given
+
     def __repr__(self) -> str:
-        return f"FileSystem({str(self._connection.options.url)!r})"
+        return f"FileSystem({self.url!r})"
 
     def close(self) -> None:
         """End the connections. Files that are still open fail afterwards: close them first."""
@@ -81,6 +101,11 @@ class FileSystem:
     def client(self) -> native.Client:
         """The native client of this process."""
         return self._connection.client()
+
+    @property
+    def url(self) -> str:
+        """The URL it was connected with, without the token's file."""
+        return str(self._connection.options.url)
 
     @property
     def cluster_id(self) -> str:
@@ -191,29 +216,48 @@ class FileSystem:
         """
         parsed = parse_mode(mode)
         check_arguments(parsed, buffering, encoding, errors, newline)
-        file = open_operation(self._connection, path, parsed, permissions, chunk_bytes).wait()
-        raw = RawFile(file, os.fsdecode(path), parsed)
+        file = finish(open_operation(self._connection, path, parsed, permissions, chunk_bytes), path)
+        raw = RawFile(self.client, file, os.fsdecode(path), parsed)
         return wrap(raw, parsed, buffering, encoding, errors, newline)
 
-    def read_into(self, path: StrPath, buffer: WriteableBuffer, offset: int = 0) -> int:
+    def read_into(self, path: StrPath, buffer: Writable, offset: int = 0) -> int:
         """Open a file, fill `buffer` from byte `offset`, close it; the count, short only at the end of the file."""
         with self.open(path, "rb", buffering=0) as file:
             return file.pread_into(buffer, offset)
 
-    def read_many(
-        self, reads: Iterable[tuple[BinaryFile, int, WriteableBuffer]], *, return_errors: bool = False
-    ) -> list[int]:
+    def read_many(self, reads: Iterable[tuple[BinaryFile, int, Writable]], *, return_errors: bool = False) -> list[int]:
         """Read many ranges in one go, batched by node: (file, offset in bytes, writable contiguous buffer) each.
 
         Returns the counts in the order given, each short only at the end of its file. The first error is raised after
         all reads have ended; with `return_errors` errors stand in the list instead. Buffers must not overlap, are
         pinned until the call returns, and are undefined beyond the count.
         """
-        results = self.client.read_many(native_reads(reads)).wait()
-        return checked_counts(results, return_errors)
+        ranges = list(reads)
+        return checked_counts(ranges, self.client.read_many(native_reads(ranges)).wait(), return_errors)
+
+    def read_batch(
+        self,
+        ranges: Iterable[tuple[BinaryFile | StrPath, int, int | None]],
+        out: Writable | None = None,
+        *,
+        return_errors: bool = False,
+    ) -> list[memoryview]:
+        """Read ranges of many files in one go, batched by node: (open file or path, offset, length in bytes) each.
+
+        A length of None reads to the end of the file. Every path is opened once, and closed again. Returns views of
+        what was read, in the order given, each short only at the end of its file. They lie one after the other in
+        `out`, any contiguous writable buffer, where each takes its length whether or not the file has it, so that
+        places are known beforehand; without `out`, in memory of their own. The first error is raised; with
+        `return_errors` errors stand in the list instead. Raises ValueError when `out` is too small.
+        """
+        batch = Batch(ranges)
+        paths = [self._connection.path(path) for path in batch.paths]
+        opened = self.client.open_many(paths).wait() if paths else []
+        counts = self.client.read_many(batch.reads(opened, out, return_errors)).wait()
+        return batch.results(counts, return_errors)
 
     def write_many(
-        self, writes: Iterable[tuple[BinaryFile, int, ReadableBuffer]], *, return_errors: bool = False
+        self, writes: Iterable[tuple[BinaryFile, int, Readable]], *, return_errors: bool = False
     ) -> list[int]:
         """Write many ranges in one go: (file, offset in bytes, contiguous buffer) each, all on their way together.
 
@@ -221,14 +265,14 @@ class FileSystem:
         Writes to the same bytes may be applied in any order. Errors and buffers as in :meth:`read_many`; what failed
         may have been applied in part.
         """
-        results = self.client.write_many(native_writes(writes)).wait()
-        return checked_counts(results, return_errors)
+        ranges = list(writes)
+        return checked_counts(ranges, self.client.write_many(native_writes(ranges)).wait(), return_errors)
 
     # ---- attributes
 
     def stat(self, path: StrPath, *, follow_symlinks: bool = True) -> os.stat_result:
         """Attributes, like :func:`os.stat`."""
-        return stat_result(self.client.stat(self._connection.path(path), follow=follow_symlinks).wait())
+        return stat_result(finish(self.client.stat(self._connection.path(path), follow=follow_symlinks), path))
 
     def lstat(self, path: StrPath) -> os.stat_result:
         """Attributes, of a symlink itself if it is one."""
@@ -238,7 +282,7 @@ class FileSystem:
         """Attributes of many paths in few round trips, in the order given; where it failed, the error."""
         wanted = [self._connection.path(path) for path in paths]
         found = self.client.batch_stat(wanted, follow=follow_symlinks).wait()
-        return [item if isinstance(item, OSError) else stat_result(item) for item in found]
+        return stat_results(paths, found)
 
     def exists(self, path: StrPath) -> bool:
         """Whether something is there; a dangling symlink is nothing."""
@@ -273,13 +317,13 @@ class FileSystem:
     def chmod(self, path: StrPath, mode: int, *, follow_symlinks: bool = True) -> None:
         """Set permission and set-id bits."""
         where = self._connection.path(path)
-        self.client.setattr(where, follow=follow_symlinks, mode=mode & 0o7777).wait()
+        finish(self.client.setattr(where, follow=follow_symlinks, mode=mode & 0o7777), path)
 
     def chown(self, path: StrPath, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
         """Set owner and group; -1 leaves one as it is."""
         where = self._connection.path(path)
         owner, group = (None if number == -1 else number for number in (uid, gid))
-        self.client.setattr(where, follow=follow_symlinks, uid=owner, gid=group).wait()
+        finish(self.client.setattr(where, follow=follow_symlinks, uid=owner, gid=group), path)
 
     def utime(
         self,
@@ -291,16 +335,16 @@ class FileSystem:
     ) -> None:
         """Set times of access and modification: seconds or nanoseconds since 1970; neither: the service's now."""
         changes = time_changes(times, ns)
-        self.client.setattr(self._connection.path(path), follow=follow_symlinks, **changes).wait()
+        finish(self.client.setattr(self._connection.path(path), follow=follow_symlinks, **changes), path)
 
     def truncate(self, path: StrPath, length: int) -> None:
         """Cut or extend (with zeros) a file to `length` bytes."""
-        self.client.truncate(self._connection.path(path), length).wait()
+        finish(self.client.truncate(self._connection.path(path), length), path)
 
     def getxattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> bytes:
         """The value of an extended attribute, like :func:`os.getxattr`. Raises OSError ENODATA when there is none."""
         where, name = self._connection.path(path), os.fsencode(attribute)
-        return self.client.getxattr(where, name, follow=follow_symlinks).wait()
+        return finish(self.client.getxattr(where, name, follow=follow_symlinks), path)
 
     def setxattr(
         self,
@@ -316,31 +360,31 @@ class FileSystem:
         `value` has at most 64 KiB; `flags`: ``os.XATTR_CREATE`` or ``os.XATTR_REPLACE``.
         """
         where, name = self._connection.path(path), os.fsencode(attribute)
-        self.client.setxattr(where, name, bytes(value), flags, follow=follow_symlinks).wait()
+        finish(self.client.setxattr(where, name, bytes(value), flags, follow=follow_symlinks), path)
 
     def listxattr(self, path: StrPath = "/", *, follow_symlinks: bool = True) -> list[str]:
         """The names of the extended attributes, sorted by their bytes, like :func:`os.listxattr`."""
-        names = self.client.listxattr(self._connection.path(path), follow=follow_symlinks).wait()
+        names = finish(self.client.listxattr(self._connection.path(path), follow=follow_symlinks), path)
         return [os.fsdecode(name) for name in names]
 
     def removexattr(self, path: StrPath, attribute: str | bytes, *, follow_symlinks: bool = True) -> None:
         """Remove an extended attribute, like :func:`os.removexattr`. Raises OSError ENODATA when there is none."""
         where, name = self._connection.path(path), os.fsencode(attribute)
-        self.client.removexattr(where, name, follow=follow_symlinks).wait()
+        finish(self.client.removexattr(where, name, follow=follow_symlinks), path)
 
     def statvfs(self, path: StrPath = "/") -> os.statvfs_result:
         """Capacity and use, counted as a user does (raw capacity / replicas)."""
-        return statvfs_result(self.client.statfs(self._connection.path(path)).wait())
+        return statvfs_result(finish(self.client.statfs(self._connection.path(path)), path))
 
     # ---- directories
 
     def listdir(self, path: StrPath = "/") -> list[str]:
         """The names in a directory, sorted by their bytes."""
-        return [os.fsdecode(entry.name) for entry in self.client.list(self._connection.path(path)).wait()]
+        return [os.fsdecode(entry.name) for entry in finish(self.client.list(self._connection.path(path)), path)]
 
     def scandir(self, path: StrPath = "/") -> Scan:
         """The entries of a directory with their attributes, in few round trips. Also a context manager."""
-        entries = self.client.list(self._connection.path(path), with_attr=True).wait()
+        entries = finish(self.client.list(self._connection.path(path), with_attr=True), path)
         directory = os.fsdecode(path)
         return Scan(DirEntry(directory, entry, self._stat_entry) for entry in entries)
 
@@ -377,11 +421,13 @@ class FileSystem:
     def mkdir(self, path: StrPath, mode: int = 0o777, *, chunk_bytes: int = 0) -> None:
         """Make a directory. `mode` before umask; `chunk_bytes`: what new files in it get (0: as its parent)."""
         where = self._connection.path(path)
-        self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, chunk_bytes=chunk_bytes).wait()
+        finish(
+            self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, chunk_bytes=chunk_bytes), path
+        )
 
     def layout(self, path: StrPath) -> native.Layout | None:
         """How a file lies on the chains, or what a directory passes on to new files (0: the cluster's default)."""
-        return self.client.stat(self._connection.path(path)).wait().layout
+        return finish(self.client.stat(self._connection.path(path)), path).layout
 
     def set_layout(self, path: StrPath, *, chunk_bytes: int | None = None, stripe: int | None = None) -> None:
         """Set what files made in a directory from now on, and its new subdirectories, get; None leaves it as it is.
@@ -389,7 +435,7 @@ class FileSystem:
         `chunk_bytes`: a power of two from 64 KiB to 64 MiB. `stripe`: the number of chains that a file lies on. 0: the
         cluster's default. Files that are there keep theirs.
         """
-        self.client.setattr(self._connection.path(path), chunk_bytes=chunk_bytes, stripe=stripe).wait()
+        finish(self.client.setattr(self._connection.path(path), chunk_bytes=chunk_bytes, stripe=stripe), path)
 
     def makedirs(self, path: StrPath, mode: int = 0o777, exist_ok: bool = False) -> None:
         """Make a directory and those above it that are missing. An existing one is an error unless `exist_ok`."""
@@ -398,19 +444,19 @@ class FileSystem:
             self.mkdir(path, mode)
             return
         where = self._connection.path(path)
-        self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, parents=True).wait()
+        finish(self.client.mkdir(where, mode=mode & 0o7777, umask=self._connection.umask, parents=True), path)
 
     # ---- names
 
     def remove(self, path: StrPath) -> None:
         """Remove a name that is not a directory. An open file lives on until it is closed."""
-        self.client.unlink(self._connection.path(path)).wait()
+        finish(self.client.unlink(self._connection.path(path)), path)
 
     unlink = remove
 
     def rmdir(self, path: StrPath) -> None:
         """Remove an empty directory."""
-        self.client.rmdir(self._connection.path(path)).wait()
+        finish(self.client.rmdir(self._connection.path(path)), path)
 
     def rmtree(self, path: StrPath, ignore_errors: bool = False, *, skip_trash: bool = False) -> None:
         """Remove a directory and everything below it in one atomic step.
@@ -419,7 +465,7 @@ class FileSystem:
         """
         where = self._connection.path(path)
         try:
-            self.client.remove_all(where, skip_trash=skip_trash).wait()
+            finish(self.client.remove_all(where, skip_trash=skip_trash), path)
         except OSError:
             if not ignore_errors:
                 raise
@@ -440,18 +486,18 @@ class FileSystem:
         self, source: StrPath, destination: StrPath, *, no_replace: bool = False, exchange: bool = False
     ) -> None:
         paths = (self._connection.path(source), self._connection.path(destination))
-        self.client.rename(*paths, no_replace=no_replace, exchange=exchange).wait()
+        finish(self.client.rename(*paths, no_replace=no_replace, exchange=exchange), source, destination)
 
     def link(self, source: StrPath, destination: StrPath, *, follow_symlinks: bool = False) -> None:
         """Make `destination` another name of the file `source`."""
         paths = (self._connection.path(source), self._connection.path(destination))
-        self.client.link(*paths, follow=follow_symlinks).wait()
+        finish(self.client.link(*paths, follow=follow_symlinks), source, destination)
 
     def symlink(self, target: StrPath, path: StrPath) -> None:
         """Make `path` a symlink to `target`, which is stored as it is written."""
-        self.client.symlink(self._connection.path(path), os.fsencode(target)).wait()
+        finish(self.client.symlink(self._connection.path(path), os.fsencode(target)), target, path)
 
     def readlink(self, path: StrPath) -> str:
         """Where a symlink points. Raises INVALID_ARGUMENT for anything else."""
-        attr = self.client.stat(self._connection.path(path), follow=False).wait()
+        attr = finish(self.client.stat(self._connection.path(path), follow=False), path)
         return link_target(attr, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
@@ -28,6 +28,19 @@ class ClusterUrl:
 
     def __str__(self) -> str:
         return f"{SCHEME}://{','.join(self.metas)}/{self.base}"
+
+    def complete(self) -> str:
+        """The URL that :func:`parse_url` makes the same of, in any directory."""
+        file = f"?token_file={quote(os.path.abspath(self.token_file))}" if self.token_file else ""
+        return f"{SCHEME}://{','.join(self.metas)}/{quote(self.base)}{file}"
+
+
+def given_url(url: str | None) -> str:
+    """`url`, else that of FS3_URL. Raises INVALID_ARGUMENT when there is neither."""
+    found = url or os.environ.get("FS3_URL")
+    if not found:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"no URL was given and FS3_URL is not set: {EXAMPLE}")
+    return found
 
 
 def parse_url(url: str) -> ClusterUrl:

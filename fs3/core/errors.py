@@ -7,6 +7,7 @@ Callers branch on ``code``, ``retryable`` and ``maybe_applied``, never on messag
 from __future__ import annotations
 
 import errno as _errno
+from typing import Any
 
 from fs3.v1.frame_pb2 import Code, ErrorDetail
 
@@ -91,6 +92,10 @@ class Fs3Error(OSError):
         self.routing_version = routing_version
         self.primary = primary
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # That of OSError would make another one of errno and text.
+        return _unpickle, (self.to_detail().SerializeToString(), self.filename, self.filename2)
+
     def to_detail(self) -> ErrorDetail:
         """Return the wire form of this error."""
         return ErrorDetail(
@@ -169,3 +174,9 @@ def from_detail(detail: ErrorDetail) -> Fs3Error:
         routing_version=detail.routing_version,
         primary=detail.primary,
     )
+
+
+def _unpickle(detail: bytes, filename: Any, filename2: Any) -> Fs3Error:
+    made = from_detail(ErrorDetail.FromString(detail))
+    made.filename, made.filename2 = filename, filename2
+    return made

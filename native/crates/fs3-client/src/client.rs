@@ -30,6 +30,8 @@ use crate::{
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Items of one batch_stat request.
 const BATCH_STAT_MAX: usize = 1024;
+/// Opens of one `open_many` that are on their way at a time.
+const OPENING_MAX: usize = 64;
 
 /// A connection to a cluster. Cheap to clone; all clones share connections, caches and limits. Its background
 /// tasks run on the tokio runtime that `connect` ran on and end with [`Client::close`] or the last clone.
@@ -285,6 +287,29 @@ impl Client {
         };
         let response: OpenResponse = self.inner().meta(Method::MetaOpen, &request).await?;
         self.opened(caller, response, options.write)
+    }
+
+    /// Open many existing files for reading, several at a time; results in the order asked, each as [`Client::open`].
+    pub async fn open_many(&self, caller: &Arc<Caller>, at: Vec<PathAt>) -> Vec<Result<Arc<OpenFile>>> {
+        let count = at.len();
+        let mut waiting = at.into_iter().enumerate();
+        let mut tasks = JoinSet::new();
+        let failed = || Err(Error::new(Code::Internal, "an open failed; see the log"));
+        let mut results: Vec<_> = (0..count).map(|_| failed()).collect();
+        loop {
+            while tasks.len() < OPENING_MAX
+                && let Some((number, at)) = waiting.next()
+            {
+                let (client, caller) = (self.clone(), caller.clone());
+                let options = OpenOptions { read: true, ..OpenOptions::default() };
+                tasks.spawn(async move { (number, client.open(&caller, at, options).await) });
+            }
+            match tasks.join_next().await {
+                Some(Ok((number, result))) => results[number] = result,
+                Some(Err(_)) => {}
+                None => return results,
+            }
+        }
     }
 
     /// Make a directory, `umask` as in [`CreateOptions`]; with `parents` also the missing ones above, an existing directory being fine.

@@ -184,11 +184,7 @@ impl Client {
         let (client, caller) = (self.native()?, self.caller.clone());
         let list = paths.iter().map(|path| at(inode, path, follow)).collect();
         Ok(Operation::new(async move { client.batch_stat(&caller, list).await }, |py, results| {
-            let objects = results.into_iter().map(|result| match result {
-                Ok(attr) => Ok(Py::new(py, Attr::from(attr))?.into_any()),
-                Err(error) => Ok(to_object(py, &error)),
-            });
-            Ok(PyList::new(py, objects.collect::<PyResult<Vec<_>>>()?)?.unbind())
+            listed(py, results, |attr| Ok(Py::new(py, Attr::from(attr))?.into_any()))
         }))
     }
 
@@ -254,6 +250,16 @@ impl Client {
         let (client, caller) = (self.native()?, self.caller.clone());
         let work = async move { client.open(&caller, at(inode, &path, follow), options).await };
         Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
+    }
+
+    /// Open many existing files for reading, several at a time. Each result is the file or the error.
+    #[pyo3(signature = (paths, *, inode=1, follow=true))]
+    fn open_many(&self, paths: Vec<Vec<u8>>, inode: u64, follow: bool) -> PyResult<Operation> {
+        let (client, caller) = (self.native()?, self.caller.clone());
+        let at = paths.iter().map(|path| at(inode, path, follow)).collect();
+        Ok(Operation::with(async move { client.open_many(&caller, at).await }, |py, files| {
+            listed(py, files, |file| Ok(Py::new(py, File::new(file))?.into_any()))
+        }))
     }
 
     /// Make a file, fifo, socket or device without opening it; `kind` is a number of `fs3.v1.FileType`, `umask` as in `create`.
@@ -477,13 +483,22 @@ impl Client {
     }
 }
 
-/// A list of counts and errors.
-fn counts(py: Python<'_>, results: impl IntoIterator<Item = Result<usize>>) -> PyResult<Py<PyList>> {
+/// A list of what `make` makes of the results, and of errors.
+fn listed<T>(
+    py: Python<'_>,
+    results: impl IntoIterator<Item = Result<T>>,
+    make: impl Fn(T) -> PyResult<Py<PyAny>>,
+) -> PyResult<Py<PyList>> {
     let objects = results.into_iter().map(|result| match result {
-        Ok(count) => Ok(count.into_pyobject(py)?.into_any().unbind()),
+        Ok(value) => make(value),
         Err(error) => Ok(to_object(py, &error)),
     });
     Ok(PyList::new(py, objects.collect::<PyResult<Vec<_>>>()?)?.unbind())
+}
+
+/// A list of counts and errors.
+fn counts(py: Python<'_>, results: impl IntoIterator<Item = Result<usize>>) -> PyResult<Py<PyList>> {
+    listed(py, results, |count| Ok(count.into_pyobject(py)?.into_any().unbind()))
 }
 
 /// A layout that only chooses the chunk size; the service fills in the rest.
