@@ -52,12 +52,24 @@ RUST: dict[str, set[str]] = {
     "fs3-bench": {"fs3-core"},
     "fs3-rt": {"fs3-core"},
     "fs3-verbs": set(),
+    "fs3-ring": set(),
+    "fs3-usrbio": {"fs3-ring"},
     "fs3-sim": {"fs3-core", "fs3-proto", "fs3-rt", "fs3-chain", "fs3-io", "fs3-net", "fs3-storage", "fs3-client"},
     "fs3-client": {"fs3-core", "fs3-proto", "fs3-rt", "fs3-net"},
     "fs3-faultdisk": set(),
     "fs3-fsx": set(),
-    "fs3-fuse": {"fs3-core", "fs3-proto", "fs3-client"},
-    "fs3-py": {"fs3-bench", "fs3-core", "fs3-proto", "fs3-storage", "fs3-client", "fs3-fuse", "fs3-net", "fs3-sim"},
+    "fs3-fuse": {"fs3-core", "fs3-proto", "fs3-client", "fs3-ring"},
+    "fs3-py": {
+        "fs3-bench",
+        "fs3-client",
+        "fs3-core",
+        "fs3-fuse",
+        "fs3-net",
+        "fs3-proto",
+        "fs3-ring",
+        "fs3-sim",
+        "fs3-storage",
+    },
 }
 
 

@@ -36,6 +36,12 @@ impl Who {
         Caller { groups: parse_groups(&status), ..self.caller() }
     }
 
+    /// The process, of which the request only tells the thread; `None` when it is gone or out of this daemon's sight.
+    pub fn process(&self) -> Option<u32> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        status.lines().find_map(|l| l.strip_prefix("Tgid:"))?.trim().parse().ok()
+    }
+
     /// Run `op`, first without the supplementary groups; when it is refused, again with them. A refused
     /// operation has had no effect, so trying again is safe.
     pub async fn run<T, F: Future<Output = Result<T>>>(&self, op: impl Fn(Caller) -> F) -> Result<T> {

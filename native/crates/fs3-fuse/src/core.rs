@@ -26,7 +26,7 @@ use crate::mount::MountOptions;
 use crate::readahead::Stream;
 use crate::tables::Recent;
 use crate::told::{Teller, Told};
-use crate::virt::Virt;
+use crate::virt::{Rings, Virt};
 
 /// How often one operation may find its file closed early. A handle is closed early at most once, so it is a bug beyond.
 const EARLY_CLOSES_MAX: usize = 8;
@@ -43,11 +43,14 @@ pub(crate) struct Handle {
     file: Mutex<Option<Arc<OpenFile>>>,
     /// While parked: what lets it be opened again.
     retained: Mutex<Option<Retained>>,
+    pub read: bool,
     pub write: bool,
     /// O_DIRECT: nothing is buffered when an operation returns.
     pub direct: bool,
     /// O_SYNC or O_DSYNC, of a handle without page cache: the kernel does not sync after its writes.
     pub sync: bool,
+    /// O_SYNC or O_DSYNC, however it is cached.
+    pub durable: bool,
     /// The kernel does not tell when a descriptor of it is closed.
     pub unflushed: bool,
     pub locks: HandleLocks,
@@ -73,9 +76,11 @@ pub(crate) struct DirHandle {
 
 /// How a handle is opened.
 pub(crate) struct HandleFlags {
+    pub read: bool,
     pub write: bool,
     pub direct: bool,
     pub sync: bool,
+    pub durable: bool,
     pub unflushed: bool,
 }
 
@@ -97,6 +102,7 @@ pub(crate) struct Core {
     pub dir_attrs: DirAttrs,
     pub locks: Locks,
     pub virt: Virt,
+    pub rings: Rings,
     /// Where it is mounted.
     pub mountpoint: Vec<u8>,
     tasks: Arc<Tasks>,
@@ -159,6 +165,7 @@ impl Core {
             dir_attrs: DirAttrs::new(options.attr_timeout),
             locks: Locks::default(),
             virt: Virt::default(),
+            rings: Rings::default(),
             mountpoint: mountpoint.as_os_str().as_bytes().to_vec(),
             tasks: Arc::default(),
             options,
@@ -217,6 +224,7 @@ impl Core {
             inode.blocks.drop_aged();
         }
         self.forget_lost();
+        self.rings.mend();
     }
 
     async fn write_back(&self, inode: &Arc<File>) {
@@ -335,9 +343,11 @@ impl Core {
             inode,
             file: Mutex::new(Some(file)),
             retained: Mutex::default(),
+            read: flags.read,
             write: flags.write,
             direct: flags.direct,
             sync: flags.sync,
+            durable: flags.durable,
             unflushed: flags.unflushed,
             locks: HandleLocks::default(),
             stream: Mutex::default(),
@@ -479,6 +489,7 @@ impl Core {
     /// The kernel's last reference to a handle is gone.
     pub async fn release(&self, id: u64) {
         let Some(handle) = self.handles.write().remove(&id) else { return };
+        self.rings.forget_file(id);
         let inode = &handle.inode;
         if handle.write {
             inode.flush(&self.io).await;

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use fs3_client::{Result, Setattr, at_inode};
+use fs3_ring::layout::{FS_MAGIC, FS_VERSION, IOC_MAGIC, IOC_REGISTER, IOC_VERSION};
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
     INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
@@ -710,16 +711,25 @@ impl Filesystem for Fs {
 
     fn ioctl(
         &self,
-        _request: &Request,
-        _inode: INodeNo,
-        _fh: FileHandle,
+        request: &Request,
+        inode: INodeNo,
+        fh: FileHandle,
         _flags: IoctlFlags,
-        _command: u32,
+        command: u32,
         _data: &[u8],
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
-        reply.error(Errno::ENOTTY);
+        match command {
+            IOC_MAGIC => reply.ioctl(0, &FS_MAGIC.to_ne_bytes()),
+            IOC_VERSION => reply.ioctl(0, &FS_VERSION.to_ne_bytes()),
+            IOC_REGISTER if is_virtual(inode.0) => reply.error(Errno::EBADF),
+            IOC_REGISTER => match self.core.register_file(Who::of(request), fh.0) {
+                Ok(token) => reply.ioctl(0, &token.to_ne_bytes()),
+                Err(error) => reply.error(error),
+            },
+            _ => reply.error(Errno::ENOTTY),
+        }
     }
 
     fn poll(

@@ -405,7 +405,16 @@ impl<F: FileIo> Inode<F> {
     /// and the service has to be told of it.
     pub fn reshaped(self: &Arc<Self>, io: &Arc<Io<F>>) {
         self.truncated();
+        self.written_through(io, 0, 0);
+    }
+
+    /// `start..end` was written, or may have been in part, through a file that is open here, without being kept: what was
+    /// read before is stale, and the service has to be told.
+    pub fn written_through(self: &Arc<Self>, io: &Arc<Io<F>>, start: u64, end: u64) {
         let mut state = self.state.lock();
+        state.changes += 1;
+        state.version = None;
+        self.blocks.drop_range(start, end);
         state.unpublished = true;
         state.written_ns = now_ns();
         if state.dirty_since.is_none() {

@@ -166,6 +166,7 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
 /// Nothing more comes from the kernel: let what runs end, write what is left.
 async fn finish(core: &Arc<Core>) {
     core.locks.interrupt_all();
+    core.rings.close_all();
     if !core.drain(END_WAIT_MAX).await {
         tracing::warn!("operations were still under way when the mount ended");
     }
@@ -215,6 +216,8 @@ impl MountHandle {
         if self.wait_for(Duration::ZERO).is_none() {
             let _ = flush();
             detach(&self.mountpoint)?;
+            // Their files keep the mount alive; who waits for them is told now.
+            self.core.rings.close_all();
         }
         if let Some(result) = self.wait_for(END_WAIT_MAX) {
             return result;

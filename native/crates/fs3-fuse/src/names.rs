@@ -338,8 +338,9 @@ impl Core {
         // The close of a descriptor has to be told where it may end locks.
         let unflushed = !options.write && !self.locks.used();
         answer.set(FopenFlags::FOPEN_NOFLUSH, unflushed);
-        let sync = uncached && flags & libc::O_DSYNC != 0;
-        let flags = HandleFlags { write: options.write, direct, sync, unflushed };
+        let durable = flags & libc::O_DSYNC != 0;
+        let sync = uncached && durable;
+        let flags = HandleFlags { read: options.read, write: options.write, direct, sync, durable, unflushed };
         Opened { handle: self.add_handle(inode, file, flags), flags: answer }
     }
 

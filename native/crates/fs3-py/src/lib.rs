@@ -17,6 +17,7 @@ mod runtime;
 mod sim;
 mod storage;
 mod transport;
+mod usrbio;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -60,6 +61,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     mount::register(module)?;
     bench::register(module)?;
     sim::register(module)?;
+    usrbio::register(module)?;
     runtime::watch_forks()?;
     operation::register_exit(module)
 }

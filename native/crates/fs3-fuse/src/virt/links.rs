@@ -27,6 +27,8 @@ pub(crate) struct Link {
 
 /// What the links of a directory are for.
 pub(crate) enum LinkDir {
+    /// Announces shared memory, see [`crate::virt::iovs`].
+    Iovs,
     /// Removes the tree that it points to.
     RmRf,
 }
@@ -35,13 +37,23 @@ impl LinkDir {
     /// Do what the link is made for; says whether it stays.
     pub async fn made(&self, core: &Arc<Core>, link: &Link) -> Result<bool, Errno> {
         match self {
+            Self::Iovs => core.announced(link).map(|()| true),
             Self::RmRf => rmrf::remove(core, link.who, &link.target).await.map(|()| false),
         }
     }
 
-    /// Undo it. Called once for a link that stayed.
-    pub fn removed(&self, _core: &Core, _link: &Link) {
+    /// It has its number now.
+    pub fn stays(&self, core: &Arc<Core>, link: &Link, inode: u64) {
         match self {
+            Self::Iovs => core.reap_with_process(link, inode),
+            Self::RmRf => {}
+        }
+    }
+
+    /// Undo it. Called once for a link that stayed.
+    pub fn removed(&self, core: &Core, link: &Link) {
+        match self {
+            Self::Iovs => core.rings.withdrawn(&link.name),
             Self::RmRf => {}
         }
     }

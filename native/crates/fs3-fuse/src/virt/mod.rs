@@ -4,7 +4,9 @@
 //! and no service ever hears of them. What can be done: list, read generated files, make and remove symlinks where a
 //! directory says so; everything else is refused.
 
+mod iovs;
 mod links;
+mod ring;
 mod rmrf;
 
 use std::collections::HashMap;
@@ -22,6 +24,7 @@ use crate::caller::Who;
 use crate::core::Core;
 use crate::names::Listed;
 
+pub(crate) use iovs::Rings;
 pub(crate) use links::Link;
 use links::{LinkDir, LinkTable};
 
@@ -77,6 +80,7 @@ impl Default for Virt {
             since: SystemTime::now(),
         };
         tree.add("version", Node::File(|_| format!("{}\n", env!("CARGO_PKG_VERSION")).into_bytes()));
+        tree.add("iovs", Node::Links(LinkDir::Iovs));
         tree.add("rm-rf", Node::Links(LinkDir::RmRf));
         tree
     }
@@ -228,7 +232,9 @@ impl Core {
         }
         let link = Link { parent, name: name.to_vec(), target: target.to_vec(), who, since: SystemTime::now() };
         if dir.made(self, &link).await? {
-            return self.virt.attr(self.virt.links.insert(link)?);
+            let inode = self.virt.links.insert(link.clone()).inspect_err(|_| dir.removed(self, &link))?;
+            dir.stays(self, &link, inode);
+            return self.virt.attr(inode);
         }
         // It did its work and is gone; the kernel is told of a link that it will not find again.
         let mut attr = self.virt.bare_attr(self.virt.links.take_inode(), FileType::Symlink, 0o777, target.len() as u64);
@@ -244,10 +250,22 @@ impl Core {
         if who.uid != 0 && who.uid != link.who.uid {
             return Err(Errno::EPERM);
         }
-        if self.virt.links.remove(inode) {
-            dir.removed(self, &link);
-        }
+        self.withdraw_link(dir, inode, &link);
         Ok(())
+    }
+
+    fn withdraw_link(&self, dir: &LinkDir, inode: u64, link: &Link) {
+        if self.virt.links.remove(inode) {
+            dir.removed(self, link);
+        }
+    }
+
+    /// Who made a link is gone.
+    fn reap_link(&self, inode: u64) {
+        let Some(link) = self.virt.links.get(inode) else { return };
+        if let Some(Node::Links(dir)) = self.virt.node(link.parent) {
+            self.withdraw_link(dir, inode, &link);
+        }
     }
 }
 
@@ -277,7 +295,7 @@ mod tests {
         let root = tree.lookup(ROOT, OsStr::new("3fs-virt")).unwrap();
         let all = names(&tree, root.ino.0, 0);
         assert_eq!(all[0].1, ".");
-        assert!(all.iter().any(|(_, name)| name == "rm-rf"));
+        assert!(["iovs", "rm-rf", "version"].iter().all(|wanted| all.iter().any(|(_, name)| name == wanted)));
         for (at, (next, _)) in all.iter().enumerate() {
             assert_eq!(names(&tree, root.ino.0, *next), all[at + 1..]);
         }
