@@ -10,12 +10,12 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pytest
 
 from fs3.client.fsspec import Fs3FileSystem
 from fs3.testing.cluster import LocalCluster
 
-pd = pytest.importorskip("pandas")
 ROWS = 5000
 
 

@@ -70,13 +70,15 @@ def two_mounts(base: Path) -> Iterator[tuple[Path, Path]]:
 def campaign(ops: int, seed: int, say: Callable[[str], None]) -> bool:
     """All trials, one after the other; says whether all agreed."""
     agreed = True
-    with tempfile.TemporaryDirectory(prefix="fs3-fsx-", ignore_cleanup_errors=True) as base:
-        with two_mounts(Path(base)) as (one, other):
-            for number, trial in enumerate(trials(ops)):
-                began_s = time.monotonic()
-                log = Path(tempfile.gettempdir(), f"fsx-{seed}-{trial.name}.log")
-                argv = trial.argv(one, other, seed + 1000 * number, log)
-                say(f"{trial.name}: {' '.join(argv)}")
-                agreed &= subprocess.run(argv, check=False).returncode == 0
-                say(f"{trial.name}: {time.monotonic() - began_s:.0f} s")
+    with (
+        tempfile.TemporaryDirectory(prefix="fs3-fsx-", ignore_cleanup_errors=True) as base,
+        two_mounts(Path(base)) as (one, other),
+    ):
+        for number, trial in enumerate(trials(ops)):
+            began_s = time.monotonic()
+            log = Path(tempfile.gettempdir(), f"fsx-{seed}-{trial.name}.log")
+            argv = trial.argv(one, other, seed + 1000 * number, log)
+            say(f"{trial.name}: {' '.join(argv)}")
+            agreed &= subprocess.run(argv, check=False).returncode == 0
+            say(f"{trial.name}: {time.monotonic() - began_s:.0f} s")
     return agreed
