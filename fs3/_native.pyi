@@ -323,7 +323,17 @@ class Mount:
         op_timeout_s: float = 30.0,
         transport: str = "auto",
         rdma: RdmaOptions | None = None,
+        exec: bool = True,
+        cache: str = "auto",
+        subdir: bytes = ...,
+        uid: int | None = None,
+        gid: int | None = None,
+        uidmap: Sequence[tuple[int, int, int]] = ...,
+        gidmap: Sequence[tuple[int, int, int]] = ...,
+        source: str = "fs3",
+        config: str = ...,
     ) -> Mount: ...
+    def stats(self) -> str: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
     def unmount(self) -> None: ...
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "storage": "services",
     "mount": "mount",
     "umount": "mount",
+    "stats": "mount",
     "ls": "files",
     "stat": "files",
     "cat": "files",

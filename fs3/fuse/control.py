@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -16,10 +17,11 @@ import threading
 import time
 from pathlib import Path
 
+from fs3.client.url import find_token, parse_url
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
 from fs3.fuse import serve
-from fs3.fuse.options import MountOptions, parse_url
+from fs3.fuse.options import MountOptions
 from fs3.fuse.table import Daemon, Mounted, default_file, detach, mounted_at, real_path
 from fs3.v1.frame_pb2 import Code
 
@@ -64,15 +66,22 @@ def check_mountpoint(mountpoint: str) -> str:
 
 
 def _parameters(url: str, mountpoint: str, token: str | None, options: MountOptions) -> serve.Parameters:
-    metas = parse_url(url)
+    parsed = parse_url(url)
+    if parsed.base and options.subdir:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"{url!r} names a directory, and so does subdir: give one of them")
+    options = dataclasses.replace(options, subdir=parsed.base or options.subdir.strip("/"))
+    if options.token_file and token is None:
+        parsed = dataclasses.replace(parsed, token_file=options.token_file)
+    found = find_token(parsed, token)
     check_device()
     path = check_mountpoint(mountpoint)
     return serve.Parameters(
-        metas=metas,
+        metas=list(parsed.metas),
+        source=url,
         mountpoint=path,
         pid_file=str(Path(options.pid_file).absolute() if options.pid_file else default_file(path, ".pid")),
         log_file=str(Path(options.log_file).absolute() if options.log_file else default_file(path, ".log")),
-        token=token or "",
+        token=found,
         options=options,
     )
 
@@ -86,7 +95,9 @@ def mount(
     foreground: bool = False,
     timeout_s: float = MOUNT_TIMEOUT_S,
 ) -> int:
-    """Mount the cluster at `url` on the directory `mountpoint`.
+    """Mount the cluster at `url`, or the directory of it that the URL names, on the directory `mountpoint`.
+
+    The token is `token`, else what the option token_file, the URL, or the environment names.
 
     In the background: starts the daemon and returns 0 once the mount answers, within `timeout_s` seconds; otherwise
     nothing is left mounted. With `foreground` serves in this process (main thread only) until it is unmounted or
@@ -97,7 +108,7 @@ def mount(
     """
     parameters = _parameters(url, mountpoint, token, options or MountOptions())
     if foreground:
-        return serve.serve(parameters, lambda: None)
+        return serve.serve(parameters, lambda: serve.announce(parameters))
     deadline = time.monotonic() + timeout_s
     child, outcome = _spawn(parameters, url)
     try:

@@ -1,4 +1,4 @@
-"""How to mount: options and the cluster's URL."""
+"""How to mount: the options, in Python and as `mount -o` writes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fs3.client import url as client_url
 from fs3.core.config import LOG_LEVELS, TRANSPORTS, RdmaOptions
 from fs3.core.errors import Fs3Error, error
 from fs3.core.units import parse_bytes
@@ -22,9 +21,11 @@ _FUSEPY_OPTIONS = frozenset(
     {
         "engine", "allow_other", "default_permissions", "read_only", "suid", "dev", "threads", "max_memory_bytes",
         "attr_timeout_s", "entry_timeout_s", "readahead_bytes", "noatime", "local_locks", "op_timeout_s", "transport",
-        "rdma", "cluster_id", "log_file", "pid_file", "log_level",
+        "rdma", "cluster_id", "token_file", "log_file", "pid_file", "log_level",
     }
 )  # fmt: skip
+CACHES = ("auto", "strict", "none")
+ID_MAX = 2**32 - 2  # the one above means "no id"
 
 # What `mount -o` calls some of them, and options of mount(8) that mean nothing here.
 _ALIASES = {
@@ -32,11 +33,17 @@ _ALIASES = {
     "rw": ("read_only", False),
     "nosuid": ("suid", False),
     "nodev": ("dev", False),
+    "noexec": ("exec", False),
+    "atime": ("noatime", False),
     "relatime": ("noatime", False),
     "locallocks": ("local_locks", True),
     "nolock": ("local_locks", True),
 }
-_IGNORED = frozenset({"defaults", "noauto", "auto", "nofail", "_netdev", "user", "nouser", "async", "nodiratime"})
+_FSTAB = frozenset({"defaults", "noauto", "auto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group"})
+_IGNORED = _FSTAB | {"async", "diratime", "nodiratime", "silent", "loud", "comment", "uhelper"}
+_RENAMED = {"max_memory": "max_memory_bytes"}
+# May be given several times.
+_LISTS = frozenset({"uidmap", "gidmap"})
 
 
 def _invalid(message: str) -> Fs3Error:
@@ -56,6 +63,20 @@ class MountOptions:
     """Honour set-id bits of programs; only root may ask for it."""
     dev: bool = False
     """Honour device nodes; only root may ask for it."""
+    exec: bool = True
+    """Let programs on the mount be run."""
+    subdir: str = ""
+    """The directory of the cluster that the mount shows; empty: all of it."""
+    cache: str = "auto"
+    """What is kept in memory of files: auto (checked at each open), strict (before each use), none."""
+    uid: int | None = None
+    """Everything is shown as this user's, and done as this user."""
+    gid: int | None = None
+    """Everything is shown as this group's, and done as this group."""
+    uidmap: str = ""
+    """LOCAL:CLUSTER:COUNT, several with / between: which users here are which of the cluster; others are 65534."""
+    gidmap: str = ""
+    """As uidmap, for groups."""
     threads: int = 0
     """Threads that take requests from the kernel; 0: by the number of cores."""
     max_memory_bytes: int = 256 << 20
@@ -78,6 +99,10 @@ class MountOptions:
     """How RDMA is used."""
     cluster_id: str = ""
     """Refuse any other cluster; empty: take the one that answers."""
+    token_file: str = ""
+    """File with the cluster's token."""
+    metrics: str = ""
+    """HOST:PORT where counters are served over HTTP, for Prometheus; empty: nowhere."""
     log_file: str = ""
     """Where the daemon writes its log; empty: beside the pid file."""
     pid_file: str = ""
@@ -101,11 +126,28 @@ class MountOptions:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name == "op_timeout_s" and value == 0):
                 raise _invalid(f"{name} must be a number of seconds, not {value}")
-
+        if self.cache not in CACHES:
+            raise _invalid(f"cache must be one of {', '.join(CACHES)}, not {self.cache!r}")
+        if self.cache != "auto":
+            object.__setattr__(self, "attr_timeout_s", 0.0)
+            object.__setattr__(self, "entry_timeout_s", 0.0)
+        if ".." in self.subdir.split("/"):
+            raise _invalid(f"subdir must not lead through '..': {self.subdir!r}")
+        self._check_ids()
+        if self.metrics:
+            parse_address(self.metrics)
         if self.engine not in ENGINES:
             raise _invalid(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
         if self.engine == "fusepy":
             self._check_fusepy()
+
+    def _check_ids(self) -> None:
+        for name in ("uid", "gid"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= ID_MAX:
+                raise _invalid(f"{name} must be in 0..{ID_MAX}, not {value}")
+            if parse_id_map(getattr(self, name + "map")) and value is not None:
+                raise _invalid(f"{name} and {name}map exclude each other")
 
     def _check_fusepy(self) -> None:
         for option in dataclasses.fields(self):
@@ -126,6 +168,28 @@ class MountOptions:
         return cls(**values)
 
 
+def parse_id_map(text: str) -> list[tuple[int, int, int]]:
+    """Parse "1000:0:1/2000:500:10": triples of local id, id of the cluster, count. Raises INVALID_ARGUMENT."""
+    ranges = []
+    for part in filter(None, text.split("/")):
+        numbers = part.split(":")
+        if len(numbers) != 3 or not all(n.isascii() and n.isdigit() for n in numbers):
+            raise _invalid(f"{part!r} maps no ids: write LOCAL:CLUSTER:COUNT, for example 1000:0:1")
+        local, cluster, count = map(int, numbers)
+        if count == 0 or max(local, cluster) + count - 1 > ID_MAX:
+            raise _invalid(f"{part!r} maps no ids: they are in 0..{ID_MAX}, and the count is at least 1")
+        ranges.append((local, cluster, count))
+    return ranges
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Parse "HOST:PORT"; an IPv6 address is in brackets. Raises INVALID_ARGUMENT."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise _invalid(f"{text!r} is not HOST:PORT; write for example metrics=127.0.0.1:9100")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def _value(name: str, text: str | None, kind: str) -> Any:
     if kind == "bool":
         if text is None or text in ("1", "true", "yes", "on"):
@@ -140,7 +204,7 @@ def _value(name: str, text: str | None, kind: str) -> Any:
     if name.endswith("_bytes"):
         return parse_bytes(text)
     try:
-        return {"int": int, "float": float, "str": str}[kind](text)
+        return {"int": int, "int | None": int, "float": float, "str": str}[kind](text)
     except ValueError:
         raise _invalid(f"mount option {name} is a number, not {text!r}") from None
 
@@ -154,22 +218,20 @@ def parse_options(text: str, **given: Any) -> MountOptions:
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = item.partition("=")
+        if name.startswith(("x-", "X-")):
+            continue  # for other programs, such as systemd
         name = name.replace("-", "_")
+        name = _RENAMED.get(name, name)
         if name in _IGNORED:
             continue
+        if name == "metrics_port":
+            name, value = "metrics", f"127.0.0.1:{value}"
         if name in _ALIASES and not equals:
             key, switch = _ALIASES[name]
             values[key] = switch
         elif name in kinds:
-            values[name] = _value(name, value if equals else None, kinds[name])
+            parsed = _value(name, value if equals else None, kinds[name])
+            values[name] = f"{values[name]}/{parsed}" if name in _LISTS and name in values else parsed
         else:
             values[name] = value
     return MountOptions.from_mapping({**values, **given})
-
-
-def parse_url(url: str) -> list[str]:
-    """The meta services that a URL ``fs3://host:port[,host:port...]/`` names. Raises INVALID_ARGUMENT."""
-    parsed = client_url.parse_url(url)
-    if parsed.base:
-        raise _invalid(f"{url!r} names a directory; only the whole file system can be mounted")
-    return list(parsed.metas)

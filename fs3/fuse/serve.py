@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from typing import Any
 from fs3.core.config import RdmaOptions
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import start_ticks
-from fs3.fuse.options import MountOptions
+from fs3.fuse.metrics import serve_metrics
+from fs3.fuse.options import MountOptions, parse_address, parse_id_map
 from fs3.fuse.table import Daemon, default_file
 from fs3.v1.frame_pb2 import Code
 
@@ -26,6 +28,8 @@ class Parameters:
     """Everything the daemon needs to know. The mountpoint is absolute and resolved."""
 
     metas: list[str]
+    source: str
+    """The URL as it was given: what the mount table shows."""
     mountpoint: str
     pid_file: str
     log_file: str
@@ -35,6 +39,11 @@ class Parameters:
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps({**asdict(self), "options": asdict(self.options)})
+
+    def shown(self) -> dict[str, Any]:
+        """How it is mounted, for people and programs that ask; without the token."""
+        kept = {"source": self.source, "metas": self.metas, "mountpoint": self.mountpoint, "pid": os.getpid()}
+        return {**kept, **asdict(self.options), "pid_file": self.pid_file, "log_file": self.log_file}
 
     @classmethod
     def from_json(cls, text: str) -> Parameters:
@@ -77,7 +86,31 @@ def _start(parameters: Parameters) -> Any:
         op_timeout_s=options.op_timeout_s,
         transport=options.transport,
         rdma=options.rdma,
+        exec=options.exec,
+        cache=options.cache,
+        subdir=os.fsencode(options.subdir),
+        uid=options.uid,
+        gid=options.gid,
+        uidmap=parse_id_map(options.uidmap),
+        gidmap=parse_id_map(options.gidmap),
+        source=parameters.source,
+        config=json.dumps(parameters.shown(), indent=2) + "\n",
     )
+
+
+def notify(state: str) -> None:
+    """Tell the service manager that started this process, if one asked for it (the protocol of sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+
+
+def announce(parameters: Parameters) -> None:
+    """Say that the mount can be used: a line on standard output, and READY=1 to a service manager."""
+    print(f"{parameters.source} is mounted on {parameters.mountpoint}", flush=True)
+    notify("READY=1")
 
 
 def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
@@ -96,8 +129,17 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
     # The default place too, so that `umount` finds the process without being told where its pid file is.
     pid_files = {Path(parameters.pid_file), default_file(parameters.mountpoint, ".pid")}
     failures: list[Fs3Error | OSError] = []
+    ending = contextlib.ExitStack()
     try:
         mount = _start(parameters)
+        if parameters.options.metrics:
+            address = parse_address(parameters.options.metrics)
+            try:
+                ending.callback(serve_metrics(address, mount.stats))
+            except OSError as e:
+                mount.unmount()
+                where = parameters.options.metrics
+                raise error(Code.CODE_BUSY, f"counters cannot be served at {where}: {e.strerror or e}") from e
         for pid_file in pid_files:
             try:
                 Daemon(os.getpid(), start_ticks(os.getpid()) or 0, parameters.log_file).save(pid_file)
@@ -116,9 +158,11 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
         watcher.start()
         ready()
         if os.read(read_end, 1) == b"s":
+            notify("STOPPING=1")
             mount.unmount()
         watcher.join(timeout=60)
     finally:
+        ending.close()
         for pid_file in pid_files:
             with contextlib.suppress(OSError):
                 pid_file.unlink(missing_ok=True)

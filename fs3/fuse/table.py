@@ -31,6 +31,8 @@ class Mounted:
     mountpoint: str
     fstype: str
     source: str
+    options: tuple[str, ...] = ()
+    """Those of the mount itself, such as ro and nosuid."""
 
     @property
     def is_fs3(self) -> bool:
@@ -49,7 +51,8 @@ def parse_mountinfo(text: str) -> list[Mounted]:
         left, separator, right = line.partition(" - ")
         fields, kinds = left.split(" "), right.split(" ")
         if separator and len(fields) >= 5 and len(kinds) >= 2:
-            mounts.append(Mounted(_unescape(fields[4]), kinds[0], _unescape(kinds[1])))
+            options = tuple(fields[5].split(",")) if len(fields) >= 6 else ()
+            mounts.append(Mounted(_unescape(fields[4]), kinds[0], _unescape(kinds[1]), options))
     return mounts
 
 

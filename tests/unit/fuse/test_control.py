@@ -57,6 +57,7 @@ def test_unmounting_what_is_not_mounted_or_not_ours_is_refused(tmp_path: Path) -
 def test_parameters_survive_the_way_to_the_daemon_and_do_not_show_the_token() -> None:
     parameters = serve.Parameters(
         metas=["a:1"],
+        source="fs3://a:1/",
         mountpoint="/m",
         pid_file="/p",
         log_file="/l",
@@ -65,6 +66,27 @@ def test_parameters_survive_the_way_to_the_daemon_and_do_not_show_the_token() ->
     )
     assert serve.Parameters.from_json(parameters.to_json()) == parameters
     assert "geheim" not in repr(parameters)
+    assert "geheim" not in str(parameters.shown())
+
+
+def test_a_directory_is_named_once_and_the_token_found_where_it_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(Fs3Error) as twice:
+        mount("fs3://a:1/data", str(tmp_path), options=MountOptions(subdir="data"))
+    assert "give one of them" in twice.value.message
+    with pytest.raises(Fs3Error) as absent:
+        mount("fs3://a:1/", str(tmp_path), options=MountOptions(token_file=str(tmp_path / "token")))
+    assert absent.value.code == Code.CODE_ACCESS
+
+
+def test_a_service_manager_is_told_what_it_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve.notify("READY=1")  # nobody asked
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(10)
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        serve.notify("READY=1")
+        assert manager.recv(100) == b"READY=1"
+    serve.notify("STOPPING=1")  # it has gone
 
 
 @pytest.mark.skipif(not CAN_MOUNT, reason="needs /dev/fuse and the native module")

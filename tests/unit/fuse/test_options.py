@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fs3.core.errors import Fs3Error
-from fs3.fuse.options import MountOptions, parse_options, parse_url
+from fs3.fuse.options import MountOptions, parse_address, parse_id_map, parse_options
 from fs3.v1.frame_pb2 import Code
 
 
@@ -16,6 +16,35 @@ def test_mount_options_are_read_as_mount_writes_them() -> None:
     assert parse_options("rw,nosuid", suid=True).suid
     assert parse_options("noatime").noatime
     assert not parse_options("noatime,relatime").noatime
+    assert parse_options("max_memory=1GiB").max_memory_bytes == 1 << 30
+    assert parse_options("metrics_port=9100").metrics == "127.0.0.1:9100"
+    assert not parse_options("noexec").exec
+
+
+def test_options_of_other_programs_in_an_fstab_line_are_passed_over() -> None:
+    line = (
+        "defaults,_netdev,nofail,noauto,user=anna,x-systemd.automount,x-systemd.idle-timeout=60,X-own.thing,comment=a"
+    )
+    assert parse_options(line) == MountOptions()
+
+
+def test_a_cache_that_is_not_auto_keeps_no_attributes_whatever_the_timeouts_say() -> None:
+    assert parse_options("").attr_timeout_s == 1.0
+    for cache in ("strict", "none"):
+        options = parse_options(f"cache={cache},attr_timeout_s=5")
+        assert (options.attr_timeout_s, options.entry_timeout_s) == (0.0, 0.0)
+
+
+def test_id_maps_may_be_given_at_once_or_one_by_one() -> None:
+    at_once = parse_options("uidmap=1000:0:1/2000:500:10,gidmap=0:0:1")
+    assert at_once == parse_options("uidmap=1000:0:1,gidmap=0:0:1,uidmap=2000:500:10")
+    assert parse_id_map(at_once.uidmap) == [(1000, 0, 1), (2000, 500, 10)]
+    assert parse_options("uid=33,gid=0") == MountOptions(uid=33, gid=0)
+
+
+def test_an_address_has_a_host_and_a_port() -> None:
+    assert parse_address("[::1]:80") == ("::1", 80)
+    assert parse_address("localhost:9100") == ("localhost", 9100)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +62,16 @@ def test_mount_options_are_read_as_mount_writes_them() -> None:
         ("op_timeout_s=0", "op_timeout_s must be a number of seconds"),
         ("transport=udp", "transport must be one of auto, tcp, rdma"),
         ("rdma=mtu", "write --rdma key=value"),
+        ("cache=always", "cache must be one of auto, strict, none"),
+        ("subdir=a/../b", "must not lead through '..'"),
+        ("uid=-1", "uid must be in 0.."),
+        ("uid=x", "uid is a number"),
+        ("uidmap=1:2", "write LOCAL:CLUSTER:COUNT"),
+        ("gidmap=1:2:0", "the count is at least 1"),
+        ("gidmap=4294967295:0:1", "they are in 0.."),
+        ("uid=1,uidmap=1:2:1", "exclude each other"),
+        ("metrics=9100", "is not HOST:PORT"),
+        ("metrics_port=x", "is not HOST:PORT"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_to_write(text: str, hint: str) -> None:
@@ -41,20 +80,6 @@ def test_a_wrong_option_is_named_with_what_to_write(text: str, hint: str) -> Non
     assert caught.value.code == Code.CODE_INVALID_ARGUMENT
     assert hint in caught.value.message
     assert "\n" not in caught.value.message
-
-
-def test_a_url_names_the_meta_services() -> None:
-    assert parse_url("fs3://a:1,b.example:22/") == ["a:1", "b.example:22"]
-    assert parse_url("fs3://[::1]:9") == ["[::1]:9"]
-
-
-@pytest.mark.parametrize(
-    "url", ["", "a:1", "fs3://", "fs3:///x", "fs3://a", "fs3://a:b/", "fs3://a:0", "fs3://a:1/dir"]
-)
-def test_what_is_not_the_url_of_a_whole_cluster_is_refused(url: str) -> None:
-    with pytest.raises(Fs3Error) as caught:
-        parse_url(url)
-    assert caught.value.code == Code.CODE_INVALID_ARGUMENT
 
 
 def test_an_engine_refuses_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

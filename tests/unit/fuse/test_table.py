@@ -20,7 +20,7 @@ garbage
 
 def test_the_mount_table_is_read_with_its_escapes() -> None:
     mounts = parse_mountinfo(TABLE)
-    assert mounts[1] == Mounted("/mnt/a b", "fuse.fs3", "fs3")
+    assert mounts[1] == Mounted("/mnt/a b", "fuse.fs3", "fs3", ("rw", "nosuid", "nodev"))
     assert [m.is_fs3 for m in mounts] == [False, True, False]
 
 

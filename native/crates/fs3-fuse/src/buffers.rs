@@ -98,7 +98,7 @@ impl Pool {
         self.shared.budget
     }
 
-    #[cfg(test)]
+    /// What is lent at the moment, in bytes.
     pub fn used(&self) -> usize {
         self.shared.state.lock().used
     }

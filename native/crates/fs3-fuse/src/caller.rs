@@ -4,36 +4,51 @@ use std::future::Future;
 
 use fs3_client::{Caller, Code, Result};
 
+use crate::ids::IdMaps;
+
 /// Groups taken over at most; the kernel's own limit is the same.
 const GROUPS_MAX: usize = 65_536;
 
-/// The process behind a request.
+/// The process behind a request. Its ids are those of this machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Who {
     pub uid: u32,
     pub gid: u32,
     pid: u32,
+    /// `None`: they are the same in the cluster.
+    ids: Option<&'static IdMaps>,
 }
 
 impl Who {
-    pub fn of(request: &fuser::Request) -> Self {
-        Self { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+    pub fn of(request: &fuser::Request, ids: Option<&'static IdMaps>) -> Self {
+        Self { uid: request.uid(), gid: request.gid(), pid: request.pid(), ids }
+    }
+
+    /// Whether it is the superuser in the cluster.
+    pub fn is_root(&self) -> bool {
+        self.caller().uid == 0
     }
 
     #[cfg(test)]
     pub fn new(uid: u32, gid: u32, pid: u32) -> Self {
-        Self { uid, gid, pid }
+        Self { uid, gid, pid, ids: None }
     }
 
     /// The caller without its supplementary groups.
     pub fn caller(&self) -> Caller {
-        Caller { uid: self.uid, gid: self.gid, groups: Vec::new() }
+        let (uid, gid) = match self.ids {
+            None => (self.uid, self.gid),
+            Some(ids) => (ids.users.acting(self.uid), ids.groups.acting(self.gid)),
+        };
+        Caller { uid, gid, groups: Vec::new() }
     }
 
     /// The caller with its supplementary groups, read from `/proc` now.
     pub fn caller_with_groups(&self) -> Caller {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        Caller { groups: parse_groups(&status), ..self.caller() }
+        let groups = parse_groups(&status);
+        let groups = self.ids.map_or(groups.clone(), |ids| ids.groups.acting_groups(&groups));
+        Caller { groups, ..self.caller() }
     }
 
     /// The process, of which the request only tells the thread; `None` when it is gone or out of this daemon's sight.
@@ -46,7 +61,7 @@ impl Who {
     /// operation has had no effect, so trying again is safe.
     pub async fn run<T, F: Future<Output = Result<T>>>(&self, op: impl Fn(Caller) -> F) -> Result<T> {
         match op(self.caller()).await {
-            Err(e) if self.uid != 0 && matches!(e.code, Code::Access | Code::NotPermitted) => {
+            Err(e) if !self.is_root() && matches!(e.code, Code::Access | Code::NotPermitted) => {
                 let caller = self.caller_with_groups();
                 if caller.groups.is_empty() { Err(e) } else { op(caller).await }
             }
@@ -79,7 +94,7 @@ mod tests {
 
     #[tokio::test]
     async fn only_a_refused_caller_is_asked_for_its_groups() {
-        let me = Who { uid: 1000, gid: 1000, pid: 0 };
+        let me = Who { uid: 1000, gid: 1000, pid: 0, ids: None };
         let seen = Mutex::new(0);
         let refused = me
             .run(|caller| {

@@ -31,7 +31,7 @@ impl Core {
         if let Some(error) = to.inode.new_error(&to.told, Teller::Write) {
             return Err(error);
         }
-        if who.uid != 0 && to.inode.has_set_id() {
+        if !who.is_root() && to.inode.has_set_id() {
             self.drop_set_id(to.inode.id).await?;
         }
         from.inode.flush(&self.io).await;

@@ -16,14 +16,17 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use crate::attrs::{Version, file_attr};
-use crate::caller::superuser;
+use crate::caller::{Who, superuser};
 use crate::dirattrs::DirAttrs;
 use crate::dirs::DirStream;
+use crate::ids::IdMaps;
 use crate::inode::Inode;
 use crate::io::{DIRTY_AGE_MAX, Io};
+use crate::kills::{Asker, Kills};
 use crate::locks::{HandleLocks, Locks};
 use crate::mount::MountOptions;
 use crate::readahead::Stream;
+use crate::stats::{Op, Stats};
 use crate::tables::Recent;
 use crate::told::{Teller, Told};
 use crate::virt::{Rings, Virt};
@@ -31,6 +34,8 @@ use crate::virt::{Rings, Virt};
 /// How often one operation may find its file closed early. A handle is closed early at most once, so it is a bug beyond.
 const EARLY_CLOSES_MAX: usize = 8;
 
+/// Number of the root directory, in a cluster and to the kernel.
+pub(crate) const ROOT: u64 = 1;
 /// Places in the tables of what the kernel was told lately.
 const RECENT_PLACES: usize = 1 << 14;
 
@@ -103,6 +108,12 @@ pub(crate) struct Core {
     pub locks: Locks,
     pub virt: Virt,
     pub rings: Rings,
+    pub stats: Arc<Stats>,
+    pub kills: Arc<Kills>,
+    /// The directory of the cluster that is the root of the mount.
+    pub root: u64,
+    /// `None`: ids are the same in the cluster.
+    pub ids: Option<&'static IdMaps>,
     /// Where it is mounted.
     pub mountpoint: Vec<u8>,
     tasks: Arc<Tasks>,
@@ -129,6 +140,29 @@ struct Entry {
     parked: Vec<Arc<Handle>>,
 }
 
+/// What an operation is to the counters, and to who waits for it.
+pub(crate) struct Job {
+    /// `None`: nobody asked for it.
+    op: Option<Op>,
+    /// It may be dropped in the middle when its asker is being killed.
+    asker: Option<Asker>,
+}
+
+impl Job {
+    pub const BACKGROUND: Self = Self { op: None, asker: None };
+
+    /// An operation that may be dropped at any point: it changes nothing, at the services either.
+    pub fn droppable(op: Op, request: &fuser::Request) -> Self {
+        Self { op: Some(op), asker: Some(Asker::of(request)) }
+    }
+}
+
+impl From<Op> for Job {
+    fn from(op: Op) -> Self {
+        Self { op: Some(op), asker: None }
+    }
+}
+
 #[derive(Default)]
 struct Tasks {
     running: AtomicUsize,
@@ -150,7 +184,13 @@ pub(crate) fn errno(error: &Error) -> Errno {
 }
 
 impl Core {
-    pub fn new(client: Client, runtime: tokio::runtime::Handle, mountpoint: &Path, options: MountOptions) -> Self {
+    pub fn new(
+        client: Client,
+        runtime: tokio::runtime::Handle,
+        mountpoint: &Path,
+        root: u64,
+        options: MountOptions,
+    ) -> Self {
         let io = Arc::new(Io::new(runtime, options.max_memory_bytes));
         Self {
             client,
@@ -166,6 +206,11 @@ impl Core {
             locks: Locks::default(),
             virt: Virt::default(),
             rings: Rings::default(),
+            stats: Arc::default(),
+            kills: Arc::default(),
+            root,
+            // A mount lives about as long as its process, and every request refers to them.
+            ids: (!options.ids.same()).then(|| &*Box::leak(Box::new(options.ids.clone()))),
             mountpoint: mountpoint.as_os_str().as_bytes().to_vec(),
             tasks: Arc::default(),
             options,
@@ -173,11 +218,14 @@ impl Core {
     }
 
     /// Run an operation here as far as it goes without waiting, then on the runtime; [`Core::drain`] waits for it.
-    pub fn spawn(&self, operation: impl Future<Output = ()> + Send + 'static) {
+    pub fn spawn(&self, job: impl Into<Job>, operation: impl Future<Output = ()> + Send + 'static) {
+        let Job { op, asker } = job.into();
         self.tasks.running.fetch_add(1, Ordering::AcqRel);
         let guard = TaskGuard(self.tasks.clone());
+        let timing = op.map(|op| self.stats.begin(op));
         let mut operation = Box::pin(async move {
             operation.await;
+            drop(timing);
             drop(guard);
         });
         // Up to its first wait it runs here: its request leaves, or it ends, without waiting for another thread to wake.
@@ -186,8 +234,43 @@ impl Core {
         let mut first = || operation.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         // As on the runtime, a panic ends the operation and not the thread.
         if let Ok(Poll::Pending) = catch_unwind(AssertUnwindSafe(&mut first)) {
-            self.io.runtime.spawn(operation);
+            match asker {
+                Some(asker) => self.kills.run(&self.io.runtime, asker, operation),
+                None => drop(self.io.runtime.spawn(operation)),
+            }
         }
+    }
+
+    /// The number of an inode that the kernel knows as `inode`.
+    pub fn real(&self, inode: INodeNo) -> u64 {
+        if inode.0 == ROOT { self.root } else { inode.0 }
+    }
+
+    /// The kernel's number of an inode.
+    pub fn shown(&self, inode: u64) -> u64 {
+        if inode == self.root { ROOT } else { inode }
+    }
+
+    pub fn who(&self, request: &fuser::Request) -> Who {
+        Who::of(request, self.ids)
+    }
+
+    /// The owner and group that a `chown` to these shall write. Errors: InvalidArgument for one that the cluster lacks.
+    pub fn written_owner(&self, uid: Option<u32>, gid: Option<u32>) -> Result<(Option<u32>, Option<u32>)> {
+        let Some(ids) = self.ids else { return Ok((uid, gid)) };
+        let uid = uid.map_or(Ok(None), |uid| ids.users.written(uid))?;
+        let gid = gid.map_or(Ok(None), |gid| ids.groups.written(gid))?;
+        Ok((uid, gid))
+    }
+
+    /// Whether what the kernel permits by mode bits and access control lists need not be checked again.
+    pub fn kernel_decides(&self) -> bool {
+        self.options.default_permissions && self.ids.is_none()
+    }
+
+    /// Open files and directories.
+    pub fn open_counts(&self) -> (usize, usize) {
+        (self.handles.read().len(), self.dirs.read().len())
     }
 
     /// Wait until no operation runs, `limit` at most. Says whether none does.
@@ -217,7 +300,7 @@ impl Core {
     pub async fn tick(self: &Arc<Self>) {
         for inode in self.io.aged(DIRTY_AGE_MAX) {
             let core = self.clone();
-            self.spawn(async move { core.write_back(&inode).await });
+            self.spawn(Job::BACKGROUND, async move { core.write_back(&inode).await });
         }
         let open: Vec<_> = self.inodes.lock().values().map(|e| e.inode.clone()).collect();
         for inode in open {
@@ -244,7 +327,12 @@ impl Core {
             inode.note_mode(attr.mode);
         }
         self.told.put(attr.inode, Shown::of(&attr));
-        file_attr(&attr)
+        let mut shown = file_attr(&attr);
+        shown.ino = INodeNo(self.shown(attr.inode));
+        if let Some(ids) = self.ids {
+            (shown.uid, shown.gid) = (ids.users.shown(attr.uid), ids.groups.shown(attr.gid));
+        }
+        shown
     }
 
     /// Have appends to a file take their place, so that the length that the kernel is told is the right one: its reads
@@ -288,7 +376,7 @@ impl Core {
     pub fn invalidate_attr(&self, inode: u64) {
         if let Some(notifier) = self.io.notifier.get() {
             // A negative offset concerns the attributes alone, so no page lock is taken.
-            let _ = notifier.inval_inode(INodeNo(inode), -1, 0);
+            let _ = notifier.inval_inode(INodeNo(self.shown(inode)), -1, 0);
         }
     }
 

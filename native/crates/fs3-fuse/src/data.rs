@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fs3_client::{Code, Error, OpenFile, Region, Result, at_path};
+use fs3_client::{Code, Error, OpenFile, Region, Result, at_inode, at_path};
 use fuser::{ReplyData, ReplyWrite};
 
 use crate::blocks::Block;
 use crate::buffers::LARGE;
 use crate::caller::{Who, superuser};
-use crate::core::{Core, Handle, errno};
+use crate::core::{Core, Handle, Job, errno};
 use crate::inode::{Accepted, Place};
+use crate::mount::Cache;
 use crate::readahead::{BLOCK, Plan};
+use crate::stats::Op;
 use crate::told::Teller;
 
 /// A write that found no memory is given up after this long.
@@ -27,10 +29,11 @@ pub(crate) struct PlannedRead {
 
 impl Core {
     /// Plan a read. Never waits.
-    pub fn plan_read(handle: Arc<Handle>, offset: u64, len: usize) -> PlannedRead {
+    pub fn plan_read(&self, handle: Arc<Handle>, offset: u64, len: usize) -> PlannedRead {
         let len = len.min(LARGE);
         let plan = match handle.open_file() {
-            Some(file) if !handle.direct => {
+            // What was read ahead could be older than the open or the attributes that the kernel goes by.
+            Some(file) if !handle.direct && self.options.cache != Cache::Strict => {
                 let length = handle.inode.length(&file);
                 handle.stream.lock().on_read(offset, len as u64, length)
             }
@@ -44,8 +47,12 @@ impl Core {
         let PlannedRead { handle, offset, len, plan } = read;
         let inode = &handle.inode;
         let mut reply = Some(reply);
-        if inode.read_kept(offset, len, |bytes| reply.take().expect("not answered yet").data(bytes)) {
-            return;
+        let answer = |bytes: &[u8]| {
+            self.stats.read(bytes.len());
+            reply.take().expect("not answered yet").data(bytes);
+        };
+        if inode.read_kept(offset, len, answer) {
+            return self.stats.cached(true);
         }
         let reply = reply.expect("not answered yet");
         inode.settle(&self.io, offset, offset + len as u64).await;
@@ -53,13 +60,29 @@ impl Core {
             Ok(file) => self.read_blocks(&handle, &file, offset, len, plan).await,
             Err(error) => return reply.error(errno(&error)),
         };
+        if self.options.cache == Cache::None
+            && let Err(error) = self.learn_length(&handle, offset + len as u64).await
+        {
+            return reply.error(errno(&error));
+        }
         let result = match blocks {
             Some(bytes) => Ok(bytes),
             None => self.with_file(&handle, |file| async move { self.read_exact(&file, offset, len).await }).await,
         };
         match result {
-            Ok(bytes) => reply.data(&bytes),
+            Ok(bytes) => {
+                self.stats.read(bytes.len());
+                reply.data(&bytes);
+            }
             Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    /// Before a read that ends at `end`: others may have made the file longer.
+    async fn learn_length(&self, handle: &Arc<Handle>, end: u64) -> Result<()> {
+        match handle.open_file() {
+            Some(file) if handle.inode.length(&file) >= end => Ok(()),
+            _ => self.client.stat(&superuser(), at_inode(handle.inode.id)).await.map(drop),
         }
     }
 
@@ -86,7 +109,9 @@ impl Core {
         let (first, last) = (offset / BLOCK, (offset + len as u64 - 1) / BLOCK);
         let mut blocks = Vec::with_capacity(2);
         for number in first..=last {
-            blocks.push(self.block(handle, file, number, 0));
+            let there = handle.inode.blocks.get(number);
+            self.stats.cached(there.is_some());
+            blocks.push(there.or_else(|| self.block(handle, file, number, 0)));
         }
         for number in ahead {
             if self.block(handle, file, number, self.io.read_pool.budget() / 4).is_none() {
@@ -137,6 +162,7 @@ impl Core {
 
     /// Write and answer. Buffered data is accepted at once; only when memory is short does the caller wait.
     pub fn write(self: &Arc<Self>, handle: Arc<Handle>, place: Place, data: &[u8], reply: ReplyWrite) {
+        let timing = self.stats.begin(Op::Write);
         if let Some(error) = handle.inode.new_error(&handle.told, Teller::Write) {
             return reply.error(errno(&error));
         }
@@ -145,13 +171,18 @@ impl Core {
             Accepted::NoWriter | Accepted::Full | Accepted::Unplaced => 0,
         };
         if done == data.len() && !handle.direct && !handle.sync {
+            self.stats.written(data.len());
             return reply.written(data.len() as u32);
         }
         let (core, place) = (self.clone(), place.behind(done));
         let (rest, len) = (data[done..].to_vec(), data.len());
-        self.spawn(async move {
+        self.spawn(Job::BACKGROUND, async move {
+            let _timing = timing;
             match core.finish_write(&handle, place, &rest).await {
-                Ok(()) => reply.written(len as u32),
+                Ok(()) => {
+                    core.stats.written(len);
+                    reply.written(len as u32);
+                }
                 Err(error) => reply.error(errno(&error)),
             }
         });
@@ -194,6 +225,9 @@ impl Core {
             if handle.sync {
                 return self.fsync(handle).await;
             }
+            if self.options.cache == Cache::None {
+                handle.inode.publish(None, false).await?;
+            }
         }
         Ok(())
     }
@@ -216,7 +250,7 @@ impl Core {
         if keep && !clears {
             return Ok(());
         }
-        if who.uid != 0 && handle.inode.has_set_id() {
+        if !who.is_root() && handle.inode.has_set_id() {
             self.drop_set_id(handle.inode.id).await?;
         }
         // Writes that were accepted before come first: what they wrote is cleared too, and the file is as long as they make it.

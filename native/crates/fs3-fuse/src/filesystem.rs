@@ -18,12 +18,14 @@ use fuser::{
 };
 
 use crate::attrs::{file_attr, kind, set_times};
-use crate::caller::{Who, superuser};
+use crate::caller::superuser;
 use crate::copy::Range;
-use crate::core::{Core, errno};
+use crate::core::{Core, Job, errno};
 use crate::inode::Place;
 use crate::locks::Asked;
+use crate::mount::Cache;
 use crate::names::{Change, Listed, NewMode, Opened};
+use crate::stats::Op;
 use crate::virt::{self, is_reserved, is_virtual};
 
 /// Largest write that the kernel sends, in bytes.
@@ -99,11 +101,11 @@ fn is_virtual_name(parent: INodeNo, name: &OsStr) -> bool {
 
 impl Fs {
     /// Run `operation` with the mount's state and a copy of the name.
-    fn named<Fut>(&self, name: &OsStr, operation: impl FnOnce(Arc<Core>, Vec<u8>) -> Fut)
+    fn named<Fut>(&self, job: impl Into<Job>, name: &OsStr, operation: impl FnOnce(Arc<Core>, Vec<u8>) -> Fut)
     where
         Fut: Future<Output = ()> + Send + 'static,
     {
-        self.core.spawn(operation(self.core.clone(), name.as_bytes().to_vec()));
+        self.core.spawn(job, operation(self.core.clone(), name.as_bytes().to_vec()));
     }
 }
 
@@ -121,10 +123,13 @@ impl Filesystem for Fs {
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2;
         // Together they let the service apply default access control lists. The kernel then checks permissions in any case.
         let lists = InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK;
-        let wanted = if self.core.options.default_permissions { wanted | lists } else { wanted };
+        let wanted = if self.core.kernel_decides() { wanted | lists } else { wanted };
         // Without them the kernel keeps locks by itself, for this mount alone.
         let locks = InitFlags::FUSE_POSIX_LOCKS | InitFlags::FUSE_FLOCK_LOCKS;
         let wanted = if self.core.options.local_locks { wanted } else { wanted | locks };
+        // The kernel drops pages when attributes tell of another time, and asks for them before it reads from pages.
+        let strict = self.core.options.cache == Cache::Strict;
+        let wanted = if strict { wanted | InitFlags::FUSE_AUTO_INVAL_DATA } else { wanted };
         let offered = config.capabilities();
         let _ = config.add_capabilities(wanted & offered);
         let _ = config.set_max_write(WRITE_BYTES_MAX);
@@ -139,18 +144,18 @@ impl Filesystem for Fs {
         if is_virtual(parent.0) || is_reserved(parent.0, name.as_bytes()) {
             return answer_virtual_entry(reply, self.core.virt.lookup(parent.0, name));
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            let result = core.lookup(who, parent.0, &name).await;
+        let who = self.core.who(request);
+        self.named(Job::droppable(Op::Lookup, request), name, |core, name| async move {
+            let result = core.lookup(who, core.real(parent), &name).await;
             answer_entry(&core, reply, result);
         });
     }
 
     fn forget(&self, _request: &Request, inode: INodeNo, _lookups: u64) {
-        self.core.forget(inode.0);
+        self.core.forget(self.core.real(inode));
     }
 
-    fn getattr(&self, _request: &Request, inode: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, inode: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         if is_virtual(inode.0) {
             return match self.core.virt.getattr(inode.0) {
                 Ok(attr) => reply.attr(&virt::LIFE, &attr),
@@ -158,8 +163,8 @@ impl Filesystem for Fs {
             };
         }
         let core = self.core.clone();
-        self.core.spawn(async move {
-            match core.getattr_for(inode.0).await {
+        self.core.spawn(Job::droppable(Op::Getattr, request), async move {
+            match core.getattr_for(core.real(inode)).await {
                 Ok((attr, life)) => reply.attr(&life, &attr),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -187,17 +192,21 @@ impl Filesystem for Fs {
         if is_virtual(inode.0) {
             return reply.error(Errno::EPERM);
         }
+        let (uid, gid) = match self.core.written_owner(uid, gid) {
+            Ok(owner) => owner,
+            Err(error) => return reply.error(errno(&error)),
+        };
         let mut other = Setattr { mode: mode.map(|m| m & 0o7777), uid, gid, ..Setattr::default() };
         set_times(&mut other, atime, mtime);
         let change = Change { length: size, handle: fh.map(|f| f.0), other };
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
-            let result = core.setattr(who, inode.0, change).await;
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Op::Setattr, async move {
+            let result = core.setattr(who, core.real(inode), change).await;
             answer_attr(&core, reply, result);
         });
     }
 
-    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, inode: INodeNo, reply: ReplyData) {
         if is_virtual(inode.0) {
             return match self.core.virt.readlink(inode.0) {
                 Ok(target) => reply.data(&target),
@@ -205,8 +214,8 @@ impl Filesystem for Fs {
             };
         }
         let core = self.core.clone();
-        self.core.spawn(async move {
-            match core.readlink(inode.0).await {
+        self.core.spawn(Job::droppable(Op::Readlink, request), async move {
+            match core.readlink(core.real(inode)).await {
                 Ok(target) => reply.data(&target),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -226,9 +235,9 @@ impl Filesystem for Fs {
         if is_virtual_name(parent, name) {
             return reply.error(Errno::EPERM);
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            let result = core.mknod(who, parent.0, &name, NewMode::of(mode, umask), rdev).await;
+        let who = self.core.who(request);
+        self.named(Op::Mknod, name, |core, name| async move {
+            let result = core.mknod(who, core.real(parent), &name, NewMode::of(mode, umask), rdev).await;
             answer_entry(&core, reply, result);
         });
     }
@@ -237,23 +246,23 @@ impl Filesystem for Fs {
         if is_virtual_name(parent, name) {
             return reply.error(Errno::EPERM);
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            let result = core.mkdir(who, parent.0, &name, NewMode::of(mode, umask)).await;
+        let who = self.core.who(request);
+        self.named(Op::Mkdir, name, |core, name| async move {
+            let result = core.mkdir(who, core.real(parent), &name, NewMode::of(mode, umask)).await;
             answer_entry(&core, reply, result);
         });
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         if is_virtual_name(parent, name) {
-            return match self.core.virtual_unlink(Who::of(request), parent.0, name.as_bytes()) {
+            return match self.core.virtual_unlink(self.core.who(request), parent.0, name.as_bytes()) {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(error),
             };
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            answer_empty(reply, core.unlink(who, parent.0, &name).await);
+        let who = self.core.who(request);
+        self.named(Op::Unlink, name, |core, name| async move {
+            answer_empty(reply, core.unlink(who, core.real(parent), &name).await);
         });
     }
 
@@ -261,22 +270,22 @@ impl Filesystem for Fs {
         if is_virtual_name(parent, name) {
             return reply.error(Errno::EPERM);
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            answer_empty(reply, core.rmdir(who, parent.0, &name).await);
+        let who = self.core.who(request);
+        self.named(Op::Rmdir, name, |core, name| async move {
+            answer_empty(reply, core.rmdir(who, core.real(parent), &name).await);
         });
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         if is_virtual_name(parent, name) {
-            let (who, target) = (Who::of(request), target.as_os_str().as_bytes().to_vec());
-            return self.named(name, |core, name| async move {
+            let (who, target) = (self.core.who(request), target.as_os_str().as_bytes().to_vec());
+            return self.named(Op::Symlink, name, |core, name| async move {
                 answer_virtual_entry(reply, core.virtual_symlink(who, parent.0, &name, &target).await);
             });
         }
-        let (who, target) = (Who::of(request), target.as_os_str().as_bytes().to_vec());
-        self.named(name, |core, name| async move {
-            let result = core.symlink(who, parent.0, &name, &target).await;
+        let (who, target) = (self.core.who(request), target.as_os_str().as_bytes().to_vec());
+        self.named(Op::Symlink, name, |core, name| async move {
+            let result = core.symlink(who, core.real(parent), &name, &target).await;
             answer_entry(&core, reply, result);
         });
     }
@@ -294,9 +303,9 @@ impl Filesystem for Fs {
         if is_virtual_name(parent, name) || is_virtual_name(newparent, newname) {
             return reply.error(Errno::EPERM);
         }
-        let (who, to) = (Who::of(request), newname.as_bytes().to_vec());
-        self.named(name, |core, from| async move {
-            let result = core.rename(who, (parent.0, &from), (newparent.0, &to), flags.bits()).await;
+        let (who, to) = (self.core.who(request), newname.as_bytes().to_vec());
+        self.named(Op::Rename, name, |core, from| async move {
+            let result = core.rename(who, (core.real(parent), &from), (core.real(newparent), &to), flags.bits()).await;
             answer_empty(reply, result);
         });
     }
@@ -305,9 +314,9 @@ impl Filesystem for Fs {
         if is_virtual(inode.0) || is_virtual_name(newparent, newname) {
             return reply.error(Errno::EPERM);
         }
-        let who = Who::of(request);
-        self.named(newname, |core, name| async move {
-            let result = core.link(who, inode.0, newparent.0, &name).await;
+        let who = self.core.who(request);
+        self.named(Op::Link, newname, |core, name| async move {
+            let result = core.link(who, core.real(inode), core.real(newparent), &name).await;
             answer_entry(&core, reply, result);
         });
     }
@@ -320,9 +329,12 @@ impl Filesystem for Fs {
                 Err(error) => reply.error(error),
             };
         }
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
-            match core.open(who, inode.0, flags.0).await {
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        // A file that is open for writing has to be closed.
+        let reads = flags.0 & (libc::O_ACCMODE | libc::O_TRUNC) == libc::O_RDONLY;
+        let job = if reads { Job::droppable(Op::Open, request) } else { Op::Open.into() };
+        self.core.spawn(job, async move {
+            match core.open(who, core.real(inode), flags.0).await {
                 Ok(opened) => reply.opened(FileHandle(opened.handle), opened.flags),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -342,9 +354,9 @@ impl Filesystem for Fs {
         if is_virtual_name(parent, name) {
             return reply.error(Errno::EPERM);
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            let made = core.create(who, parent.0, &name, NewMode::of(mode, umask), flags).await;
+        let who = self.core.who(request);
+        self.named(Op::Create, name, |core, name| async move {
+            let made = core.create(who, core.real(parent), &name, NewMode::of(mode, umask), flags).await;
             answer_created(&core, reply, made);
         });
     }
@@ -353,16 +365,16 @@ impl Filesystem for Fs {
         if is_virtual(parent.0) {
             return reply.error(Errno::EPERM);
         }
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
-            let made = core.create_unnamed(who, parent.0, NewMode::of(mode, umask), flags).await;
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Op::Create, async move {
+            let made = core.create_unnamed(who, core.real(parent), NewMode::of(mode, umask), flags).await;
             answer_created(&core, reply, made);
         });
     }
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -385,9 +397,12 @@ impl Filesystem for Fs {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
         };
-        let read = Core::plan_read(handle, offset, size as usize);
+        // A file that was closed early is opened again, maybe for writing.
+        let open = handle.open_file().is_some();
+        let job = if open { Job::droppable(Op::Read, request) } else { Op::Read.into() };
+        let read = self.core.plan_read(handle, offset, size as usize);
         let core = self.core.clone();
-        self.core.spawn(async move { core.read(read, reply).await });
+        self.core.spawn(job, async move { core.read(read, reply).await });
     }
 
     fn write(
@@ -414,7 +429,7 @@ impl Filesystem for Fs {
         let place = if appends { Place::End { believed: offset } } else { Place::At(offset) };
         if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && handle.inode.has_set_id() {
             let (core, data) = (self.core.clone(), data.to_vec());
-            self.core.spawn(async move {
+            self.core.spawn(Job::BACKGROUND, async move {
                 match core.drop_set_id(handle.inode.id).await {
                     Ok(()) => core.write(handle, place, &data, reply),
                     Err(error) => reply.error(errno(&error)),
@@ -431,9 +446,9 @@ impl Filesystem for Fs {
         }
         let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
         let core = self.core.clone();
-        self.core.spawn(async move {
+        self.core.spawn(Op::Flush, async move {
             let flushed = core.flush(&handle).await;
-            core.closed_by(inode.0, owner.0).await;
+            core.closed_by(core.real(inode), owner.0).await;
             match core.check_locks(&handle) {
                 Ok(()) => answer_empty(reply, flushed),
                 Err(error) => reply.error(error),
@@ -461,7 +476,7 @@ impl Filesystem for Fs {
             Err(error) => return reply.error(error),
         };
         let core = self.core.clone();
-        self.core.spawn(async move {
+        self.core.spawn(Op::Lock, async move {
             match core.get_lock(&handle, Asked { flock: false, owner: owner.0, start, end, kind, pid }).await {
                 Ok(Some(found)) => reply.locked(found.start, found.end, found.kind, found.pid),
                 Ok(None) => reply.locked(0, 0, libc::F_UNLCK, 0),
@@ -492,7 +507,7 @@ impl Filesystem for Fs {
             Err(error) => return reply.error(error),
         };
         let (core, wait) = (self.core.clone(), sleep.then_some(request.unique().0));
-        self.core.spawn(async move {
+        self.core.spawn(Op::Lock, async move {
             match core.set_lock(&handle, Asked { flock, owner: owner.0, start, end, kind, pid }, wait).await {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(error),
@@ -502,6 +517,7 @@ impl Filesystem for Fs {
 
     fn interrupt(&self, request: RequestId) {
         self.core.locks.interrupt(request.0);
+        self.core.kills.interrupted(&self.core.io.runtime, request.0);
     }
 
     fn release(
@@ -519,7 +535,7 @@ impl Filesystem for Fs {
             return reply.ok();
         }
         let core = self.core.clone();
-        self.core.spawn(async move {
+        self.core.spawn(Op::Release, async move {
             core.release(fh.0).await;
             reply.ok();
         });
@@ -534,14 +550,14 @@ impl Filesystem for Fs {
             Err(error) => return reply.error(error),
         };
         let core = self.core.clone();
-        self.core.spawn(async move { answer_empty(reply, core.fsync(&handle).await) });
+        self.core.spawn(Op::Fsync, async move { answer_empty(reply, core.fsync(&handle).await) });
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         if is_virtual(inode.0) {
             return reply.opened(FileHandle(0), FopenFlags::empty());
         }
-        reply.opened(FileHandle(self.core.add_dir(inode.0)), FopenFlags::empty());
+        reply.opened(FileHandle(self.core.add_dir(self.core.real(inode))), FopenFlags::empty());
     }
 
     fn readdir(&self, request: &Request, inode: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -553,8 +569,8 @@ impl Filesystem for Fs {
             };
         }
         let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Job::droppable(Op::Readdir, request), async move {
             let add = |e: Listed<'_>| reply.add(INodeNo(e.inode), e.next, kind(e.kind), OsStr::from_bytes(e.name));
             match core.list(who, &dir, offset, false, add).await {
                 Ok(()) => reply.ok(),
@@ -582,8 +598,8 @@ impl Filesystem for Fs {
             };
         }
         let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Job::droppable(Op::Readdir, request), async move {
             let life = core.options.attr_timeout.min(core.options.entry_timeout);
             let add = |e: Listed<'_>| {
                 // Without attributes (".", "..") the kernel only takes the name; it asks for the rest.
@@ -613,13 +629,13 @@ impl Filesystem for Fs {
         reply.ok();
     }
 
-    fn statfs(&self, _request: &Request, inode: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, request: &Request, inode: INodeNo, reply: ReplyStatfs) {
         if is_virtual(inode.0) {
             return reply.statfs(0, 0, 0, 0, 0, BLOCK_BYTES as u32, 255, BLOCK_BYTES as u32);
         }
         let core = self.core.clone();
-        self.core.spawn(async move {
-            match core.client.statfs(&superuser(), at_inode(inode.0)).await {
+        self.core.spawn(Job::droppable(Op::Statfs, request), async move {
+            match core.client.statfs(&superuser(), at_inode(core.real(inode))).await {
                 Ok(s) => {
                     let (all, free) = (s.capacity_bytes / BLOCK_BYTES, s.free_bytes / BLOCK_BYTES);
                     let size = BLOCK_BYTES as u32;
@@ -647,7 +663,7 @@ impl Filesystem for Fs {
             _ => return reply.error(Errno::EINVAL),
         };
         let core = self.core.clone();
-        self.core.spawn(async move {
+        self.core.spawn(Op::Lseek, async move {
             match core.seek(&handle, offset, hole).await {
                 Ok(Some(position)) => reply.offset(position as i64),
                 Ok(None) => reply.error(Errno::ENXIO),
@@ -669,9 +685,9 @@ impl Filesystem for Fs {
         if is_virtual(inode.0) {
             return reply.error(Errno::EPERM);
         }
-        let (who, value) = (Who::of(request), value.to_vec());
-        self.named(name, |core, name| async move {
-            answer_empty(reply, core.setxattr(who, inode.0, &name, &value, flags).await);
+        let (who, value) = (self.core.who(request), value.to_vec());
+        self.named(Op::Setxattr, name, |core, name| async move {
+            answer_empty(reply, core.setxattr(who, core.real(inode), &name, &value, flags).await);
         });
     }
 
@@ -679,9 +695,9 @@ impl Filesystem for Fs {
         if is_virtual(inode.0) {
             return reply.error(Errno::ENODATA);
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            answer_xattr(reply, size, core.getxattr(who, inode.0, &name).await);
+        let who = self.core.who(request);
+        self.named(Job::droppable(Op::Getxattr, request), name, |core, name| async move {
+            answer_xattr(reply, size, core.getxattr(who, core.real(inode), &name).await);
         });
     }
 
@@ -689,17 +705,19 @@ impl Filesystem for Fs {
         if is_virtual(inode.0) {
             return answer_xattr(reply, size, Ok(Bytes::new()));
         }
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move { answer_xattr(reply, size, core.listxattr(who, inode.0).await) });
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Job::droppable(Op::Listxattr, request), async move {
+            answer_xattr(reply, size, core.listxattr(who, core.real(inode)).await)
+        });
     }
 
     fn removexattr(&self, request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         if is_virtual(inode.0) {
             return reply.error(Errno::EPERM);
         }
-        let who = Who::of(request);
-        self.named(name, |core, name| async move {
-            answer_empty(reply, core.removexattr(who, inode.0, &name).await);
+        let who = self.core.who(request);
+        self.named(Op::Removexattr, name, |core, name| async move {
+            answer_empty(reply, core.removexattr(who, core.real(inode), &name).await);
         });
     }
 
@@ -724,7 +742,7 @@ impl Filesystem for Fs {
             IOC_MAGIC => reply.ioctl(0, &FS_MAGIC.to_ne_bytes()),
             IOC_VERSION => reply.ioctl(0, &FS_VERSION.to_ne_bytes()),
             IOC_REGISTER if is_virtual(inode.0) => reply.error(Errno::EBADF),
-            IOC_REGISTER => match self.core.register_file(Who::of(request), fh.0) {
+            IOC_REGISTER => match self.core.register_file(self.core.who(request), fh.0) {
                 Ok(token) => reply.ioctl(0, &token.to_ne_bytes()),
                 Err(error) => reply.error(error),
             },
@@ -765,8 +783,8 @@ impl Filesystem for Fs {
             (Ok(source), Ok(target)) => (source, target),
             (Err(error), _) | (_, Err(error)) => return reply.error(error),
         };
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Op::CopyFileRange, async move {
             match core.copy(&who, &source, &target, Range { from, to, bytes }).await {
                 // The kernel asks for fewer than 4 GiB.
                 Ok(copied) => reply.written(copied as u32),
@@ -792,8 +810,8 @@ impl Filesystem for Fs {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
         };
-        let (core, who) = (self.core.clone(), Who::of(request));
-        self.core.spawn(async move {
+        let (core, who) = (self.core.clone(), self.core.who(request));
+        self.core.spawn(Op::Fallocate, async move {
             answer_empty(reply, core.fallocate(&who, &handle, mode, offset, length).await);
         });
     }

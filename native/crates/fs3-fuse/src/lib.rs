@@ -19,17 +19,21 @@ mod dirs;
 mod event;
 mod filesystem;
 mod gather;
+mod ids;
 mod inode;
 #[cfg(test)]
 mod inode_tests;
 mod io;
+mod kills;
 mod locks;
 mod mount;
 mod names;
 mod readahead;
+mod stats;
 mod tables;
 mod told;
 mod virt;
 mod xattrs;
 
-pub use mount::{MountHandle, MountOptions, mount};
+pub use ids::{IdMap, IdMaps, IdRange};
+pub use mount::{Cache, MountHandle, MountOptions, mount};

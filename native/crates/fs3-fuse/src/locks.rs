@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::attrs::Version;
-use crate::core::{Core, Handle, errno};
+use crate::core::{Core, Handle, Job, errno};
 
 /// Interrupts that came before the wait that they concern; they belong to requests of all kinds, and most concern none.
 const EARLY_MAX: usize = 256;
@@ -308,13 +308,13 @@ impl Core {
         }
         for key in self.locks.of_other_eras(self.client.lock_era()) {
             let core = self.clone();
-            self.spawn(async move { core.end_locks(key).await });
+            self.spawn(Job::BACKGROUND, async move { core.end_locks(key).await });
         }
         for handle in self.all_handles() {
             if self.check_locks(&handle).is_err() && !handle.locks.forgotten.swap(true, Ordering::Relaxed) {
                 tracing::warn!(inode = handle.inode.id, "locks are lost: no service was reached for the session time");
                 let core = self.clone();
-                self.spawn(async move { core.invalidate_pages(handle.inode.id).await });
+                self.spawn(Job::BACKGROUND, async move { core.invalidate_pages(handle.inode.id).await });
             }
         }
     }

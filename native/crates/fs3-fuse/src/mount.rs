@@ -7,13 +7,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fs3_client::{Client, Code, Error, Result};
+use fs3_client::{Client, Code, Error, FileType, Result, at_path};
 use fuser::{Config, MountOption, Session, SessionACL};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::Handle;
 
-use crate::core::Core;
+use crate::caller::superuser;
+use crate::core::{Core, ROOT};
 use crate::filesystem::Fs;
+use crate::ids::IdMaps;
 
 /// How long the end of a mount waits for operations under way, and for files that are still open.
 const END_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -33,6 +35,8 @@ pub struct MountOptions {
     pub suid: bool,
     /// Honour device nodes; needs the right to.
     pub dev: bool,
+    /// Honour the execution of programs.
+    pub exec: bool,
     /// Shown as the source in the mount table.
     pub fsname: String,
     /// Shown as `fuse.<subtype>` in the mount table.
@@ -51,6 +55,26 @@ pub struct MountOptions {
     pub readahead_bytes: usize,
     /// Locks of files hold within this mount only.
     pub local_locks: bool,
+    /// What is kept in memory of files.
+    pub cache: Cache,
+    /// Path of the directory of the cluster that is the root of the mount; empty: the cluster's root.
+    pub subdir: Vec<u8>,
+    /// Users and groups here and in the cluster.
+    pub ids: IdMaps,
+    /// Told to who asks how it is mounted.
+    pub config: String,
+}
+
+/// What is kept in memory of files. Attributes and names are kept as long as the timeouts say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Bytes, until an open finds that the file has changed.
+    #[default]
+    Auto,
+    /// Bytes, as long as the attributes say that the file has not changed. The kernel asks for them before each read.
+    Strict,
+    /// Nothing: every file is opened as if with O_DIRECT, and a write is published before it returns.
+    None,
 }
 
 impl Default for MountOptions {
@@ -61,6 +85,7 @@ impl Default for MountOptions {
             read_only: false,
             suid: false,
             dev: false,
+            exec: true,
             fsname: "fs3".to_owned(),
             subtype: "fs3".to_owned(),
             threads: 0,
@@ -70,6 +95,10 @@ impl Default for MountOptions {
             auto_unmount: false,
             readahead_bytes: 4 << 20,
             local_locks: false,
+            cache: Cache::Auto,
+            subdir: Vec::new(),
+            ids: IdMaps::default(),
+            config: String::new(),
         }
     }
 }
@@ -86,6 +115,7 @@ impl MountOptions {
             (self.read_only, MountOption::RO),
             (self.suid, MountOption::Suid),
             (self.dev, MountOption::Dev),
+            (!self.exec, MountOption::NoExec),
             (self.auto_unmount, MountOption::AutoUnmount),
         ];
         options.extend(flags.into_iter().filter_map(|(on, option)| on.then_some(option)));
@@ -124,17 +154,36 @@ fn io_error(what: &str, error: &std::io::Error) -> Error {
     Error::new(code, format!("{what}: {error}"))
 }
 
+/// The directory of the cluster that the mount shall show. Errors: NotFound, NotDirectory.
+async fn find_root(client: &Client, subdir: &[u8]) -> Result<u64> {
+    if subdir.is_empty() {
+        return Ok(ROOT);
+    }
+    let shown = String::from_utf8_lossy(subdir);
+    let found = client.stat(&superuser(), at_path(subdir, true)).await;
+    let attr = found.map_err(|e| match e.code {
+        Code::NotFound => Error::new(e.code, format!("the cluster has no directory {shown} to mount; make it first")),
+        Code::NotDirectory => Error::new(e.code, format!("{shown} leads through something that is no directory")),
+        _ => e,
+    })?;
+    match attr.r#type() {
+        FileType::Directory => Ok(attr.inode),
+        _ => Err(Error::new(Code::NotDirectory, format!("{shown} is no directory of the cluster"))),
+    }
+}
+
 /// Mount the cluster of `client` on the directory `mountpoint` and serve it in the background, on threads of its
 /// own and on `runtime` (the one that the client runs on). Returns when the kernel has accepted the mount.
 ///
 /// Must not be called from a task of the runtime. Errors: Access when mounting is not permitted, NotFound and
-/// NotDirectory about the mountpoint, InvalidArgument for options that contradict each other.
+/// NotDirectory about the mountpoint or the directory of the cluster, InvalidArgument for options that contradict each other.
 pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountOptions) -> Result<MountHandle> {
     let config = options.config();
     let readahead_bytes = options.readahead_bytes;
     let mountpoint =
         mountpoint.canonicalize().map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
-    let core = Arc::new(Core::new(client, runtime.clone(), &mountpoint, options));
+    let root = runtime.block_on(find_root(&client, &options.subdir))?;
+    let core = Arc::new(Core::new(client, runtime.clone(), &mountpoint, root, options));
     let session = Session::new(Fs { core: core.clone() }, &mountpoint, &config)
         .map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
     let _ = core.io.notifier.set(session.notifier());
@@ -180,6 +229,11 @@ async fn finish(core: &Arc<Core>) {
 }
 
 impl MountHandle {
+    /// What it did since it began, as a JSON object: what `3fs-virt/stats` shows.
+    pub fn stats(&self) -> String {
+        self.core.snapshot().to_string()
+    }
+
     /// Where it is mounted.
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint

@@ -12,6 +12,7 @@ use crate::attrs::{SET_ID_BITS, Version, type_of_mode, without_set_id};
 use crate::caller::{Who, superuser};
 use crate::core::{Core, DirHandle, File, HandleFlags};
 use crate::dirs::{At, DirStream, FIRST, PAGE_ENTRIES};
+use crate::mount::Cache;
 
 /// Set by the kernel in the flags of an open for execution; read permission is not needed then.
 const FMODE_EXEC: i32 = 0x20;
@@ -162,7 +163,7 @@ impl Core {
     async fn change(&self, who: Who, inode: u64, change: Setattr) -> Result<Attr> {
         // Without its groups the service would take a set-group-id bit away from a member of the group.
         let groups_matter = change.gid.is_some() || change.mode.is_some_and(|m| m & 0o2000 != 0);
-        let result = if who.uid != 0 && groups_matter {
+        let result = if !who.is_root() && groups_matter {
             self.client.setattr(&who.caller_with_groups(), at_inode(inode), change).await
         } else {
             who.run(|c| async move { self.client.setattr(&c, at_inode(inode), change).await }).await
@@ -329,7 +330,7 @@ impl Core {
         self.refresh_kernel(&attr);
         // The kernel caches what it appends where it believes the end to be; so the page cache is left out.
         let appends = options.write && flags & libc::O_APPEND != 0;
-        let direct = flags & libc::O_DIRECT != 0;
+        let direct = flags & libc::O_DIRECT != 0 || self.options.cache == Cache::None;
         let uncached = direct || appends;
         let mut answer = FopenFlags::empty();
         answer.set(FopenFlags::FOPEN_KEEP_CACHE, keep);
@@ -403,7 +404,10 @@ impl Core {
         if offset < FIRST {
             // The first page also tells the parent.
             self.fetch(who, dir, &mut stream, FIRST, with_attr).await?;
-            for (at, name, inode) in [(0, &b"."[..], dir.inode), (1, b"..", stream.parent)] {
+            // Nothing is above the root of the mount.
+            let parent = if dir.inode == self.root { self.root } else { stream.parent };
+            for (at, name, inode) in [(0, &b"."[..], dir.inode), (1, b"..", parent)] {
+                let inode = self.shown(inode);
                 let entry = Listed { next: at + 1, name, inode, kind: FileType::Directory, attr: None };
                 if at >= offset && add(entry) {
                     return Ok(());
@@ -452,7 +456,7 @@ impl Core {
     ) -> Result<()> {
         let At::Fetch(wanted) = stream.at(offset, with_attr) else { return Ok(()) };
         let after = &wanted.after;
-        let page = if self.options.default_permissions {
+        let page = if self.kernel_decides() {
             // The kernel checked the permission when the directory was opened.
             self.client.list(&superuser(), at_inode(dir.inode), after, PAGE_ENTRIES, with_attr).await?
         } else {

@@ -40,6 +40,15 @@ fn bit_of(name: &[u8]) -> XattrBit {
 }
 
 impl Core {
+    /// Access control lists name users and groups of the cluster; where these are others here, there are no lists here.
+    fn check_name(&self, name: &[u8]) -> Result<()> {
+        check_kind(name)?;
+        if self.ids.is_some() && is_acl(name) {
+            return Err(Error::new(Code::NotSupported, "no access control lists where ids are mapped"));
+        }
+        Ok(())
+    }
+
     /// Whether an inode has what `bit` stands for, as far as the kernel's attributes of it tell.
     async fn has_xattr(&self, inode: u64, bit: XattrBit) -> Result<bool> {
         let mut known = self.known_xattrs(inode);
@@ -52,7 +61,7 @@ impl Core {
 
     /// Errors: NoData, Access, NotSupported.
     pub async fn getxattr(&self, who: Who, inode: u64, name: &[u8]) -> Result<Bytes> {
-        check_kind(name)?;
+        self.check_name(name)?;
         if !self.has_xattr(inode, bit_of(name)).await? {
             return Err(Error::new(Code::NoData, "there is no such extended attribute"));
         }
@@ -69,12 +78,13 @@ impl Core {
             return Ok(Bytes::new());
         }
         let names = self.client.listxattr(&who.caller(), at_inode(inode)).await?;
-        Ok(names.iter().flat_map(|name| name.iter().copied().chain([0])).collect())
+        let names = names.iter().filter(|name| self.check_name(name).is_ok());
+        Ok(names.flat_map(|name| name.iter().copied().chain([0])).collect())
     }
 
     /// Errors: Exists, NoData, Access, NotPermitted, NotSupported, NoSpace, TooLarge.
     pub async fn setxattr(&self, who: Who, inode: u64, name: &[u8], value: &[u8], flags: i32) -> Result<()> {
-        check_kind(name)?;
+        self.check_name(name)?;
         let mode = SetxattrMode::from_flags(flags)?;
         if name == CAPABILITY {
             // What was written before must not take it away when it is published.
@@ -95,7 +105,7 @@ impl Core {
 
     /// Errors: NoData, Access, NotPermitted, NotSupported.
     pub async fn removexattr(&self, who: Who, inode: u64, name: &[u8]) -> Result<()> {
-        check_kind(name)?;
+        self.check_name(name)?;
         let result = if name.starts_with(USER) || is_acl(name) {
             who.run(|c| async move { self.client.removexattr(&c, at_inode(inode), name).await }).await
         } else {

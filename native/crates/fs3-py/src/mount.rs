@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fs3_client::{Client, ClientConfig, Result};
-use fs3_fuse::{MountHandle, MountOptions};
+use fs3_fuse::{Cache, IdMap, IdMaps, IdRange, MountHandle, MountOptions};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use tokio::runtime::Runtime;
 
@@ -35,6 +36,25 @@ fn start(runtime: &'static Runtime, config: ClientConfig, mountpoint: PathBuf, o
     }
 }
 
+fn parse_cache(name: &str) -> PyResult<Cache> {
+    match name {
+        "auto" => Ok(Cache::Auto),
+        "strict" => Ok(Cache::Strict),
+        "none" => Ok(Cache::None),
+        _ => Err(PyValueError::new_err("cache is auto, strict or none")),
+    }
+}
+
+/// `ranges`: triples of local id, id of the cluster and count.
+fn id_map(all: Option<u32>, ranges: Vec<(u32, u32, u32)>) -> IdMap {
+    let range = |(local, cluster, count)| IdRange { local, cluster, count };
+    match all {
+        Some(id) => IdMap::All(id),
+        None if ranges.is_empty() => IdMap::Same,
+        None => IdMap::Ranges(ranges.into_iter().map(range).collect()),
+    }
+}
+
 impl Mount {
     /// After the mount has ended: leave the cluster in good order.
     fn leave(&self) {
@@ -51,7 +71,8 @@ impl Mount {
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
         attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, local_locks=false, noatime=false, op_timeout_s=30.0,
-        transport="auto", rdma=None))]
+        transport="auto", rdma=None, exec=true, cache="auto", subdir=Vec::new(), uid=None, gid=None, uidmap=Vec::new(),
+        gidmap=Vec::new(), source="fs3".to_owned(), config=String::new()))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -74,9 +95,18 @@ impl Mount {
         op_timeout_s: f64,
         transport: &str,
         rdma: Option<RdmaOptions>,
+        exec: bool,
+        cache: &str,
+        subdir: Vec<u8>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        uidmap: Vec<(u32, u32, u32)>,
+        gidmap: Vec<(u32, u32, u32)>,
+        source: String,
+        config: String,
     ) -> PyResult<Self> {
         let seconds = |s: f64| Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO);
-        let config = ClientConfig {
+        let client = ClientConfig {
             metas,
             token,
             cluster_id,
@@ -96,12 +126,18 @@ impl Mount {
             max_memory_bytes,
             readahead_bytes,
             local_locks,
+            exec,
+            cache: parse_cache(cache)?,
+            subdir,
+            ids: IdMaps { users: id_map(uid, uidmap), groups: id_map(gid, gidmap) },
+            fsname: source,
+            config,
             attr_timeout: seconds(attr_timeout_s),
             entry_timeout: seconds(entry_timeout_s),
             ..MountOptions::default()
         };
         let runtime = runtime()?;
-        py.detach(|| start(runtime, config, mountpoint, options)).map_err(|e| to_python(py, &e))
+        py.detach(|| start(runtime, client, mountpoint, options)).map_err(|e| to_python(py, &e))
     }
 
     /// Wait until the mount has ended; with `timeout_s`, that many seconds at most. Returns whether it has.
@@ -118,6 +154,11 @@ impl Mount {
             ended
         });
         result.transpose().map(|ended| ended.is_some()).map_err(|e| to_python(py, &e))
+    }
+
+    /// What the mount did since it began, as the text of a JSON object (docs/operations.md explains it).
+    fn stats(&self) -> String {
+        self.handle.stats()
     }
 
     /// Write everything, unmount and wait for the end. Raises BUSY when files are still open half a minute later.

@@ -79,6 +79,8 @@ impl Default for Virt {
             next_handle: AtomicU64::new(1),
             since: SystemTime::now(),
         };
+        tree.add("config", Node::File(|core| core.options.config.clone().into_bytes()));
+        tree.add("stats", Node::File(|core| (core.snapshot().to_string() + "\n").into_bytes()));
         tree.add("version", Node::File(|_| format!("{}\n", env!("CARGO_PKG_VERSION")).into_bytes()));
         tree.add("iovs", Node::Links(LinkDir::Iovs));
         tree.add("rm-rf", Node::Links(LinkDir::RmRf));

@@ -9,6 +9,7 @@ use fs3_ring::layout::{Config, FORBID_HOLES};
 
 use crate::caller::Who;
 use crate::core::{Core, Handle};
+use crate::stats::Op as Counted;
 use crate::virt::iovs::Announced;
 
 /// I/Os and bytes that go to the services together: large ones answer for themselves, small ones share requests.
@@ -120,13 +121,20 @@ impl Core {
 
     fn begin_group(self: &Arc<Self>, ring: &Arc<Ring>, group: Vec<Op>) {
         let (core, ring) = (self.clone(), ring.clone());
-        self.spawn(async move {
+        let job = if ring.config.for_read { Counted::RingRead } else { Counted::RingWrite };
+        self.spawn(job, async move {
             let unfinished = Unfinished { ring: &ring, numbers: group.iter().map(|op| op.number).collect() };
             let results = if ring.config.for_read {
                 core.read_group(&ring, &group).await
             } else {
                 core.write_group(&ring, &group).await
             };
+            let bytes = results.iter().filter_map(|result| usize::try_from(*result).ok()).sum();
+            if ring.config.for_read {
+                core.stats.read(bytes)
+            } else {
+                core.stats.written(bytes)
+            }
             unfinished.finish(results);
         });
     }
@@ -204,7 +212,7 @@ impl Core {
     /// The file of a write, when everything written before by other ways is where it belongs.
     async fn file_for_write(&self, ring: &Ring, op: &Op) -> Result<Arc<OpenFile>, i32> {
         let inode = &op.handle.inode;
-        if ring.who.uid != 0 && inode.has_set_id() {
+        if !ring.who.is_root() && inode.has_set_id() {
             self.drop_set_id(inode.id).await.map_err(|e| e.errno())?;
         }
         inode.settle(&self.io, op.offset, op.offset + op.window.bytes as u64).await;

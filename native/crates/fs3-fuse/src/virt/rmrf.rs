@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use fs3_client::{PathAt, at_inode, at_path};
+use fs3_client::{Code, Error, FileType, PathAt, Result, at_child, at_inode, at_path};
 use fuser::{Errno, INodeNo};
 
 use crate::caller::{Who, superuser};
-use crate::core::{Core, errno};
+use crate::core::{Core, ROOT, errno};
 use crate::virt::NAME;
 
 /// Components from the root of the mount to the directory of the links: `3fs-virt/rm-rf`.
@@ -17,7 +17,7 @@ const DEPTH: usize = 2;
 /// An absolute target has to begin with the mountpoint. A relative one that begins with `..` is meant from where the link
 /// is, as with any symlink; another one from the mount's root. Errors: EXDEV when it lies outside of the mount, EINVAL
 /// when it names the root or the virtual directory.
-fn path_in_mount(mountpoint: &[u8], target: &[u8]) -> Result<Vec<u8>, Errno> {
+fn path_in_mount(mountpoint: &[u8], target: &[u8]) -> std::result::Result<Vec<u8>, Errno> {
     let absolute = target.starts_with(b"/");
     let mut parts: Vec<&[u8]> = Vec::new();
     let from_link = !absolute && target.split(|b| *b == b'/').find(|part| *part != b".") == Some(b"..");
@@ -43,7 +43,7 @@ fn path_in_mount(mountpoint: &[u8], target: &[u8]) -> Result<Vec<u8>, Errno> {
 }
 
 /// Remove the tree at `target` as `who`, with whom's permissions. Nobody sees a part of it gone.
-pub(crate) async fn remove(core: &Arc<Core>, who: Who, target: &[u8]) -> Result<(), Errno> {
+pub(crate) async fn remove(core: &Arc<Core>, who: Who, target: &[u8]) -> std::result::Result<(), Errno> {
     let path = path_in_mount(&core.mountpoint, target)?;
     // Files that were closed early are opened again, so that those which are still in use live on.
     core.unpark(None).await.map_err(|e| errno(&e))?;
@@ -51,9 +51,12 @@ pub(crate) async fn remove(core: &Arc<Core>, who: Who, target: &[u8]) -> Result<
         Some(at) => (&path[..at], &path[at + 1..]),
         None => (&b""[..], &path[..]),
     };
-    let directory: PathAt = if parent.is_empty() { at_inode(1) } else { at_path(parent, true) };
-    let directory = core.client.stat(&superuser(), directory).await.map(|attr| attr.inode);
-    let at = &at_path(&path, false);
+    let directory = find_directory(core, who, parent).await;
+    let at = &match (core.root, &directory) {
+        (ROOT, _) => at_path(&path, false),
+        (_, Ok(directory)) => at_child(*directory, name),
+        (_, Err(error)) => return Err(errno(error)),
+    };
     let done = who.run(|c| async move { core.client.remove_all(&c, at.clone(), false).await }).await;
     core.dir_attrs.forget_all();
     if let Ok(directory) = directory {
@@ -63,13 +66,32 @@ pub(crate) async fn remove(core: &Arc<Core>, who: Who, target: &[u8]) -> Result<
     done.map_err(|e| errno(&e))
 }
 
+/// The directory at a path from the mount's root. Where that is a directory of the cluster, symlinks on the way are
+/// refused (NotDirectory): services know only the cluster's root, so they could lead out of the mount.
+async fn find_directory(core: &Core, who: Who, path: &[u8]) -> Result<u64> {
+    if core.root == ROOT {
+        let at: PathAt = if path.is_empty() { at_inode(ROOT) } else { at_path(path, true) };
+        return Ok(core.client.stat(&superuser(), at).await?.inode);
+    }
+    let mut directory = core.root;
+    for name in path.split(|b| *b == b'/').filter(|name| !name.is_empty()) {
+        let attr = who.run(|c| async move { core.client.lookup(&c, directory, name).await }).await?;
+        if attr.r#type() != FileType::Directory {
+            return Err(Error::new(Code::NotDirectory, "the path leads through something that is no directory"));
+        }
+        directory = attr.inode;
+    }
+    Ok(directory)
+}
+
 /// Make the kernel ask for a name again, and for all below it.
 async fn forget_in_kernel(core: &Core, directory: u64, name: &[u8]) {
     let Some(notifier) = core.io.notifier.get().cloned() else { return };
     let name = std::os::unix::ffi::OsStringExt::from_vec(name.to_vec());
     let name: std::ffi::OsString = name;
     // It waits for operations on the directory, so it must not hold up this thread.
-    let forget = move || drop(notifier.inval_entry(INodeNo(directory), &name));
+    let directory = INodeNo(core.shown(directory));
+    let forget = move || drop(notifier.inval_entry(directory, &name));
     let _ = core.io.runtime.spawn_blocking(forget).await;
 }
 
@@ -77,7 +99,7 @@ async fn forget_in_kernel(core: &Core, directory: u64, name: &[u8]) {
 mod tests {
     use super::*;
 
-    fn path(target: &str) -> Result<String, i32> {
+    fn path(target: &str) -> std::result::Result<String, i32> {
         let found = path_in_mount(b"/mnt/fs", target.as_bytes());
         found.map(|p| String::from_utf8(p).unwrap()).map_err(|e| e.code())
     }
