@@ -37,12 +37,16 @@ COLLECT_LOOK_S = 2.0
 
 @dataclass(frozen=True)
 class Row:
-    """A figure and what it must reach: so much of the limit `against`, or without one so much in its own unit."""
+    """A figure and what it must reach.
+
+    Either so much of the limit `against`, or of `peer`, measured in turn with it, or so much in its own unit.
+    """
 
     name: str
     figure: Measured
     against: str
     floor: float
+    peer: Measured | None = None
 
     @property
     def rate(self) -> str:
@@ -51,6 +55,8 @@ class Row:
 
     def reached(self, limits: dict[str, Measured]) -> float:
         """What is compared with the floor."""
+        if self.peer is not None:
+            return self.figure.rate_of(self.peer)
         if not self.against:
             return self.figure.mb_per_s if self.figure.bytes else self.figure.per_s
         return self.figure.rate_of(limits[self.against])
@@ -66,7 +72,10 @@ class Row:
         compared = f"{reached:.2f} × {self.against}" if self.against else "-"
         if self.figure.write_amplification:
             compared = f"{self.figure.write_amplification:.1f} bytes to disk per byte"
-        floor = f"{self.floor:g}" + ("" if self.against else " MB/s" if self.figure.bytes else "/s")
+        if self.peer is not None:
+            compared = f"{reached:.2f} × native, in turn with it"
+        relative = self.against or self.peer is not None
+        floor = f"{self.floor:g}" + ("" if relative else " MB/s" if self.figure.bytes else "/s")
         return [self.name, self.rate, cost, compared, floor, "yes" if reached >= self.floor else "NO"]
 
 
@@ -146,6 +155,31 @@ def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, size: in
     return rows
 
 
+def measure_ring(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int, operations: int) -> list[Row]:
+    """Reads through the mount's ring, in turn with the same by the native client."""
+    pids = [*cluster.pids(), daemon]
+    path, batch = mountpoint / "large", 256
+    figures: dict[str, list[tuple[Measured, Measured]]] = {"large": [], "small": []}
+    with fs3.connect(cluster.url, token=cluster.token) as fs:
+        for turn in range(1 + TIMES):
+            say(f"reads through the ring and by the native client, turn {turn}")
+            large = measure.ring_read(path, size, pids=pids), measure.native_batch_read(fs, "/large", size, pids=pids)
+            small = (
+                measure.ring_random_read(path, file_bytes=size, batch=batch, operations=operations, pids=pids),
+                measure.native_random_read(
+                    fs, "/large", file_bytes=size, batch=batch, operations=operations, pids=pids
+                ),
+            )
+            if turn:
+                figures["large"].append(large)
+                figures["small"].append(small)
+    middles = {kind: [measure.middle(side) for side in zip(*found, strict=True)] for kind, found in figures.items()}
+    return [
+        Row("1 MiB reads, 8 in flight, ring", middles["large"][0], "", 0.8, middles["large"][1]),
+        Row(f"random 4 KiB reads, batches of {batch}, ring", middles["small"][0], "", 0.6, middles["small"][1]),
+    ]
+
+
 def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str, Measured], list[Row]]:
     """All measurements, on a cluster in `directory`; the limits before, between and after."""
     limits: list[dict[str, Measured]] = []
@@ -168,6 +202,7 @@ def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str,
         mounted = True
         daemon = json.loads(pid_file.read_text())["pid"]
         rows += measure_mount(cluster, mountpoint, daemon, size, files)
+        rows += measure_ring(cluster, mountpoint, daemon, size, 100_000)
     finally:
         if mounted:
             umount(str(mountpoint), pid_file=str(pid_file))

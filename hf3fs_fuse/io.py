@@ -43,6 +43,7 @@ class iovec:
     def __init__(self, iov: hf3fs_py_usrbio.iovec, link: str) -> None:
         self.iov = iov
         self.link = link
+        self._process = os.getpid()
 
     def withdraw(self) -> None:
         """Have the mount let go of it; what it is made of stays."""
@@ -51,7 +52,9 @@ class iovec:
             os.unlink(self.link)
 
     def __del__(self) -> None:
-        self.withdraw()
+        # It is the parent's in a forked child.
+        if self._process == os.getpid():
+            self.withdraw()
 
     def __getitem__(self, part: slice) -> hf3fs_py_usrbio.iovec:
         return self.iov[part]

@@ -11,11 +11,14 @@ import os
 import random
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
+import hf3fs_fuse.io as h3
 from fs3 import native
 from fs3.client import FileSystem
 from fs3.testing.process import process_cpu_seconds, process_written_bytes
@@ -220,6 +223,25 @@ def native_random_read(
     return meter.result(operations=calls * batch, p50_us=p50_us)
 
 
+def native_batch_read(
+    fs: FileSystem, path: str, total_bytes: int, *, piece_bytes: int = MIB, batch: int = 8, pids: Iterable[int] = ()
+) -> Measured:
+    """Read a file in order, `batch` pieces per call, into one reused buffer for each."""
+    buffers = [memoryview(bytearray(piece_bytes)) for _ in range(batch)]
+    meter = Meter(pids)
+    with fs.open(path, "rb", buffering=0) as file:
+
+        def read(start: int) -> None:
+            offsets = range(start, start + batch * piece_bytes, piece_bytes)
+            fs.read_many(zip([file] * batch, offsets, buffers, strict=True))
+
+        read(0)
+        with meter:
+            for start in range(0, total_bytes, batch * piece_bytes):
+                read(start)
+    return meter.result(bytes_=total_bytes)
+
+
 def native_random_overwrite(
     fs: FileSystem,
     path: str,
@@ -365,6 +387,64 @@ def mount_read(path: Path, total_bytes: int, *, pids: Iterable[int] = ()) -> Mea
     if remaining:
         raise OSError(f"{path} is {remaining} bytes shorter than expected")
     return meter.result(bytes_=total_bytes)
+
+
+@contextmanager
+def _ring(path: Path, batch: int, piece_bytes: int) -> Iterator[Callable[[Sequence[int]], None]]:
+    """A function that reads `batch` pieces of a file of a mount at given offsets through its ring."""
+    mount = h3.extract_mount_point(str(path))
+    if mount is None:
+        raise OSError(f"{path} is on no mount")
+    memory = SharedMemory(create=True, size=batch * piece_bytes)
+    fd = os.open(path, os.O_RDONLY)
+    h3.register_fd(fd)
+    try:
+        iov, ring = h3.make_iovec(memory, mount), h3.make_ioring(mount, batch)
+        parts = [iov[n * piece_bytes : (n + 1) * piece_bytes] for n in range(batch)]
+
+        def read(offsets: Sequence[int]) -> None:
+            for part, offset in zip(parts, offsets, strict=True):
+                ring.prepare(part, True, fd, offset)
+            for done in ring.submit().wait(min_results=batch):
+                if done.result != piece_bytes:
+                    raise OSError(-done.result, f"a read of {path} through the ring failed")
+
+        yield read
+        iov.withdraw()
+    finally:
+        h3.deregister_fd(fd)
+        os.close(fd)
+        memory.close()
+        memory.unlink()
+
+
+def ring_read(
+    path: Path, total_bytes: int, *, piece_bytes: int = MIB, batch: int = 8, pids: Iterable[int] = ()
+) -> Measured:
+    """As :func:`native_batch_read`, through the ring of a mount."""
+    meter = Meter(pids)
+    with _ring(path, batch, piece_bytes) as read:
+        read(range(0, batch * piece_bytes, piece_bytes))
+        with meter:
+            for start in range(0, total_bytes, batch * piece_bytes):
+                read(range(start, start + batch * piece_bytes, piece_bytes))
+    return meter.result(bytes_=total_bytes)
+
+
+def ring_random_read(path: Path, *, file_bytes: int, batch: int, operations: int, pids: Iterable[int] = ()) -> Measured:
+    """As :func:`native_random_read`, through the ring of a mount."""
+    calls = max(1, operations // batch)
+    offsets = _random_offsets(file_bytes, calls * batch, seed=7)
+    with _ring(path, batch, SMALL_FILE_BYTES) as read_batch:
+
+        def read(call: int) -> None:
+            read_batch(offsets[call * batch : (call + 1) * batch])
+
+        for call in range(max(1, calls // 10)):
+            read(call)
+        meter = Meter(pids)
+        p50_us = _timed(meter, (functools.partial(read, call) for call in range(calls)))
+    return meter.result(operations=calls * batch, p50_us=p50_us)
 
 
 def small_files(job: tuple[str, int, int]) -> int:

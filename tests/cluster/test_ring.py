@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
+import functools
 import json
 import mmap
 import os
 import signal
+import struct
 import subprocess
 import sys
 import uuid
@@ -29,6 +33,8 @@ from tests.cluster.test_mount_semantics import failure
 
 MIB = 1 << 20
 NOBODY = 65534
+SYS_FUTEX = 202
+FUTEX_WAKE = 1
 SOURCE = Path(__file__).parent.parent / "ring" / "ring.c"
 
 
@@ -326,51 +332,143 @@ def test_memory_of_others_and_what_is_no_memory_is_refused(mount: Path, tmp_path
     assert announced(mount) == []
 
 
-def test_a_ring_of_another_process_or_user_cannot_name_its_files(mount: Path, directory: Path) -> None:
-    (directory / "secret").write_bytes(b"s" * 4096)
-    reads = make_ring(mount)
-    with shared(4096) as memory, registered(directory / "secret", os.O_RDONLY) as fd:
+def in_child(call: Callable[[], bool], uid: int = 0) -> bool:
+    """What a call answers in a forked child, as user `uid`."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            status = 0 if call() else 2
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_forked_child_uses_what_it_inherits_in_a_ring_of_its_own(mount: Path, directory: Path) -> None:
+    (directory / "file").write_bytes(b"s" * 4096)
+    ring = make_ring(mount)
+    with shared(4096) as memory, registered(directory / "file", os.O_RDONLY) as fd:
         iov = h3.make_iovec(memory, str(mount))
-        child = os.fork()
-        if child == 0:
-            # The child knows the token, and makes a ring of its own.
-            status = 1
-            try:
-                own = make_ring(mount)
-                status = 0 if one(own, iov[:], fd, 0) == -errno.EBADF else 2
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert bytes(memory.buf[:1]) == b"\0"
-        assert one(reads, iov[:], fd, 0) == 4096
+
+        def child() -> bool:
+            refused = failure(ring.prepare, iov[:], True, fd, 0) == errno.EINVAL
+            return refused and one(make_ring(mount), iov[:100], fd, 0) == 100
+
+        assert in_child(child)
+        assert bytes(memory.buf[:101]) == b"s" * 100 + b"\0"
+        assert one(ring, iov[:], fd, 0) == 4096
         # Memory that was withdrawn is nobody's.
         iov.withdraw()
-        assert one(reads, iov[:], fd, 0) == -errno.EINVAL
+        assert one(ring, iov[:], fd, 0) == -errno.EINVAL
 
 
-def test_a_hostile_ring_is_closed_and_the_mount_goes_on(mount: Path, directory: Path) -> None:
+def test_another_user_has_own_rights_and_not_the_memory_of_others(mount: Path, directory: Path) -> None:
+    (directory / "public").write_bytes(b"p" * 4096)
+    (directory / "private").write_bytes(b"s" * 4096)
+    (directory / "private").chmod(0o600)
+    with shared(4096) as roots:
+        theirs = h3.make_iovec(roots, str(mount))
+        known = Path(theirs.link).name
+
+        def child() -> bool:
+            ring = make_ring(mount)
+            with shared(4096) as memory, registered(directory / "public", os.O_RDONLY) as fd:
+                mine = h3.make_iovec(memory, str(mount))
+                stolen = hf3fs_py_usrbio.iovec(memory.buf, known, str(mount))
+                return (
+                    one(ring, mine[:], fd, 0) == 4096
+                    and bytes(memory.buf) == b"p" * 4096
+                    and one(ring, stolen[:], fd, 0) == -errno.EINVAL
+                    and failure(os.open, directory / "private", os.O_RDONLY) == errno.EACCES
+                    and failure(os.unlink, theirs.link) in (errno.EPERM, errno.EACCES)
+                )
+
+        assert in_child(child, NOBODY)
+        assert bytes(roots.buf) == bytes(4096)
+
+
+class RawRing:
+    """A ring that is written without the library."""
+
+    def __init__(self, mount: Path) -> None:
+        self.memory = SharedMemory(create=True, size=hf3fs_py_usrbio.ioring.size_for_entries(4))
+        self.link = mount / "3fs-virt" / "iovs" / f"{uuid.uuid4()}.r0.n4"
+        self.put(0, struct.pack("<QII", 0x6673332D72696E67, 1, 4))
+
+    def put(self, at: int, data: bytes) -> None:
+        self.memory.buf[at : at + len(data)] = data
+
+    def number(self, at: int) -> int:
+        return struct.unpack("<q", self.memory.buf[at : at + 8])[0]
+
+    def run(self, submissions: list[bytes]) -> list[int]:
+        """Announce it with these; their results."""
+        self.put(256, b"".join(submissions))
+        self.put(64, struct.pack("<Q", len(submissions)))
+        os.symlink(f"/dev/shm/{self.memory.name}", self.link)
+        wait_until(lambda: self.number(128) == len(submissions), timeout_s=30, what="the end of all")
+        return [self.number(512 + 8 * n) for n in range(len(submissions))]
+
+    def end(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self.link)
+        self.memory.close()
+        self.memory.unlink()
+
+
+def token_of(fd: int) -> int:
+    """The number by which rings of this process name an open file."""
+    answer = bytearray(8)
+    fcntl.ioctl(fd, 0x80086840, answer)
+    return int.from_bytes(answer, "little")
+
+
+def test_a_hostile_ring_gets_errors_and_cannot_name_files_of_other_processes(mount: Path, directory: Path) -> None:
     (directory / "file").write_bytes(b"f" * 4096)
-    name = f"fs3-hostile-{uuid.uuid4()}"
-    size = hf3fs_py_usrbio.ioring.size_for_entries(4)
-    memory = SharedMemory(name, create=True, size=size)
+    read_end, write_end = os.pipe()
+    with open(directory / "file", "rb", buffering=0) as file:
+
+        def child() -> bool:
+            os.write(write_end, token_of(file.fileno()).to_bytes(8, "little"))
+            return True
+
+        assert in_child(child)
+        others = int.from_bytes(os.read(read_end, 8), "little")
+        mine = token_of(file.fileno())
+        assert token_of(file.fileno()) == mine != others
+        ring = RawRing(mount)
+        nowhere = struct.pack("<QQ16sQQQ", 0, 4096, bytes(16), 0, 0, 0)
+        try:
+            results = ring.run([struct.pack("<Q", token) + nowhere for token in (others, mine, 0)] + [os.urandom(64)])
+            assert results == [-errno.EBADF, -errno.EINVAL, -errno.EBADF, -errno.EBADF]
+        finally:
+            ring.end()
+    os.close(read_end)
+    os.close(write_end)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_ring_with_impossible_counters_or_without_its_file_does_no_harm(
+    mount: Path, directory: Path, cut: bool
+) -> None:
+    (directory / "file").write_bytes(b"f" * 4096)
+    ring = RawRing(mount)
     try:
-        memory.buf[:16] = (
-            (0x6673332D72696E67).to_bytes(8, "little") + (1).to_bytes(4, "little") + (4).to_bytes(4, "little")
-        )
-        link = mount / "3fs-virt" / "iovs" / f"{uuid.uuid4()}.r0.n4"
-        # Submissions of garbage: nobody's token, memory and lengths.
-        memory.buf[256 : 256 + 4 * 64] = os.urandom(4 * 64)
-        memory.buf[64:72] = (4).to_bytes(8, "little")
-        os.symlink(f"/dev/shm/{name}", link)
-        wait_until(lambda: int.from_bytes(memory.buf[128:136], "little") == 4, timeout_s=30, what="the end of all four")
-        results = [int.from_bytes(memory.buf[512 + 8 * n : 520 + 8 * n], "little", signed=True) for n in range(4)]
-        assert results == [-errno.EBADF] * 4
-        # A counter that cannot be.
-        memory.buf[64:72] = (1 << 60).to_bytes(8, "little")
-        memory.buf[72:76] = (7).to_bytes(4, "little")
-        os.truncate(f"/dev/shm/{name}", 0)
-        os.unlink(link)
+        ring.run([bytes(64)])
+        if cut:
+            os.truncate(f"/dev/shm/{ring.memory.name}", 0)
+            os.unlink(ring.link)
+        else:
+            ring.put(64, struct.pack("<QI", 1 << 60, 7))
+            # The daemon sleeps on this word, unless it has seen the change.
+            word = ctypes.c_uint32.from_buffer(ring.memory.buf, 72)
+            ctypes.CDLL(None).syscall(SYS_FUTEX, ctypes.byref(word), FUTEX_WAKE, 1)
+            del word
+            closed = functools.partial(ring.number, 144)
+            wait_until(lambda: closed() & 0xFFFFFFFF == errno.EINVAL, timeout_s=30, what="the end of the ring")
     finally:
-        memory.close()
-        memory.unlink()
+        ring.end()
     assert h3.read_file(str(directory / "file")) == b"f" * 4096

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::futex::{self, Until};
 use crate::layout::{Completion, Config, Header, MAGIC, Places, SERVED, Submission, VERSION};
 use crate::names::{Name, encode_id};
-use crate::{Errno, Memory, Result, fds};
+use crate::{Errno, Memory, Result, fds, fork};
 
 /// How often a waiter looks whether the daemon is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -34,6 +34,8 @@ pub struct Announced {
     file: Mutex<Option<PathBuf>>,
     /// The symlink is another's.
     borrowed: bool,
+    /// Of the process that announced it: a forked child withdraws nothing.
+    generation: u32,
 }
 
 impl Announced {
@@ -50,7 +52,14 @@ impl Announced {
         let id = new_id()?;
         let path = PathBuf::from(format!("/dev/shm/hf3fs-iov-{}", encode_id(&id)));
         let memory = Memory::create(&path, bytes, numa)?;
-        Ok(Self { memory, id, link: link(mount, &name(id)), file: Mutex::new(Some(path)), borrowed: false })
+        Ok(Self {
+            memory,
+            id,
+            link: link(mount, &name(id)),
+            file: Mutex::new(Some(path)),
+            borrowed: false,
+            generation: fork::generation(),
+        })
     }
 
     fn announce(&self) -> Result<()> {
@@ -66,7 +75,8 @@ impl Announced {
         if target.parent() != Some(Path::new("/dev/shm")) {
             return Err(Errno(libc::EINVAL));
         }
-        Ok(Self { memory: Memory::open(&target, bytes)?, id, link, file: Mutex::new(None), borrowed: true })
+        let memory = Memory::open(&target, bytes)?;
+        Ok(Self { memory, id, link, file: Mutex::new(None), borrowed: true, generation: fork::generation() })
     }
 
     /// Remove the file in `/dev/shm`; the memory stays as long as anybody has it mapped.
@@ -90,6 +100,9 @@ impl Announced {
 
 impl Drop for Announced {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
         if !self.borrowed {
             let _ = std::fs::remove_file(&self.link);
         }
@@ -129,7 +142,7 @@ pub struct Done {
     pub userdata: usize,
 }
 
-/// A ring of one process. Thread-safe; what several threads prepare is batched together.
+/// A ring of one process. Thread-safe; what several threads prepare is batched together. A forked child cannot use it.
 pub struct Ring {
     announced: Announced,
     places: Places,
@@ -190,9 +203,12 @@ impl Ring {
     }
 
     /// Prepare an I/O; it may begin at once. Returns its index, which no other outstanding I/O has. Errors: EAGAIN when
-    /// the ring is full, EBADF, EACCES, EINVAL for none or too many bytes.
+    /// the ring is full, EBADF, EACCES, EINVAL for none or too many bytes, or when it is the ring of a parent process.
     pub fn prepare(&self, io: &Io) -> Result<u32> {
         if io.length == 0 || io.length > i64::MAX as u64 || io.offset > i64::MAX as u64 {
+            return Err(Errno(libc::EINVAL));
+        }
+        if self.announced.generation != fork::generation() {
             return Err(Errno(libc::EINVAL));
         }
         let token = fds::token(io.fd, self.config.for_read)?;

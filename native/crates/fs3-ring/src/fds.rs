@@ -2,17 +2,38 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::{Arc, LazyLock, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, RwLock};
 
 use crate::layout::{FS_MAGIC, IOC_MAGIC, IOC_REGISTER};
-use crate::{Errno, Result};
+use crate::{Errno, Result, fork};
 
 /// A file of a mount that rings may use. It stays open until it is withdrawn, whatever happens to its descriptor.
 pub struct Registered {
     file: OwnedFd,
     given: i32,
-    token: u64,
     access: i32,
+    /// For the process of this generation; a forked child gets its own with its copy of the descriptor.
+    token: Mutex<(u32, u64)>,
+}
+
+impl Registered {
+    fn token(&self) -> Result<u64> {
+        let mut known = self.token.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let now = fork::generation();
+        if known.0 != now {
+            *known = (now, ask_token(self.file.as_raw_fd())?);
+        }
+        Ok(known.1)
+    }
+}
+
+fn ask_token(fd: i32) -> Result<u64> {
+    let mut token: u64 = 0;
+    // SAFETY: `token` is valid for writing.
+    match unsafe { libc::ioctl(fd, libc::c_ulong::from(IOC_REGISTER), &raw mut token) } {
+        0 => Ok(token),
+        _ => Err(Errno::last()),
+    }
 }
 
 /// By the descriptor that was given, and by the copy of it.
@@ -46,12 +67,11 @@ pub fn register(fd: i32) -> Result<i32> {
     let file = unsafe { OwnedFd::from_raw_fd(copy) };
     // SAFETY: an ordinary system call.
     let flags = unsafe { libc::fcntl(copy, libc::F_GETFL) };
-    let mut token: u64 = 0;
-    // SAFETY: `token` is valid for writing.
-    if flags < 0 || unsafe { libc::ioctl(copy, libc::c_ulong::from(IOC_REGISTER), &raw mut token) } != 0 {
+    if flags < 0 {
         return Err(Errno::last());
     }
-    let registered = Arc::new(Registered { file, given: fd, token, access: flags & libc::O_ACCMODE });
+    let token = Mutex::new((fork::generation(), ask_token(copy)?));
+    let registered = Arc::new(Registered { file, given: fd, access: flags & libc::O_ACCMODE, token });
     table.insert(fd, registered.clone());
     table.insert(copy, registered);
     Ok(copy)
@@ -71,7 +91,7 @@ pub(crate) fn token(fd: i32, read: bool) -> Result<u64> {
     let table = TABLE.read().unwrap_or_else(std::sync::PoisonError::into_inner);
     let registered = table.get(&fd.saturating_abs()).ok_or(Errno(libc::EBADF))?;
     let refused = if read { libc::O_WRONLY } else { libc::O_RDONLY };
-    if registered.access == refused { Err(Errno(libc::EACCES)) } else { Ok(registered.token) }
+    if registered.access == refused { Err(Errno(libc::EACCES)) } else { registered.token() }
 }
 
 /// Make `start..end` of an open file a hole, as far as the file goes. Errors: EINVAL when nothing lies between, EBADF.

@@ -10,6 +10,7 @@
 pub mod app;
 pub mod daemon;
 pub mod fds;
+mod fork;
 mod futex;
 pub mod guard;
 pub mod layout;

@@ -233,12 +233,14 @@ impl Core {
         for done in forgotten {
             let _ = done.await;
         }
-        for (op, result) in group.iter().zip(results) {
-            if op.handle.durable
-                && result.is_some_and(|r| r >= 0)
-                && let Err(error) = self.fsync(&op.handle).await
-            {
-                *result = Some(-i64::from(error.errno()));
+        let mut durable: Vec<_> = group.iter().map(|op| &op.handle).filter(|handle| handle.durable).collect();
+        durable.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        for handle in durable {
+            let Err(error) = self.fsync(handle).await else { continue };
+            for (op, result) in group.iter().zip(&mut *results) {
+                if Arc::ptr_eq(&op.handle, handle) && result.is_some_and(|r| r >= 0) {
+                    *result = Some(-i64::from(error.errno()));
+                }
             }
         }
     }
