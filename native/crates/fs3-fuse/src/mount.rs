@@ -103,10 +103,17 @@ impl Default for MountOptions {
     }
 }
 
+/// The source as `mount(2)` takes it from root, or as an option of the helper program that ordinary users need.
+fn source_option(fsname: &str, root: bool) -> String {
+    if root { fsname.to_owned() } else { fsname.replace('\\', "\\\\").replace(',', "\\,") }
+}
+
 impl MountOptions {
     fn config(&self) -> Config {
+        // SAFETY: it cannot fail.
+        let root = unsafe { libc::geteuid() } == 0;
         let mut options = vec![
-            MountOption::FSName(self.fsname.clone()),
+            MountOption::FSName(source_option(&self.fsname, root)),
             // As a kernel option it also takes effect without the helper program.
             MountOption::CUSTOM(format!("subtype={}", self.subtype)),
         ];
@@ -348,6 +355,12 @@ mod tests {
                      91 30 0:52 / /mnt/a\\040b rw - fuse.fs3 fs3 rw\n";
         assert_eq!(device_of(table, Path::new("/mnt/a b")).as_deref(), Some("0:52"));
         assert_eq!(device_of(table, Path::new("/mnt")), None);
+    }
+
+    #[test]
+    fn commas_in_the_source_do_not_end_the_option_of_the_helper_program() {
+        assert_eq!(source_option("fs3://a:1,b:2/x\\y", true), "fs3://a:1,b:2/x\\y");
+        assert_eq!(source_option("fs3://a:1,b:2/x\\y", false), "fs3://a:1\\,b:2/x\\\\y");
     }
 
     #[test]
