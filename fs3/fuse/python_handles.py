@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
 import time
@@ -24,6 +25,9 @@ FIRST_ENTRY = 2
 # Calls that tell of failures. What one told is told again by those after it, and only by them: the error of a write is
 # lost when the kernel had written a part of it before, and that of a close when the descriptor was a copy.
 TELL_WRITE, TELL_CLOSE, TELL_SYNC = range(3)
+
+# Errors of writes that were refused before anything was written: nothing is lost that had to be told later.
+REFUSALS = frozenset({errno.EDQUOT, errno.EFBIG})
 
 
 class Recent(Generic[K, V]):
@@ -171,9 +175,10 @@ class OpenFiles:
         try:
             yield
         except OSError as e:
-            with self._lock:
-                node.failures += 1
-                node.failure = e
+            if e.errno not in REFUSALS:
+                with self._lock:
+                    node.failures += 1
+                    node.failure = e
             raise
         finally:
             with self._lock:
