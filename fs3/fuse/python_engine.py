@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 THREADS = 16
 THREAD_BYTES = 4 << 20
 END_WAIT_S = 30.0
-CLOSE_WAIT_S = 5.0
 TICK_S = 1.0
 
 
@@ -153,6 +152,7 @@ class PythonMount:
         """Nothing more comes from the kernel: write down what is left, and leave."""
         for loop in self._loops:
             loop.join()
+        self._operations.locks.close()
         self._session.close()
         try:
             self._operations.end()

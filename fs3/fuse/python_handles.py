@@ -85,6 +85,8 @@ class Node:
     """Writes on their way."""
     unpublished_since_s: float | None = None
     """Since when the service lacks a length or time of what was written (monotonic)."""
+    written_s: float = 0.0
+    """When the last write ended (monotonic)."""
     failures: int = 0
     failure: OSError | None = None
     set_id: bool = False
@@ -183,14 +185,15 @@ class OpenFiles:
         finally:
             with self._lock:
                 node.writing -= 1
+                node.written_s = time.monotonic()
                 if node.unpublished_since_s is None:
-                    node.unpublished_since_s = time.monotonic()
+                    node.unpublished_since_s = node.written_s
 
     def published(self, node: Node, before_s: float) -> None:
         """What was written up to `before_s` (monotonic) is known to the service."""
         with self._lock:
-            if node.unpublished_since_s is not None and node.unpublished_since_s <= before_s:
-                node.unpublished_since_s = None
+            if node.unpublished_since_s is not None:
+                node.unpublished_since_s = None if node.written_s < before_s else before_s
 
     def unpublished(self, age_s: float) -> list[tuple[Node, File]]:
         """Nodes written to that long ago, with a file to publish through."""

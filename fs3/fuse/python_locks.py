@@ -13,6 +13,7 @@ import fcntl
 import logging
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from fs3.v1.meta_pb2 import LockKind, LockType
 log = logging.getLogger(__name__)
 
 OFFSET_MAX = (1 << 63) - 1
+CLOSE_WAIT_S = 5.0
 _TYPES = {
     fcntl.F_RDLCK: LockType.LOCK_TYPE_READ,
     fcntl.F_WRLCK: LockType.LOCK_TYPE_WRITE,
@@ -96,7 +98,7 @@ class Locks:
         self._lock = threading.Lock()
         self._owners: dict[Key, Owner] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waits: set[Wait] = set()
+        self._waits: dict[Wait, Future[Attr]] = {}
 
     def check(self, handle: Handle) -> None:
         """Raise EIO when locks the handle was used for are lost: others may have them."""
@@ -120,8 +122,9 @@ class Locks:
         loop = self._running_loop()
         wait = Wait(loop)
         with self._lock:
-            self._waits.add(wait)
-        return wait, asyncio.run_coroutine_threadsafe(self._wait(handle, lock, wait), loop)
+            future = asyncio.run_coroutine_threadsafe(self._wait(handle, lock, wait), loop)
+            self._waits[wait] = future
+        return wait, future
 
     async def _wait(self, handle: Handle, lock: Lock, wait: Wait) -> Attr:
         key = self._begin(handle, lock)
@@ -133,7 +136,7 @@ class Locks:
         finally:
             self._finish(key, granted)
             with self._lock:
-                self._waits.discard(wait)
+                del self._waits[wait]
         return self._granted(handle, granted)
 
     async def _ask(self, inode: int, lock: Lock, interrupted: asyncio.Event) -> tuple[Attr, int]:
@@ -201,9 +204,10 @@ class Locks:
     def close(self) -> None:
         """The mount has ended: nobody waits any more."""
         with self._lock:
-            waits, loop = list(self._waits), self._loop
+            waits, loop = dict(self._waits), self._loop
         for wait in waits:
             wait.interrupt()
+        futures.wait(waits.values(), timeout=CLOSE_WAIT_S)
         if loop is not None:
             loop.call_soon_threadsafe(loop.stop)
 

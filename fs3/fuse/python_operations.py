@@ -530,7 +530,6 @@ class Operations:
 
     def end(self) -> None:
         """The kernel is gone: close what is open, and leave the cluster."""
-        self.locks.close()
         for number in self.files.numbers():
             self.release(number)
         self._client.close().wait()

@@ -49,10 +49,15 @@ for _ in range(int(sys.argv[3])):
 
 
 @pytest.fixture(scope="module")
-def mounts(shared_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+def mounts(
+    shared_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory, engine: str
+) -> Iterator[tuple[Path, Path]]:
     """Two mounts of one cluster."""
     base = tmp_path_factory.mktemp("mnt")
-    with mounted(shared_cluster, base / "a") as a, mounted(shared_cluster, base / "b") as b:
+    with (
+        mounted(shared_cluster, base / "a", engine=engine) as a,
+        mounted(shared_cluster, base / "b", engine=engine) as b,
+    ):
         yield a, b
 
 
@@ -198,9 +203,9 @@ def test_what_was_written_under_the_lock_is_seen_by_the_next(
 
 
 def test_local_locks_stay_in_their_mount(
-    shared_cluster: LocalCluster, paths: tuple[Path, Path], tmp_path: Path
+    shared_cluster: LocalCluster, paths: tuple[Path, Path], tmp_path: Path, engine: str
 ) -> None:
-    with mounted(shared_cluster, tmp_path / "local", "locallocks") as local:
+    with mounted(shared_cluster, tmp_path / "local", "locallocks", engine=engine) as local:
         path = local / paths[0].name
         with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

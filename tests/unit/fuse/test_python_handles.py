@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_the_kernel_keeps_its_cache_only_of_a_file_that_is_as_it_was() -> None:
     files.published(handle.node, float("inf"))
     assert not files.keep_cache(9, version)
     assert files.keep_cache(9, version)
+
+
+def test_a_write_that_ends_while_others_are_published_is_published_later() -> None:
+    files = OpenFiles()
+    handle = files.get(files.add(fake_file(9), write=True, sync=False))
+    assert handle is not None
+    before_s = time.monotonic()
+    with files.writing(handle):
+        pass
+    files.published(handle.node, before_s)
+    assert [node for node, _ in files.unpublished(0.0)] == [handle.node]
+    files.published(handle.node, float("inf"))
+    assert files.unpublished(0.0) == []
 
 
 def test_a_failed_write_is_told_once_by_each_call_that_tells_more() -> None:
