@@ -19,9 +19,9 @@ ENGINES = ("native", "fusepy")
 # Options that the fusepy engine has; it refuses all others rather than leave them out.
 _FUSEPY_OPTIONS = frozenset(
     {
-        "engine", "allow_other", "default_permissions", "read_only", "suid", "dev", "threads", "max_memory_bytes",
-        "attr_timeout_s", "entry_timeout_s", "readahead_bytes", "noatime", "local_locks", "op_timeout_s", "transport",
-        "rdma", "cluster_id", "token_file", "log_file", "pid_file", "log_level",
+        "engine", "allow_other", "default_permissions", "read_only", "suid", "dev", "exec", "cache", "threads",
+        "max_memory_bytes", "attr_timeout_s", "entry_timeout_s", "readahead_bytes", "noatime", "local_locks",
+        "op_timeout_s", "transport", "rdma", "cluster_id", "token_file", "log_file", "pid_file", "log_level",
     }
 )  # fmt: skip
 CACHES = ("auto", "strict", "none")

@@ -53,26 +53,28 @@ def _threads(options: MountOptions) -> int:
     return max(2, min(options.threads or THREADS, options.max_memory_bytes // THREAD_BYTES))
 
 
-def _arguments(options: MountOptions) -> list[bytes]:
+def _arguments(options: MountOptions, source: str) -> list[bytes]:
     wanted = {
         "allow_other": options.allow_other,
         "default_permissions": options.default_permissions,
         "ro": options.read_only,
         "suid": options.suid,
         "dev": options.dev,
+        "noexec": not options.exec,
     }
-    named = ["fsname=fs3", "subtype=fs3", *(name for name, on in wanted.items() if on)]
-    return [b"fs3", b"-o", ",".join(named).encode()]
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
+    named = [f"fsname={escaped}", "subtype=fs3", *(name for name, on in wanted.items() if on)]
+    return [b"fs3", b"-o", os.fsencode(",".join(named))]
 
 
 class PythonMount:
-    """Mount a cluster and serve it in the background, by threads of this process.
+    """Mount a cluster and serve it in the background, by threads here; `source` is its name in the mount table.
 
     Raises Fs3Error: NOT_SUPPORTED when mfusepy or libfuse is missing; the cluster cannot be reached, is another one or
     refuses the token; ACCESS when it may not be mounted there.
     """
 
-    def __init__(self, metas: list[str], token: str, mountpoint: str, options: MountOptions) -> None:
+    def __init__(self, metas: list[str], token: str, mountpoint: str, source: str, options: MountOptions) -> None:
         module = _session_module()
         self._mountpoint = mountpoint
         self._client = Client.connect(
@@ -93,7 +95,7 @@ class PythonMount:
         self._buffer_type = libfuse.fuse_buf
         self._operations = Operations(self._client, options, lambda inode: self._invalidate(inode, -1))
         self._session: Session = module.Session(self._operations, options, self._invalidate)
-        self._handle = self._new_session(libfuse, options)
+        self._handle = self._new_session(libfuse, _arguments(options, source))
         self._failure: OSError | None = None
         self._ended = threading.Event()
         self._loops = [
@@ -105,8 +107,7 @@ class PythonMount:
         threading.Thread(target=self._tick, name="fs3-fuse-tick", daemon=True).start()
         self._set_readahead(options.readahead_bytes)
 
-    def _new_session(self, libfuse: Any, options: MountOptions) -> int:
-        arguments = _arguments(options)
+    def _new_session(self, libfuse: Any, arguments: list[bytes]) -> int:
         self._argv = (ctypes.c_char_p * (len(arguments) + 1))(*arguments, None)
         args = libfuse.fuse_args(len(arguments), self._argv, 0)
         table = self._session.table

@@ -121,6 +121,7 @@ class Operations:
     def __init__(self, client: Client, options: MountOptions, invalidate: Callable[[int], None]) -> None:
         self._client = client
         self._checked = options.default_permissions
+        self._uncached = options.cache == "none"
         self._invalidate = invalidate
         self._root = client.acting_as(0, 0, [])
         self._acting = functools.lru_cache(CALLERS_MAX)(self._act)
@@ -291,7 +292,7 @@ class Operations:
             file.note_read()
         self._refresh_kernel(attr)
         # The kernel caches what it appends where it believes the end to be; so its page cache is left out.
-        direct = bool(flags & os.O_DIRECT) or (write and bool(flags & os.O_APPEND))
+        direct = self._uncached or bool(flags & os.O_DIRECT) or (write and bool(flags & os.O_APPEND))
         number = self.files.add(file, write=write, sync=direct and bool(flags & os.O_DSYNC))
         node = self.files.node(attr.inode)
         if node is not None:
@@ -308,7 +309,10 @@ class Operations:
 
     def read(self, number: int, buffer: memoryview, offset: int) -> int:
         """Read into `buffer`; how many bytes came."""
-        return self.handle(number).file.pread_into(buffer, offset).wait()
+        file = self.handle(number).file
+        if self._uncached and offset + len(buffer) > file.length:
+            file.refresh().wait()
+        return file.pread_into(buffer, offset).wait()
 
     def write(self, who: Who, number: int, data: bytes, offset: int, *, append: bool) -> int:
         """Write `data` at `offset`, or with `append` at the end, wherever that is; where its first byte is now."""
@@ -329,6 +333,8 @@ class Operations:
             raise
         if handle.sync:
             self.fsync(number)
+        elif self._uncached:
+            self._publish(handle.node.inode, handle.file)
         return offset
 
     def flush(self, number: int, owner: int) -> None:

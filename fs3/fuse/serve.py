@@ -65,7 +65,7 @@ def _start(parameters: Parameters) -> Any:
     if options.engine == "fusepy":
         from fs3.fuse.python_engine import PythonMount
 
-        return PythonMount(parameters.metas, parameters.token, parameters.mountpoint, options)
+        return PythonMount(parameters.metas, parameters.token, parameters.mountpoint, parameters.source, options)
     return native.Mount(
         metas=parameters.metas,
         token=parameters.token,

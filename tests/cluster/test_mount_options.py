@@ -127,9 +127,9 @@ def test_the_url_names_the_directory_too_and_one_that_is_not_there_is_a_clear_er
 
 
 def test_a_strict_mount_sees_at_once_what_others_did(
-    shared_cluster: LocalCluster, directory: Path, tmp_path: Path
+    shared_cluster: LocalCluster, directory: Path, tmp_path: Path, engine: str
 ) -> None:
-    with mounted(shared_cluster, tmp_path / "strict", "cache=strict") as mountpoint:
+    with mounted(shared_cluster, tmp_path / "strict", "cache=strict", engine=engine) as mountpoint:
         here = mountpoint / directory.name
         for turn in range(20):
             name = f"file-{turn}"
@@ -162,11 +162,11 @@ def test_a_strict_mount_sees_at_once_what_others_did(
 
 
 def test_between_mounts_without_caches_a_read_sees_every_write_that_returned(
-    shared_cluster: LocalCluster, directory: Path, tmp_path: Path
+    shared_cluster: LocalCluster, directory: Path, tmp_path: Path, engine: str
 ) -> None:
     with (
-        mounted(shared_cluster, tmp_path / "a", "cache=none") as a,
-        mounted(shared_cluster, tmp_path / "b", "cache=none") as b,
+        mounted(shared_cluster, tmp_path / "a", "cache=none", engine=engine) as a,
+        mounted(shared_cluster, tmp_path / "b", "cache=none", engine=engine) as b,
     ):
         path = Path(directory.name) / "file"
         writer = os.open(a / path, os.O_RDWR | os.O_CREAT)

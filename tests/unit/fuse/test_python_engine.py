@@ -50,8 +50,9 @@ def test_memory_bounds_the_threads() -> None:
 
 
 def test_options_reach_libfuse() -> None:
-    options = MountOptions(allow_other=True, read_only=True, default_permissions=False)
-    assert python_engine._arguments(options) == [b"fs3", b"-o", b"fsname=fs3,subtype=fs3,allow_other,ro"]
+    options = MountOptions(allow_other=True, read_only=True, default_permissions=False, exec=False)
+    arguments = python_engine._arguments(options, "fs3://a:1,b:2/")
+    assert arguments == [b"fs3", b"-o", rb"fsname=fs3://a:1\,b:2/,subtype=fs3,allow_other,ro,noexec"]
 
 
 def attr(**values: Any) -> Any:
