@@ -102,7 +102,10 @@ def stats_command(mountpoint: str, as_json: bool) -> None:
     there = mounted_at(real_path(mountpoint))
     if there is None or not there.is_fs3:
         raise error(Code.CODE_NOT_FOUND, f"{mountpoint} is no mount of fs3")
-    stats = json.loads((Path(mountpoint) / "3fs-virt" / "stats").read_text())
+    try:
+        stats = json.loads((Path(mountpoint) / "3fs-virt" / "stats").read_text())
+    except FileNotFoundError:
+        raise error(Code.CODE_NOT_SUPPORTED, f"{mountpoint} keeps no counts: only the native engine does") from None
     if as_json:
         print_json(stats)
         return
