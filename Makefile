@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -68,6 +68,13 @@ posix-diff: build ## random system calls of two users on a mount and on the loca
 
 fsx: build ## random operations with mmap on mounts, compared with memory: make fsx OPS=1000000 SEED=…
 	@$(PY) -m tests.fsx $(if $(OPS),--ops $(OPS)) $(if $(SEED),--seed $(SEED))
+
+torture-apps: build ## PostgreSQL on a mount, killed and recovered; a storage service killed under it (root)
+	@ls /usr/lib/postgresql/*/bin/pgbench >/dev/null 2>&1 || apt-get install -y -qq postgresql
+	@$(PY) -m tests.cluster.postgres $(ARGS)
+
+soak: build ## mixed work on a mount, memory, descriptors and threads of all processes watched: make soak HOURS=8
+	@$(PY) -m tests.soak --hours $(or $(HOURS),8) $(if $(SEED),--seed $(SEED))
 
 torture: build ## writers and readers under kill -9, partitions, bad disks, power cuts: make torture CYCLES=… MINUTES=… SEED=…
 	@$(PY) -m tests.torture $(if $(CYCLES),--cycles $(CYCLES)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)

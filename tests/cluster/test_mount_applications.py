@@ -86,18 +86,31 @@ def test_git_clone_commit_and_fsck(mountpoint: Path, repository: Path) -> None:
     (clone / "new").write_text("new\n")
     run("git", "-C", str(clone), "add", "new")
     run("git", "-C", str(clone), "commit", "-qm", "two")
+    run("git", "-C", str(clone), "worktree", "add", "-q", str(mountpoint / "worktree"), "-b", "other")
+    assert fingerprint(mountpoint / "worktree" / "d1") == fingerprint(repository / "d1")
     run("git", "-C", str(clone), "gc", "-q")
     run("git", "-C", str(clone), "fsck", "--full", "--strict")
+    assert run("git", "-C", str(mountpoint / "worktree"), "status", "--porcelain") == ""
     assert run(str(clone / "run.sh")) == "hello\n"
 
 
-def test_rsync_makes_an_equal_tree_and_has_nothing_to_do_the_second_time(mountpoint: Path, repository: Path) -> None:
-    target = mountpoint / "rsynced"
-    run("rsync", "-a", f"{repository}/", f"{target}/")
-    assert fingerprint(target) == fingerprint(repository)
-    assert run("rsync", "-a", "--itemize-changes", f"{repository}/", f"{target}/") == ""
-    times = {p: p.lstat().st_mtime_ns for p in repository.rglob("*")}
-    assert all((target / p.relative_to(repository)).lstat().st_mtime_ns == ns for p, ns in times.items())
+def test_rsync_makes_an_equal_tree_and_has_nothing_to_do_the_second_time(
+    mountpoint: Path, repository: Path, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "source", mountpoint / "rsynced"
+    shutil.copytree(repository, source, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    os.link(source / "d2" / "f2", source / "hard link")
+    os.setxattr(source / "d3" / "f3", "user.color", b"red")
+    target.mkdir()
+    (target / "to be deleted").touch()
+    again = ("rsync", "-aHX", "--delete", "--itemize-changes", f"{source}/", f"{target}/")
+    run(*again)
+    assert fingerprint(target) == fingerprint(source)
+    assert run(*again) == ""
+    assert (target / "hard link").samefile(target / "d2" / "f2")
+    assert os.getxattr(target / "d3" / "f3", "user.color") == b"red"
+    times = {p: p.lstat().st_mtime_ns for p in source.rglob("*")}
+    assert all((target / p.relative_to(source)).lstat().st_mtime_ns == ns for p, ns in times.items())
 
 
 def test_tar_out_of_and_into_the_mount_is_lossless(mountpoint: Path, repository: Path, tmp_path: Path) -> None:
@@ -113,6 +126,65 @@ def test_tar_out_of_and_into_the_mount_is_lossless(mountpoint: Path, repository:
     assert fingerprint(outside) == fingerprint(repository)
     shutil.rmtree(inside)
     assert not inside.exists()
+
+
+def test_tar_and_cp_keep_holes_attributes_and_links(mountpoint: Path, tmp_path: Path) -> None:
+    tree = mountpoint / "special"
+    tree.mkdir()
+    with (tree / "sparse").open("wb") as file:
+        file.seek(8 << 20)
+        file.write(os.urandom(10_000))
+        file.truncate(16 << 20)
+    os.link(tree / "sparse", tree / "same")
+    (tree / "dangling").symlink_to("nowhere")
+    os.setxattr(tree / "sparse", "user.note", b"value")
+    run("tar", "-C", str(tree), "--sparse", "--xattrs", "-cf", str(tmp_path / "special.tar"), ".")
+    assert (tmp_path / "special.tar").stat().st_size < 4 << 20
+    untarred, copied = mountpoint / "special-untarred", mountpoint / "special-copied"
+    untarred.mkdir()
+    run("tar", "-C", str(untarred), "--xattrs", "-xf", str(tmp_path / "special.tar"))
+    run("cp", "-a", str(tree), str(copied))
+    for made in (untarred, copied):
+        assert fingerprint(made) == fingerprint(tree)
+        assert (made / "same").samefile(made / "sparse")
+        assert os.getxattr(made / "sparse", "user.note") == b"value"
+        with (made / "sparse").open("rb") as file:
+            assert os.lseek(file.fileno(), 0, os.SEEK_DATA) > 0
+    names = run("find", str(tree), "-mindepth", "1", "-printf", "%f %y %n\\n").splitlines()
+    assert sorted(names) == ["dangling l 1", "same f 2", "sparse f 2"]
+
+
+def test_a_build_with_make_has_nothing_to_do_the_second_time(mountpoint: Path) -> None:
+    project = mountpoint / "project"
+    project.mkdir()
+    units = [f"unit{number}" for number in range(12)]
+    for number, unit in enumerate(units):
+        (project / f"{unit}.c").write_text(f'#include "all.h"\nint {unit}(void) {{ return BASE + {number}; }}\n')
+    declared = "".join(f"int {unit}(void);\n" for unit in units)
+    (project / "all.h").write_text(f"#define BASE 100\n{declared}")
+    called = "".join(f" + {unit}()" for unit in units)
+    (project / "main.c").write_text(
+        f'#include <stdio.h>\n#include "all.h"\nint main(void) {{ printf("%d\\n", 0{called}); return 0; }}\n'
+    )
+    objects = " ".join(f"{name}.o" for name in [*units, "main"])
+    (project / "Makefile").write_text(f"sum: {objects}\n\tcc -o $@ $^\n%.o: %.c all.h\n\tcc -c -g -o $@ $<\n")
+    make = ("make", "-j2", "-C", str(project))
+    run(*make)
+    expected = sum(range(12)) + 12 * 100
+    assert run(str(project / "sum")) == f"{expected}\n"
+    assert "is up to date" in run(*make)
+    (project / "unit3.c").write_text("int unit3(void) { return 0; }\n")
+    assert run(*make).count("cc -c") == 1
+    assert run(str(project / "sum")) == f"{expected - 103}\n"
+
+
+def test_dd_with_direct_io_copies_every_byte(mountpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom((3 << 20) + 512 * 5))
+    inside, outside = mountpoint / "direct", tmp_path / "outside"
+    run("dd", f"if={source}", f"of={inside}", "bs=256K", "oflag=direct", "conv=fsync", "status=none")
+    run("dd", f"if={inside}", f"of={outside}", "bs=512K", "iflag=direct", "status=none")
+    assert outside.read_bytes() == source.read_bytes()
 
 
 def test_a_virtual_environment_works(mountpoint: Path) -> None:

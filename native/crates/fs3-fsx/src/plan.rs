@@ -27,6 +27,10 @@ const WEIGHTS: [(Kind, u64); 19] = [
     (Kind::Whole, 1),
 ];
 
+/// What Linux does to a part of a page of a FUSE file without looking at what is written to the rest through mappings
+/// meanwhile: an older copy of the page may be written back right behind it.
+const PAGEWISE: [Kind; 3] = [Kind::Punch, Kind::Zero, Kind::Copy];
+
 /// What may be done where.
 #[derive(Clone, Debug)]
 pub(crate) struct Bounds {
@@ -78,7 +82,7 @@ impl Plan {
         if self.bounds.without.contains(&kind) {
             return None;
         }
-        let whole_pages = self.bounds.shared && kind == Kind::Copy;
+        let whole_pages = self.bounds.shared && PAGEWISE.contains(&kind);
         let (at, len) = match kind {
             Kind::DirectRead | Kind::DirectWrite => self.pages(),
             _ if whole_pages => self.pages(),
@@ -166,7 +170,7 @@ mod tests {
                 if o.kind == Kind::Copy {
                     assert!(o.arg + o.len <= 301_000 && o.arg.abs_diff(o.at) >= o.len, "{o}");
                 }
-                if matches!(o.kind, Kind::DirectRead | Kind::DirectWrite) || (shared && o.kind == Kind::Copy) {
+                if matches!(o.kind, Kind::DirectRead | Kind::DirectWrite) || (shared && PAGEWISE.contains(&o.kind)) {
                     assert!(o.at % PAGE == 0 && o.len % PAGE == 0, "{o}");
                 }
             }
