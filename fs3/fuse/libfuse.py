@@ -159,7 +159,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 def _load() -> ctypes.CDLL:
-    name = ctypes.util.find_library("fuse3")
+    # The one that mfusepy found.
+    name = os.environ.get("FUSE_LIBRARY_PATH") or ctypes.util.find_library(os.environ["FUSE_LIBRARY_NAME"])
     if name is None:
         raise OSError("libfuse 3 was not found")
     library = ctypes.CDLL(name, use_errno=True)
