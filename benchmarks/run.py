@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import passthrough
+
 import fs3
 from fs3.cli.health import engine_statuses
 from fs3.fuse import MountOptions, mount, umount
@@ -53,13 +55,19 @@ class Row:
         """MB/s or operations per second."""
         return f"{self.figure.mb_per_s:,.0f} MB/s" if self.figure.bytes else f"{self.figure.per_s:,.0f}/s"
 
-    def reached(self, limits: dict[str, Measured]) -> float:
-        """What is compared with the floor."""
+    def reached(self, limits: dict[str, Measured]) -> float | None:
+        """What is compared with the floor; None where the peer could not be measured."""
         if self.peer is not None:
             return self.figure.rate_of(self.peer)
         if not self.against:
             return self.figure.mb_per_s if self.figure.bytes else self.figure.per_s
-        return self.figure.rate_of(limits[self.against])
+        limit = limits.get(self.against)
+        return self.figure.rate_of(limit) if limit else None
+
+    def missed(self, limits: dict[str, Measured]) -> bool:
+        """Whether it is below its floor."""
+        reached = self.reached(limits)
+        return reached is not None and reached < self.floor
 
     def cells(self, limits: dict[str, Measured]) -> list[str]:
         """For the table."""
@@ -69,14 +77,14 @@ class Row:
             else f"{1e6 * self.figure.cpu_seconds / self.figure.operations:.0f} CPU-µs"
         )
         reached = self.reached(limits)
-        compared = f"{reached:.2f} × {self.against}" if self.against else "-"
+        compared = "-" if not self.against else f"{reached:.2f} × {self.against}" if reached else "not measured"
         if self.figure.write_amplification:
             compared = f"{self.figure.write_amplification:.1f} bytes to disk per byte"
         if self.peer is not None:
             compared = f"{reached:.2f} × native, in turn with it"
         relative = self.against or self.peer is not None
         floor = f"{self.floor:g}" + ("" if relative else " MB/s" if self.figure.bytes else "/s")
-        return [self.name, self.rate, cost, compared, floor, "yes" if reached >= self.floor else "NO"]
+        return [self.name, self.rate, cost, compared, floor, "NO" if self.missed(limits) else "yes" if reached else "-"]
 
 
 HEADER = ["work", "rate", "cost", "ratio", "floor", "met"]
@@ -134,9 +142,15 @@ def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, size: in
     written = [measure.mount_write(mountpoint / "file", size, pids=pids) for _ in range(WARMING + TIMES)]
     say("reads through the mount")
     read = [measure.mount_read(mountpoint / "file", size, pids=pids) for _ in range(WARMING + TIMES)]
+    say("random reads through the mount")
+    scattered = [
+        measure.mount_random_read(mountpoint / "file", file_bytes=size, operations=2 * files, pids=pids)
+        for _ in range(TIMES)
+    ]
     rows = [
-        Row("large reads, mount", measure.middle(read[WARMING:]), "", 600.0),
+        Row("large reads, mount", measure.middle(read[WARMING:]), "passthrough_read", 0.6),
         Row("large writes + fsync, mount", measure.middle(written[WARMING:]), "bare_chain", 0.4),
+        Row("random 4 KiB reads, direct, mount", measure.middle(scattered), "passthrough_random_read", 0.3),
     ]
     for jobs, shared, floor in ((1, False, 0.0), (8, False, 700.0), (8, True, 700.0)):
         word = "1 job" if jobs == 1 else f"{jobs} jobs in one directory" if shared else f"{jobs} jobs"
@@ -208,7 +222,13 @@ def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str,
             umount(str(mountpoint), pid_file=str(pid_file))
         cluster.down()
     measure_limits()
-    return {name: measure.middle(found[name] for found in limits) for name in limits[0]}, rows
+    found = {name: measure.middle(found[name] for found in limits) for name in limits[0]}
+    say("the mount's peer, passthrough_hp of libfuse")
+    try:
+        found |= passthrough.figures(directory, size_bytes=size, files=files, times=TIMES)
+    except passthrough.Unavailable as e:
+        say(f"it is not measured: {e}")
+    return found, rows
 
 
 def show(limits: dict[str, Measured], rows: list[Row], markdown: bool) -> None:
@@ -225,6 +245,10 @@ def show(limits: dict[str, Measured], rows: list[Row], markdown: bool) -> None:
         for line in lines:
             print("| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip())
         print()
+
+
+def _rounded(ratio: float | None) -> float | None:
+    return None if ratio is None else round(ratio, 3)
 
 
 def main() -> int:
@@ -248,10 +272,10 @@ def main() -> int:
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.machine()}, {measure.cores()} cores, Linux {platform.release()}",
             "limits": {name: m.record() for name, m in limits.items()},
-            "fs3": {row.name: {**row.figure.record(), "ratio": round(row.reached(limits), 3)} for row in rows},
+            "fs3": {row.name: {**row.figure.record(), "ratio": _rounded(row.reached(limits))} for row in rows},
         }
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
-    return 0 if all(row.reached(limits) >= row.floor for row in rows) else 1
+    return 1 if any(row.missed(limits) for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ and files are warmed first, for fs3 and for the limits alike.
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 import random
 import resource
@@ -445,6 +446,24 @@ def ring_random_read(path: Path, *, file_bytes: int, batch: int, operations: int
         meter = Meter(pids)
         p50_us = _timed(meter, (functools.partial(read, call) for call in range(calls)))
     return meter.result(operations=calls * batch, p50_us=p50_us)
+def mount_random_read(path: Path, *, file_bytes: int, operations: int, pids: Iterable[int] = ()) -> Measured:
+    """Read random 4 KiB blocks with O_DIRECT, one at a time."""
+    offsets = _random_offsets(file_bytes, operations, seed=9)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    meter = Meter(pids)
+    with mmap.mmap(-1, SMALL_FILE_BYTES) as buffer:
+        try:
+
+            def read(offset: int) -> None:
+                if os.preadv(descriptor, [buffer], offset) != SMALL_FILE_BYTES:
+                    raise OSError(f"{path} is shorter than expected")
+
+            for offset in offsets[: operations // 10]:
+                read(offset)
+            p50_us = _timed(meter, (functools.partial(read, offset) for offset in offsets))
+        finally:
+            os.close(descriptor)
+    return meter.result(operations=operations, p50_us=p50_us)
 
 
 def small_files(job: tuple[str, int, int]) -> int:
