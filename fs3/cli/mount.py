@@ -13,7 +13,7 @@ from fs3.cli.output import human_bytes, json_option, print_json, print_table
 from fs3.cli.target import cluster_options, default_target
 from fs3.core.config import parse_rdma
 from fs3.core.errors import error
-from fs3.fuse import mount, parse_options, umount
+from fs3.fuse import mount, parse_options, take_over, umount
 from fs3.fuse.options import ENGINES
 from fs3.fuse.table import mounted_at, real_path
 from fs3.v1.frame_pb2 import Code
@@ -30,6 +30,7 @@ from fs3.v1.frame_pb2 import Code
     default=False,
     help="Serve in this process until it is unmounted or gets SIGTERM, or in the background (the default).",
 )
+@click.option("--takeover", is_flag=True, help="Go on with the mount that another daemon serves; see below.")
 @click.option("--log-file", type=click.Path(dir_okay=False), help="Where the daemon writes its log.")
 @click.option("--pid-file", type=click.Path(dir_okay=False), help="Where the daemon writes who it is.")
 @click.option("--rdma", multiple=True, metavar="KEY=VALUE", help="How RDMA is used; may be repeated.")
@@ -39,6 +40,7 @@ def mount_command(
     options: str,
     engine: str | None,
     foreground: bool,
+    takeover: bool,
     log_file: str | None,
     pid_file: str | None,
     rdma: tuple[str, ...],
@@ -72,13 +74,24 @@ def mount_command(
 
     Keys of --rdma: devices, gid_index, service_level, traffic_class, pkey_index, mtu, ack_timeout, retry_count,
     registered_bytes_max.
+
+    With --takeover a new daemon takes the place of the one that serves MOUNTPOINT, for an upgrade or for other options:
+    files stay open and locks stay held. It gets cluster and options of the old one, changed by what is given.
     """  # noqa: D301
-    target = default_target(where["url"], where["cluster"], where["token_file"])
     files = {"log_file": log_file, "pid_file": pid_file}
     given: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in files.items() if path}
+    if takeover:
+        if foreground or any(where.values()):
+            raise click.UsageError("--takeover keeps the cluster and serves in the background")
+        if engine is not None:
+            raise click.UsageError("--takeover keeps the engine, which has to be the native one")
+        changed = {**given, "rdma": parse_rdma(rdma)} if rdma else given
+        take_over(mountpoint, options=lambda old: parse_options(options, base=old, **changed))
+        return 0
     given["rdma"] = parse_rdma(rdma)
     if engine is not None:
         given["engine"] = engine
+    target = default_target(where["url"], where["cluster"], where["token_file"])
     parsed = parse_options(options, **given)
     return mount(target.url, mountpoint, token=target.token, options=parsed, foreground=foreground)
 

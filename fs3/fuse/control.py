@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fs3.client.url import find_token, parse_url
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
 from fs3.fuse import serve
+from fs3.fuse.handover import Predecessor
 from fs3.fuse.options import MountOptions
 from fs3.fuse.table import Daemon, Mounted, default_file, detach, mounted_at, real_path
 from fs3.v1.frame_pb2 import Code
@@ -84,6 +86,58 @@ def _parameters(url: str, mountpoint: str, token: str | None, options: MountOpti
         token=found,
         options=options,
     )
+
+
+# Options that the kernel was told, or that what it keeps in memory depends on.
+_KEPT = (
+    "allow_other",
+    "default_permissions",
+    "read_only",
+    "suid",
+    "dev",
+    "exec",
+    "local_locks",
+    "subdir",
+    "uid",
+    "gid",
+    "uidmap",
+    "gidmap",
+    "cluster_id",
+    "engine",
+)
+
+
+def take_over(
+    mountpoint: str,
+    *,
+    options: Callable[[MountOptions], MountOptions] | None = None,
+    timeout_s: float = MOUNT_TIMEOUT_S,
+) -> None:
+    """Have a new daemon go on with the mount on `mountpoint`, with what `options` makes of its options.
+
+    Files stay open, locks stay held; whoever uses the mount waits for a moment. When it fails the old daemon serves on.
+    Returns when the new one serves, within `timeout_s` seconds. Raises Fs3Error: not mounted by a daemon that can hand
+    over, BUSY when its requests do not end or rings are in use, INVALID_ARGUMENT for options that the kernel was told
+    when it was mounted.
+    """
+    path = real_path(mountpoint)
+    there = mounted_at(path)
+    if there is None or not there.is_fs3:
+        raise error(Code.CODE_NOT_FOUND, f"no fs3 is mounted on {mountpoint}")
+    with Predecessor(serve.door_file(path)) as predecessor:
+        old = serve.Parameters.from_json(json.dumps(predecessor.parameters()))
+    wanted = options(old.options) if options else old.options
+    for name in _KEPT:
+        if getattr(wanted, name) != getattr(old.options, name):
+            raise error(Code.CODE_INVALID_ARGUMENT, f"{name} holds as long as the mount: unmount it to change that")
+    parameters = dataclasses.replace(old, options=wanted, takeover=True)
+    child, outcome = _spawn(parameters, f"fs3://{','.join(old.metas)}")
+    try:
+        # It is not killed when this fails: it may have the mount already, and ends by itself when it does not get it.
+        _await_ready(child, outcome, parameters, time.monotonic() + timeout_s)
+    finally:
+        outcome.close()
+        child.returncode = 0  # found by its pid file from here on; Popen must not warn that it still runs
 
 
 def mount(

@@ -209,8 +209,8 @@ def _value(name: str, text: str | None, kind: str) -> Any:
         raise _invalid(f"mount option {name} is a number, not {text!r}") from None
 
 
-def parse_options(text: str, **given: Any) -> MountOptions:
-    """Parse what follows `-o`, such as "ro,allow_other,threads=4"; `given` options win over it.
+def parse_options(text: str, *, base: MountOptions | None = None, **given: Any) -> MountOptions:
+    """Parse what follows `-o`, such as "ro,allow_other,threads=4"; `given` options win over it, those of `base` do not.
 
     Raises INVALID_ARGUMENT naming the option.
     """
@@ -234,4 +234,4 @@ def parse_options(text: str, **given: Any) -> MountOptions:
             values[name] = f"{values[name]}/{parsed}" if name in _LISTS and name in values else parsed
         else:
             values[name] = value
-    return MountOptions.from_mapping({**values, **given})
+    return MountOptions.from_mapping({**(vars(base) if base else {}), **values, **given})

@@ -17,6 +17,7 @@ from typing import Any
 from fs3.core.config import RdmaOptions
 from fs3.core.errors import Fs3Error, error
 from fs3.core.process import start_ticks
+from fs3.fuse.handover import Door, Predecessor
 from fs3.fuse.metrics import serve_metrics
 from fs3.fuse.options import MountOptions, parse_address, parse_id_map
 from fs3.fuse.table import Daemon, default_file
@@ -34,6 +35,8 @@ class Parameters:
     pid_file: str
     log_file: str
     token: str = field(default="", repr=False)
+    takeover: bool = False
+    """Go on with the mount that another daemon serves."""
     options: MountOptions = field(default_factory=MountOptions)
 
     def to_json(self) -> str:
@@ -53,7 +56,22 @@ class Parameters:
         return cls(**{**data, "options": MountOptions(**options)})
 
 
-def _start(parameters: Parameters) -> Any:
+def door_file(mountpoint: str) -> Path:
+    """Where a daemon listens for a successor."""
+    return default_file(mountpoint, ".sock")
+
+
+def _begin(parameters: Parameters) -> Any:
+    """Mount, or go on with a mount, and serve in the background; returns the native handle."""
+    if not parameters.takeover:
+        return _start(parameters)
+    with Predecessor(door_file(parameters.mountpoint)) as predecessor:
+        mount = _start(parameters, predecessor.hand_over)
+        predecessor.depart()
+    return mount
+
+
+def _start(parameters: Parameters, hand_over: Callable[[bytes], tuple[bytes, list[int]]] | None = None) -> Any:
     """Mount and serve in the background; returns what ends it, a native handle or one that is like it."""
     from fs3 import native
 
@@ -95,7 +113,33 @@ def _start(parameters: Parameters) -> Any:
         gidmap=parse_id_map(options.gidmap),
         source=parameters.source,
         config=json.dumps(parameters.shown(), indent=2) + "\n",
+        predecessor=hand_over,
     )
+
+
+class _Counters:
+    """Where a mount serves its counters, if anywhere. A successor takes the place over."""
+
+    def __init__(self, address: str, stats: Callable[[], str]) -> None:
+        self._address = address
+        self._stats = stats
+        self._close: Callable[[], None] | None = None
+
+    def open(self) -> None:
+        """Serve them. Raises BUSY when the address is taken."""
+        if not self._address:
+            return
+        try:
+            self._close = serve_metrics(parse_address(self._address), self._stats)
+        except OSError as e:
+            message = f"counters cannot be served at {self._address}: {e.strerror or e}"
+            raise error(Code.CODE_BUSY, message) from e
+
+    def close(self) -> None:
+        """Serve them no more."""
+        if self._close is not None:
+            self._close()
+            self._close = None
 
 
 def notify(state: str) -> None:
@@ -131,21 +175,23 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
     failures: list[Fs3Error | OSError] = []
     ending = contextlib.ExitStack()
     try:
-        mount = _start(parameters)
-        if parameters.options.metrics:
-            address = parse_address(parameters.options.metrics)
-            try:
-                ending.callback(serve_metrics(address, mount.stats))
-            except OSError as e:
-                mount.unmount()
-                where = parameters.options.metrics
-                raise error(Code.CODE_BUSY, f"counters cannot be served at {where}: {e.strerror or e}") from e
+        mount = _begin(parameters)
+        counters = _Counters(parameters.options.metrics, mount.stats)
+        ending.callback(counters.close)
+        try:
+            counters.open()
+        except Fs3Error:
+            mount.unmount()
+            raise
         for pid_file in pid_files:
             try:
                 Daemon(os.getpid(), start_ticks(os.getpid()) or 0, parameters.log_file).save(pid_file)
             except OSError as e:
                 mount.unmount()
                 raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
+        if parameters.options.engine == "native":
+            door = Door(door_file(parameters.mountpoint), parameters.to_json, mount, counters)
+            ending.callback(door.close)
 
         def watch() -> None:
             try:
@@ -164,8 +210,11 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
     finally:
         ending.close()
         for pid_file in pid_files:
-            with contextlib.suppress(OSError):
-                pid_file.unlink(missing_ok=True)
+            daemon = Daemon.load(pid_file)
+            # A successor has put its own there.
+            if daemon is None or daemon.pid == os.getpid():
+                with contextlib.suppress(OSError):
+                    pid_file.unlink(missing_ok=True)
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(read_end)

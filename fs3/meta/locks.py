@@ -33,12 +33,17 @@ _TYPES: Final = (UNLOCK, READ, WRITE)
 
 def check(client_id: bytes, lock: FileLock) -> None:
     """Raise INVALID_ARGUMENT for what is no lock of a client."""
-    if len(client_id) != CLIENT_ID_BYTES:
-        raise error(Code.CODE_INVALID_ARGUMENT, f"a client id has {CLIENT_ID_BYTES} bytes, not {len(client_id)}")
+    check_client(client_id)
     if lock.kind not in _KINDS or lock.type not in _TYPES:
         raise error(Code.CODE_INVALID_ARGUMENT, "a lock has a kind and a type")
     if not lock.start <= lock.end <= OFFSET_MAX:
         raise error(Code.CODE_INVALID_ARGUMENT, f"a lock covers bytes of 0..2^63-1, not {lock.start}..{lock.end}")
+
+
+def check_client(client_id: bytes) -> None:
+    """Raise INVALID_ARGUMENT for what is no id of a client."""
+    if len(client_id) != CLIENT_ID_BYTES:
+        raise error(Code.CODE_INVALID_ARGUMENT, f"a client id has {CLIENT_ID_BYTES} bytes, not {len(client_id)}")
 
 
 def in_the_way(records: Mapping[bytes, LockRecord], client_id: bytes, lock: FileLock) -> tuple[bytes, FileLock] | None:

@@ -446,6 +446,8 @@ def ring_random_read(path: Path, *, file_bytes: int, batch: int, operations: int
         meter = Meter(pids)
         p50_us = _timed(meter, (functools.partial(read, call) for call in range(calls)))
     return meter.result(operations=calls * batch, p50_us=p50_us)
+
+
 def mount_random_read(path: Path, *, file_bytes: int, operations: int, pids: Iterable[int] = ()) -> Measured:
     """Read random 4 KiB blocks with O_DIRECT, one at a time."""
     offsets = _random_offsets(file_bytes, operations, seed=9)

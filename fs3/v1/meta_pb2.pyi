@@ -1927,11 +1927,16 @@ class LockRequest(_message.Message):
     LOCK_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    PREDECESSOR_FIELD_NUMBER: _builtins.int
     inode: _builtins.int
     wait: _builtins.bool
     """When it is not granted: take or keep a place in the queue for it, for a while. Ask again when AwaitLock has answered."""
     leave: _builtins.bool
     """give the place in the queue up, and do nothing else"""
+    predecessor: _builtins.bytes
+    """In place of `lock`: whatever this client has of the inode, places in the queue too, becomes the caller's. For one who goes
+    on with its work and its owners, and has no locks of the inode yet.
+    """
     @_builtins.property
     def op(self) -> Global___OpId: ...
     @_builtins.property
@@ -1944,10 +1949,11 @@ class LockRequest(_message.Message):
         lock: Global___FileLock | None = ...,
         wait: _builtins.bool = ...,
         leave: _builtins.bool = ...,
+        predecessor: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock", "op", b"op"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inode", b"inode", "leave", b"leave", "lock", b"lock", "op", b"op", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inode", b"inode", "leave", b"leave", "lock", b"lock", "op", b"op", "predecessor", b"predecessor", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,11 +1,13 @@
-"""Set, change and end locks of a file; take and give up places in the queue for one."""
+"""Set, change and end locks of a file; take and give up places in the queue for one; take over those of a client."""
 
 from __future__ import annotations
 
+from fs3.core.errors import error
 from fs3.kv.api import Transaction
 from fs3.meta import keys, locks, model, tree
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import LockRecord
+from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import LockKind, LockRequest, LockResponse
 
 
@@ -15,6 +17,8 @@ async def run(tr: Transaction, request: LockRequest, ctx: OpContext) -> LockResp
     Raises STALE_HANDLE when the inode is gone, NO_SPACE when the client has too many locks of it, INVALID_ARGUMENT.
     """
     client_id, lock, ino = request.op.client_id, request.lock, request.inode
+    if request.predecessor:
+        return await _inherit(tr, request, ctx)
     locks.check(client_id, lock)
     records = await load(tr, ino)
     record = records.setdefault(client_id, locks.new_record())
@@ -44,6 +48,23 @@ async def run(tr: Transaction, request: LockRequest, ctx: OpContext) -> LockResp
     _store(tr, ctx, ino, client_id, record)
     tree.keep_alive(tr, ctx, client_id, "")
     return response
+
+
+async def _inherit(tr: Transaction, request: LockRequest, ctx: OpContext) -> LockResponse:
+    """Make what the predecessor has the caller's; it is granted also when that is nothing any more."""
+    client_id, ino = request.op.client_id, request.inode
+    locks.check_client(client_id)
+    locks.check_client(request.predecessor)
+    records = await load(tr, ino)
+    inherited = records.get(request.predecessor)
+    if inherited is not None and request.predecessor != client_id:
+        if client_id in records:
+            raise error(Code.CODE_INVALID_ARGUMENT, "who has locks of a file cannot take over those of another client")
+        tr.clear(keys.lock(ino, request.predecessor))
+        _store(tr, ctx, ino, client_id, inherited)
+        tree.keep_alive(tr, ctx, client_id, "")
+    attr = await tree.complete(tr, await tree.load_handle(tr, ino))
+    return LockResponse(session_ms=ctx.session_ms, granted=True, attr=attr)
 
 
 async def load(tr: Transaction, ino: int) -> dict[bytes, LockRecord]:

@@ -109,6 +109,11 @@ impl OpenFile {
         self.handle.keeps_atime.store(true, Ordering::Relaxed);
     }
 
+    /// Whether [`OpenFile::keep_atime`] was called.
+    pub fn keeps_atime(&self) -> bool {
+        self.handle.keeps_atime.load(Ordering::Relaxed)
+    }
+
     /// The file was read through it, as far as access times go; also when the bytes came from a cache of the caller.
     pub fn note_read(&self) {
         let handle = &self.handle;

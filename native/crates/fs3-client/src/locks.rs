@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_core::{Code, Error, Result};
+use fs3_core::{ClientId, Code, Error, Result};
 use fs3_proto::v1::{
     Attr, AwaitLockRequest, AwaitLockResponse, FileLock, GetLockRequest, GetLockResponse, LockRequest, LockResponse,
     LockType, Method,
@@ -97,10 +97,7 @@ impl Client {
         if !response.granted {
             return Ok(None);
         }
-        let attr = response.attr.ok_or_else(|| Error::new(Code::Protocol, "a lock was granted without attributes"))?;
-        let session = Duration::from_millis(u64::from(response.session_ms));
-        self.inner().lease.renew(sent, session, Instant::now());
-        Ok(Some(Granted { attr: self.inner().inodes.merge(attr), era: self.lock_era() }))
+        self.granted(sent, response).map(Some)
     }
 
     /// End the locks that the owner of `lock` has in its range.
@@ -112,6 +109,22 @@ impl Client {
     /// Give up the place in the queue for a lock.
     pub async fn leave_lock_queue(&self, inode: u64, lock: FileLock) -> Result<()> {
         self.set_lock(LockRequest { inode, lock: Some(lock), leave: true, ..Default::default() }).await.map(drop)
+    }
+
+    /// Take over what another client has of an inode, locks and places in the queue for them: for one who goes on with
+    /// the work of its owners. Errors: StaleHandle, InvalidArgument when this client has locks of the inode.
+    pub async fn inherit_locks(&self, inode: u64, predecessor: ClientId) -> Result<Granted> {
+        let sent = Instant::now();
+        let predecessor = Bytes::copy_from_slice(&predecessor.0);
+        let response = self.set_lock(LockRequest { inode, predecessor, ..Default::default() }).await?;
+        self.granted(sent, response)
+    }
+
+    fn granted(&self, sent: Instant, response: LockResponse) -> Result<Granted> {
+        let attr = response.attr.ok_or_else(|| Error::new(Code::Protocol, "a lock was granted without attributes"))?;
+        let session = Duration::from_millis(u64::from(response.session_ms));
+        self.inner().lease.renew(sent, session, Instant::now());
+        Ok(Granted { attr: self.inner().inodes.merge(attr), era: self.lock_era() })
     }
 
     async fn set_lock(&self, request: LockRequest) -> Result<LockResponse> {

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow,
+    WriteFlags,
 };
 
 use crate::tree::Tree;
@@ -30,15 +30,17 @@ const GENERATION: Generation = Generation(0);
 /// A [`Tree`] served through FUSE.
 pub struct Fs(pub Arc<Tree>);
 
-/// Mount `tree` on `mountpoint`; it is served until the session is dropped or the process ends.
-pub fn mount(tree: Arc<Tree>, mountpoint: &Path) -> io::Result<BackgroundSession> {
+/// Mount `tree` on `mountpoint`; it is served by threads of its own until it is unmounted or the process ends.
+pub fn mount(tree: Arc<Tree>, mountpoint: &Path) -> io::Result<()> {
     let mut config = Config::default();
     config.mount_options =
         vec![MountOption::FSName("fs3-faultdisk".to_owned()), MountOption::CUSTOM("subtype=faultdisk".to_owned())];
     config.acl = SessionACL::Owner;
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
-    Session::new(Fs(tree), mountpoint, &config)?.spawn()
+    let mut session = Session::new(Fs(tree), mountpoint, &config)?;
+    std::thread::Builder::new().name("faultdisk".to_owned()).spawn(move || session.serve())?;
+    Ok(())
 }
 
 fn code(error: &io::Error) -> Errno {

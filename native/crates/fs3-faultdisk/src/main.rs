@@ -17,7 +17,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Err("usage: fs3-faultdisk BACKING MOUNTPOINT SOCKET SEED".into());
     };
     let tree = Arc::new(Tree::new(Path::new(backing), seed.parse()?)?);
-    let _session = mount(tree.clone(), Path::new(mountpoint))?;
+    mount(tree.clone(), Path::new(mountpoint))?;
     let _ = std::fs::remove_file(socket);
     // Whoever can connect sees a mount that is in place.
     serve(&tree, &UnixListener::bind(socket)?);

@@ -99,7 +99,7 @@ pub(crate) struct Core {
     versions: Mutex<HashMap<u64, Version>>,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
     dirs: RwLock<HashMap<u64, Arc<DirHandle>>>,
-    next_handle: AtomicU64,
+    pub(crate) next_handle: AtomicU64,
     /// What the kernel was told, by inode.
     told: Recent<Shown>,
     /// Inodes of files that the kernel was told, by (parent, name).
@@ -423,13 +423,20 @@ impl Core {
 
     /// Register an open file; returns the kernel's handle of it.
     pub fn add_handle(&self, inode: Arc<File>, file: Arc<OpenFile>, flags: HandleFlags) -> u64 {
-        if flags.write {
+        let id = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.put_handle(id, inode, Some(file), flags);
+        id
+    }
+
+    /// Register an open file under a number of the kernel's; without a file it is as if it had been closed early.
+    pub fn put_handle(&self, id: u64, inode: Arc<File>, file: Option<Arc<OpenFile>>, flags: HandleFlags) {
+        if let Some(file) = file.as_ref().filter(|_| flags.write) {
             inode.add_writer(file.clone());
         }
         let handle = Handle {
             told: inode.told(),
             inode,
-            file: Mutex::new(Some(file)),
+            file: Mutex::new(file),
             retained: Mutex::default(),
             read: flags.read,
             write: flags.write,
@@ -441,9 +448,7 @@ impl Core {
             stream: Mutex::default(),
             reopened: Default::default(),
         };
-        let id = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.handles.write().insert(id, Arc::new(handle));
-        id
     }
 
     pub fn handle(&self, id: u64) -> Option<Arc<Handle>> {
@@ -452,6 +457,14 @@ impl Core {
 
     pub fn all_handles(&self) -> Vec<Arc<Handle>> {
         self.handles.read().values().cloned().collect()
+    }
+
+    pub fn handles_by_number(&self) -> Vec<(u64, Arc<Handle>)> {
+        self.handles.read().iter().map(|(id, handle)| (*id, handle.clone())).collect()
+    }
+
+    pub fn dirs_by_number(&self) -> Vec<(u64, Arc<DirHandle>)> {
+        self.dirs.read().iter().map(|(id, dir)| (*id, dir.clone())).collect()
     }
 
     /// A handle that may be used. Errors: EBADF, EIO when locks it had are lost.
@@ -463,8 +476,13 @@ impl Core {
 
     pub fn add_dir(&self, inode: u64) -> u64 {
         let id = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        self.dirs.write().insert(id, Arc::new(DirHandle { inode, stream: Default::default() }));
+        self.put_dir(id, inode, DirStream::default());
         id
+    }
+
+    /// Register an open directory under a number of the kernel's.
+    pub fn put_dir(&self, id: u64, inode: u64, stream: DirStream) {
+        self.dirs.write().insert(id, Arc::new(DirHandle { inode, stream: stream.into() }));
     }
 
     pub fn dir(&self, id: u64) -> Option<Arc<DirHandle>> {
@@ -489,7 +507,9 @@ impl Core {
                 Some(other) => other.clone(),
                 None => {
                     *slot = Some(file.clone());
-                    handle.inode.add_writer(file.clone());
+                    if handle.write {
+                        handle.inode.add_writer(file.clone());
+                    }
                     file.clone()
                 }
             }

@@ -47,6 +47,16 @@ struct Page {
 }
 
 impl DirStream {
+    /// One that goes on where another was: its parent and what [`DirStream::seen`] told of its pages.
+    pub fn resumed(parent: u64, pages: Vec<(u64, Vec<u8>)>) -> Self {
+        Self { pages, current: None, parent }
+    }
+
+    /// The parent, and offset of the first entry and the name before it of every page seen.
+    pub fn seen(&self) -> (u64, Vec<(u64, Vec<u8>)>) {
+        (self.parent, self.pages.clone())
+    }
+
     /// Start again, as `rewinddir` must: the entries are asked for anew.
     pub fn rewind(&mut self) {
         *self = Self { parent: self.parent, ..Self::default() };
@@ -159,6 +169,18 @@ mod tests {
         assert!(matches!(stream.at(FIRST, true), At::Fetch(_)));
         stream.rewind();
         assert_eq!(list(&mut stream, &["a", "b", "c"], FIRST).len(), 3);
+    }
+
+    #[test]
+    fn a_resumed_stream_goes_on_at_any_offset() {
+        let names = ["a", "b", "c", "d", "e"];
+        let mut stream = DirStream::default();
+        let all = list(&mut stream, &names, FIRST);
+        let (parent, pages) = stream.seen();
+        for start in 0..5 {
+            let mut resumed = DirStream::resumed(parent, pages.clone());
+            assert_eq!(list(&mut resumed, &names[..], FIRST + start as u64), all[start..]);
+        }
     }
 
     #[test]

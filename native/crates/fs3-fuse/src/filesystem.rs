@@ -502,17 +502,9 @@ impl Filesystem for Fs {
         if is_virtual(inode.0) {
             return reply.error(Errno::ENOTSUP);
         }
-        let handle = match self.core.usable(fh.0) {
-            Ok(handle) => handle,
-            Err(error) => return reply.error(error),
-        };
+        let asked = Asked { flock, owner: owner.0, start, end, kind, pid };
         let (core, wait) = (self.core.clone(), sleep.then_some(request.unique().0));
-        self.core.spawn(Op::Lock, async move {
-            match core.set_lock(&handle, Asked { flock, owner: owner.0, start, end, kind, pid }, wait).await {
-                Ok(()) => reply.ok(),
-                Err(error) => reply.error(error),
-            }
-        });
+        self.core.spawn(Op::Lock, async move { core.answer_lock(fh.0, asked, wait, reply).await });
     }
 
     fn interrupt(&self, request: RequestId) {

@@ -494,6 +494,12 @@ impl<F: FileIo> Inode<F> {
         if told.tell(teller, state.errors) { state.error.clone() } else { None }
     }
 
+    /// A failure that a handle was not told of by any call.
+    pub fn untold_error(&self, told: &Told) -> Option<Error> {
+        let state = self.state.lock();
+        if told.is_behind(state.errors) { state.error.clone() } else { None }
+    }
+
     /// What a new handle has been told: earlier failures have nothing to do with it.
     pub fn told(&self) -> Told {
         Told::new(self.state.lock().errors)

@@ -19,6 +19,7 @@ mod dirs;
 mod event;
 mod filesystem;
 mod gather;
+mod handover;
 mod ids;
 mod inode;
 #[cfg(test)]
@@ -35,5 +36,6 @@ mod told;
 mod virt;
 mod xattrs;
 
+pub use handover::Predecessor;
 pub use ids::{IdMap, IdMaps, IdRange};
-pub use mount::{Cache, MountHandle, MountOptions, mount};
+pub use mount::{Cache, MountHandle, MountOptions, mount, succeed};

@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use fs3_client::{Attr, Code, Error, FileLock, Granted, KeptAlive, LockKind, LockType, Result};
 use fuser::Errno;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::attrs::Version;
 use crate::core::{Core, Handle, Job, errno};
+use crate::handover::WaitState;
 
 /// Interrupts that came before the wait that they concern; they belong to requests of all kinds, and most concern none.
 const EARLY_MAX: usize = 256;
@@ -28,8 +30,22 @@ pub(crate) struct Key {
     owner: u64,
 }
 
+/// Why a lock was not set.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum LockEnd {
+    Failed(Errno),
+    /// Its wait goes on in a successor.
+    Left,
+}
+
+impl From<Errno> for LockEnd {
+    fn from(errno: Errno) -> Self {
+        Self::Failed(errno)
+    }
+}
+
 /// What the kernel asks for.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Asked {
     pub flock: bool,
     pub owner: u64,
@@ -69,6 +85,13 @@ pub(crate) struct HandleLocks {
     keys: Mutex<HashSet<Key>>,
 }
 
+impl HandleLocks {
+    /// The locks it had are lost.
+    pub fn lose(&self) {
+        self.era.store(u64::MAX, Ordering::Release);
+    }
+}
+
 /// What is known of an owner until a close ends what it has.
 struct Owner {
     kept: KeptAlive,
@@ -100,6 +123,8 @@ pub(crate) struct Locks {
 struct Waits {
     waiting: HashMap<u64, Arc<Notify>>,
     early: VecDeque<u64>,
+    /// While the mount is handed over: waits end, and are kept here.
+    left: Option<Vec<WaitState>>,
 }
 
 /// A request that may wait. The kernel interrupts it by its number.
@@ -135,6 +160,67 @@ impl Locks {
         }
     }
 
+    /// End all waits from here on, without an answer: they go on in a successor.
+    pub fn leave_all(&self) {
+        self.waits.lock().left = Some(Vec::new());
+        self.interrupt_all();
+    }
+
+    pub fn leave(&self, wait: WaitState) {
+        self.waits.lock().left.get_or_insert_default().push(wait);
+    }
+
+    /// Those that were left; from here on waits wait again.
+    pub fn take_left(&self) -> Vec<WaitState> {
+        self.waits.lock().left.take().unwrap_or_default()
+    }
+
+    /// Those that were left so far.
+    pub fn left(&self) -> Vec<WaitState> {
+        self.waits.lock().left.clone().unwrap_or_default()
+    }
+
+    fn leaves(&self) -> bool {
+        self.waits.lock().left.is_some()
+    }
+
+    /// Owners that may hold locks, of those that a handle of the inode was used for: kind and number.
+    pub fn owners_of(&self, handle: &HandleLocks, inode: u64) -> Vec<(i32, u64)> {
+        let owners = self.owners.lock();
+        let holds = |key: &&Key| owners.get(key).is_some_and(|owner| owner.ended < owner.asked);
+        let keys = handle.keys.lock();
+        keys.iter().filter(|key| key.inode == inode).filter(holds).map(|key| (key.kind, key.owner)).collect()
+    }
+
+    /// An owner of a predecessor, with the locks that it had, used a handle.
+    pub fn inherited(
+        &self,
+        handle: &HandleLocks,
+        inode: u64,
+        (kind, owner): (i32, u64),
+        era: u64,
+        keep_alive: impl FnOnce() -> KeptAlive,
+    ) {
+        let key = Key { inode, kind, owner };
+        handle.keys.lock().insert(key);
+        handle.era.store(era, Ordering::Release);
+        self.used.store(true, Ordering::Relaxed);
+        let mut owners = self.owners.lock();
+        owners.entry(key).or_insert_with(|| Owner { asked: 1, era, ..Owner::new(keep_alive()) });
+        self.count.store(owners.len(), Ordering::Release);
+    }
+
+    /// Inodes of which somebody may hold locks.
+    pub fn inodes(&self) -> HashSet<u64> {
+        self.owners.lock().keys().map(|key| key.inode).collect()
+    }
+
+    /// Somebody else has all of them.
+    pub fn forget_all(&self) {
+        self.owners.lock().clear();
+        self.count.store(0, Ordering::Release);
+    }
+
     /// End all waits: the mount goes away.
     pub fn interrupt_all(&self) {
         self.waits.lock().waiting.values().for_each(|interrupted| interrupted.notify_one());
@@ -143,8 +229,9 @@ impl Locks {
     fn begin_wait(&self, request: u64) -> Wait<'_> {
         let interrupted = Arc::new(Notify::new());
         let mut waits = self.waits.lock();
-        if waits.early.contains(&request) {
-            waits.early.retain(|early| *early != request);
+        let early = waits.early.contains(&request);
+        waits.early.retain(|early| *early != request);
+        if early || waits.left.is_some() {
             interrupted.notify_one();
         }
         waits.waiting.insert(request, interrupted.clone());
@@ -209,11 +296,12 @@ impl Locks {
 
 impl Core {
     /// Set, change or end a lock. `wait`: the kernel's number of a request that waits for it.
-    pub async fn set_lock(&self, handle: &Arc<Handle>, asked: Asked, wait: Option<u64>) -> Result<(), Errno> {
+    pub async fn set_lock(&self, handle: &Arc<Handle>, asked: Asked, wait: Option<u64>) -> Result<(), LockEnd> {
+        self.check_locks(handle)?;
         let lock = asked.lock();
         let key = Key { inode: handle.inode.id, kind: lock.kind, owner: lock.owner };
         if asked.kind == libc::F_UNLCK {
-            return self.unlock(handle, key, lock).await.map_err(|error| lock_errno(&error));
+            return self.unlock(handle, key, lock).await.map_err(|error| lock_errno(&error).into());
         }
         let wait = wait.map(|request| self.locks.begin_wait(request));
         handle.locks.keys.lock().insert(key);
@@ -223,23 +311,26 @@ impl Core {
         let granted = granted?;
         let _ = handle.locks.era.compare_exchange(0, granted.era, Ordering::AcqRel, Ordering::Acquire);
         self.catch_up(handle, &granted.attr).await;
-        self.check_locks(handle)
+        Ok(self.check_locks(handle)?)
     }
 
-    async fn ask_lock(&self, inode: u64, lock: FileLock, wait: Option<Wait<'_>>) -> Result<Granted, Errno> {
+    async fn ask_lock(&self, inode: u64, lock: FileLock, wait: Option<Wait<'_>>) -> Result<Granted, LockEnd> {
         loop {
             let granted = self.client.lock(inode, lock, wait.is_some()).await.map_err(|error| lock_errno(&error))?;
             if let Some(granted) = granted {
                 return Ok(granted);
             }
-            let Some(wait) = &wait else { return Err(Errno::EAGAIN) };
+            let Some(wait) = &wait else { return Err(Errno::EAGAIN.into()) };
             tokio::select! {
                 biased;
                 () = wait.interrupted.notified() => {
+                    if self.locks.leaves() {
+                        return Err(LockEnd::Left);
+                    }
                     if let Err(error) = self.client.leave_lock_queue(inode, lock).await {
                         tracing::debug!(inode, %error, "a place in the queue for a lock is left to expire");
                     }
-                    return Err(Errno::EINTR);
+                    return Err(Errno::EINTR.into());
                 }
                 // Whatever came of it: asking for the lock tells.
                 _ = self.client.await_lock(inode, lock) => {}

@@ -1,24 +1,29 @@
 //! Mounting, and the end of a mount.
 
 use std::ffi::CString;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use fs3_client::{Client, Code, Error, FileType, Result, at_path};
-use fuser::{Config, MountOption, Session, SessionACL};
+use fs3_client::{Client, ClientId, Code, Error, FileType, Result, at_path};
+use fuser::{Config, Ended, MountOption, Pauser, Session, SessionACL};
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::Handle;
 
 use crate::caller::superuser;
 use crate::core::{Core, ROOT};
 use crate::filesystem::Fs;
+use crate::handover::{Predecessor, State, WaitState};
 use crate::ids::IdMaps;
 
 /// How long the end of a mount waits for operations under way, and for files that are still open.
 const END_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long requests under way, and data that is not written, may hold up that a mount is handed over.
+const HANDOVER_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How often old data and read-ahead are looked for.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -140,13 +145,51 @@ impl MountOptions {
 pub struct MountHandle {
     core: Arc<Core>,
     mountpoint: PathBuf,
-    end: Arc<End>,
+    pauser: Pauser,
+    stage: Arc<Stage>,
+}
+
+/// How far the thread that serves a mount is.
+#[derive(Default)]
+struct Stage {
+    phase: Mutex<Phase>,
+    changed: Condvar,
+    /// A successor is to have the mount. Once it is not, a pause ends, also one that has not begun yet.
+    given: AtomicBool,
 }
 
 #[derive(Default)]
-struct End {
-    result: Mutex<Option<Result<()>>>,
-    changed: Condvar,
+enum Phase {
+    #[default]
+    Serving,
+    /// No requests are received. A successor may have the devices.
+    Paused(std::io::Result<Vec<OwnedFd>>),
+    /// A successor serves the mount.
+    Departing,
+    Ended(Result<()>),
+}
+
+impl Stage {
+    fn set(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+        self.changed.notify_all();
+    }
+
+    /// Wait until `look` finds what it looks for, `limit` at most.
+    fn wait<T>(&self, limit: Option<Duration>, mut look: impl FnMut(&mut Phase) -> Option<T>) -> Option<T> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut phase = self.phase.lock();
+        loop {
+            if let Some(found) = look(&mut phase) {
+                return Some(found);
+            }
+            match deadline {
+                None => self.changed.wait(&mut phase),
+                Some(deadline) if self.changed.wait_until(&mut phase, deadline).timed_out() => return look(&mut phase),
+                Some(_) => {}
+            }
+        }
+    }
 }
 
 fn io_error(what: &str, error: &std::io::Error) -> Error {
@@ -190,12 +233,43 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
     let mountpoint =
         mountpoint.canonicalize().map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
     let root = runtime.block_on(find_root(&client, &options.subdir))?;
-    let core = Arc::new(Core::new(client, runtime.clone(), &mountpoint, root, options));
+    let core = Arc::new(Core::new(client, runtime, &mountpoint, root, options));
     let session = Session::new(Fs { core: core.clone() }, &mountpoint, &config)
         .map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
-    let _ = core.io.notifier.set(session.notifier());
     set_readahead(&mountpoint, readahead_bytes);
+    serve(core, session, mountpoint, Vec::new())
+}
 
+/// Go on with the mount on `mountpoint` that another process served and has handed over, as [`mount`]. When it returns the
+/// predecessor may depart; when it fails the predecessor can take the mount back. Options that the kernel was told when
+/// it was mounted must be those of the predecessor. Errors: those of opening its files; NotSupported when its release
+/// hands over in another form.
+pub fn succeed(
+    client: Client,
+    runtime: Handle,
+    mountpoint: &Path,
+    options: MountOptions,
+    predecessor: Predecessor,
+) -> Result<MountHandle> {
+    let state = State::decode(&predecessor.state)?;
+    let config = options.config();
+    let core = Arc::new(Core::new(client, runtime.clone(), mountpoint, state.root(), options));
+    let session = Session::succeed(Fs { core: core.clone() }, predecessor.devices, &config)
+        .map_err(|e| io_error("cannot go on with a mount", &e))?;
+    let _ = core.io.notifier.set(session.notifier());
+    runtime.block_on(core.import(&state))?;
+    serve(core, session, mountpoint.to_owned(), state.waits().to_vec())
+}
+
+/// Serve a mount on threads of its own. `waits`: requests that a predecessor left.
+fn serve(
+    core: Arc<Core>,
+    mut session: Session<Fs>,
+    mountpoint: PathBuf,
+    mut waits: Vec<WaitState>,
+) -> Result<MountHandle> {
+    let _ = core.io.notifier.set(session.notifier());
+    let runtime = core.io.runtime.clone();
     let ticking = core.clone();
     let ticker = runtime.spawn(async move {
         loop {
@@ -203,20 +277,43 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
             ticking.tick().await;
         }
     });
-    let end = Arc::new(End::default());
-    let (serving, ended) = (core.clone(), end.clone());
+    let (pauser, stage) = (session.pauser(), Arc::new(Stage::default()));
+    let handle = MountHandle { core: core.clone(), mountpoint, pauser, stage: stage.clone() };
     let serve = move || {
-        let result = session.run().map_err(|e| io_error("the connection to the kernel failed", &e));
+        let result = loop {
+            for wait in std::mem::take(&mut waits) {
+                if let Some(reply) = session.reply_to(wait.left()) {
+                    core.resume_wait(wait, reply);
+                }
+            }
+            match session.serve() {
+                Ok(Ended::Unmounted) => break Ok(()),
+                Err(error) => break Err(io_error("the connection to the kernel failed", &error)),
+                Ok(Ended::Paused) => {}
+            }
+            stage.set(Phase::Paused(session.devices()));
+            let departs = stage.wait(None, |phase| match phase {
+                Phase::Departing => Some(true),
+                _ => (!stage.given.load(Ordering::Acquire)).then_some(false),
+            });
+            if departs == Some(true) {
+                session.give_away();
+                ticker.abort();
+                runtime.block_on(core.retire());
+                return stage.set(Phase::Ended(Ok(())));
+            }
+            waits = core.locks.take_left();
+            stage.set(Phase::Serving);
+        };
         ticker.abort();
-        runtime.block_on(finish(&serving));
-        *ended.result.lock() = Some(result);
-        ended.changed.notify_all();
+        runtime.block_on(finish(&core));
+        stage.set(Phase::Ended(result));
     };
     std::thread::Builder::new()
         .name("fs3-fuse".to_owned())
         .spawn(serve)
         .map_err(|e| io_error("cannot start a thread", &e))?;
-    Ok(MountHandle { core, mountpoint, end })
+    Ok(handle)
 }
 
 /// Nothing more comes from the kernel: let what runs end, write what is left.
@@ -235,6 +332,13 @@ async fn finish(core: &Arc<Core>) {
     }
 }
 
+fn ended(phase: &mut Phase) -> Option<Result<()>> {
+    match phase {
+        Phase::Ended(result) => Some(result.clone()),
+        _ => None,
+    }
+}
+
 impl MountHandle {
     /// What it did since it began, as a JSON object: what `3fs-virt/stats` shows.
     pub fn stats(&self) -> String {
@@ -249,23 +353,75 @@ impl MountHandle {
     /// Wait until the mount has ended (unmounted by whomever, or the kernel's side died) and everything
     /// accepted is written. Must not be called from a task of the runtime.
     pub fn wait(&self) -> Result<()> {
-        let mut result = self.end.result.lock();
-        while result.is_none() {
-            self.end.changed.wait(&mut result);
-        }
-        result.clone().expect("just seen")
+        self.stage.wait(None, ended).expect("it waits until it has ended")
     }
 
     /// As [`MountHandle::wait`], `limit` at most; `None` when the mount is still there.
     pub fn wait_for(&self, limit: Duration) -> Option<Result<()>> {
-        let deadline = Instant::now() + limit;
-        let mut result = self.end.result.lock();
-        while result.is_none() {
-            if self.end.changed.wait_until(&mut result, deadline).timed_out() {
-                break;
-            }
+        self.stage.wait(Some(limit), ended)
+    }
+
+    /// Stop serving and hand the mount over to another process, which is the client `successor`. Whoever uses the mount
+    /// waits until [`succeed`] has returned there, and then this is told to [`MountHandle::depart`]; or else to
+    /// [`MountHandle::take_back`]. Errors: Busy when requests do not end, or another successor is there, and it is
+    /// served on; Unavailable when it has ended. Must not be called from a task of the runtime.
+    pub fn hand_over(&self, successor: ClientId) -> Result<Predecessor> {
+        if self.stage.given.swap(true, Ordering::AcqRel) || !matches!(&*self.stage.phase.lock(), Phase::Serving) {
+            return Err(Error::new(Code::Busy, "the mount is being handed over, or has ended"));
         }
-        result.clone()
+        if self.core.virt.is_used() {
+            self.stage.given.store(false, Ordering::Release);
+            return Err(Error::new(Code::Busy, "programs use the mount through 3fs-virt: end them first"));
+        }
+        self.core.locks.leave_all();
+        self.pauser.pause();
+        let devices = self.stage.wait(Some(HANDOVER_WAIT_MAX), |phase| match phase {
+            Phase::Paused(devices) => Some(std::mem::replace(devices, Ok(Vec::new()))),
+            Phase::Ended(_) => Some(Err(std::io::Error::from_raw_os_error(libc::ENODEV))),
+            _ => None,
+        });
+        let handed = self.state_at_rest().and_then(|state| match devices {
+            Some(Ok(devices)) => Ok(Predecessor { state, devices }),
+            Some(Err(error)) => Err(io_error("the mount cannot be handed over", &error)),
+            None => Err(Error::new(Code::Busy, "the kernel's requests could not be stopped")),
+        });
+        if handed.is_err() {
+            self.take_back(successor);
+        }
+        handed
+    }
+
+    /// End what is at work, write everything, and tell what a successor has to know.
+    fn state_at_rest(&self) -> Result<Vec<u8>> {
+        let busy = |what| Error::new(Code::Busy, format!("{what} within {} s", HANDOVER_WAIT_MAX.as_secs()));
+        self.core.io.runtime.block_on(async {
+            if !self.core.drain(HANDOVER_WAIT_MAX).await {
+                return Err(busy("requests of the kernel did not end"));
+            }
+            let written = tokio::time::timeout(HANDOVER_WAIT_MAX, self.core.flush_all()).await;
+            written.map_err(|_| busy("data could not be written"))?;
+            Ok(self.core.export(self.core.locks.left()))
+        })
+    }
+
+    /// The successor failed: serve again.
+    pub fn take_back(&self, successor: ClientId) {
+        let took = async { tokio::time::timeout(HANDOVER_WAIT_MAX, self.core.take_back(successor)).await };
+        if self.core.io.runtime.block_on(took).is_err() {
+            tracing::warn!("locks could not be taken back from a successor that failed");
+        }
+        let _phase = self.stage.phase.lock();
+        self.stage.given.store(false, Ordering::Release);
+        self.stage.changed.notify_all();
+    }
+
+    /// The successor serves the mount: close the files here, and end without unmounting.
+    pub fn depart(&self) {
+        let mut phase = self.stage.phase.lock();
+        if matches!(&*phase, Phase::Paused(_)) {
+            *phase = Phase::Departing;
+            self.stage.changed.notify_all();
+        }
     }
 
     /// Write everything, unmount, and wait for the end. Files that programs still hold open keep the mount
@@ -274,7 +430,8 @@ impl MountHandle {
     pub fn unmount(&self) -> Result<()> {
         let runtime = self.core.io.runtime.clone();
         let flush = || runtime.block_on(async { tokio::time::timeout(END_WAIT_MAX, self.core.flush_all()).await });
-        if self.wait_for(Duration::ZERO).is_none() {
+        let departing = matches!(&*self.stage.phase.lock(), Phase::Departing);
+        if !departing && self.wait_for(Duration::ZERO).is_none() {
             let _ = flush();
             detach(&self.mountpoint)?;
             // Their files keep the mount alive; who waits for them is told now.

@@ -22,6 +22,11 @@ impl Told {
         Self(std::array::from_fn(|_| AtomicU64::new(failures)))
     }
 
+    /// Whether even a sync, which tells what every other call has told, has something to tell.
+    pub fn is_behind(&self, failures: u64) -> bool {
+        self.0[Teller::Sync as usize].load(Ordering::Relaxed) < failures
+    }
+
     /// Whether `teller` has something to tell when there were `failures` in all; it counts as told from here on.
     pub fn tell(&self, teller: Teller, failures: u64) -> bool {
         let (lesser, own) = self.0.split_at(teller as usize);

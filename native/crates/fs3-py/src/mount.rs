@@ -1,12 +1,14 @@
 //! The mount daemon for Python: one class, blocking calls with the GIL released.
 
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fs3_client::{Client, ClientConfig, Result};
-use fs3_fuse::{Cache, IdMap, IdMaps, IdRange, MountHandle, MountOptions};
+use fs3_client::{Client, ClientConfig, ClientId};
+use fs3_fuse::{Cache, IdMap, IdMaps, IdRange, MountHandle, MountOptions, Predecessor};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use tokio::runtime::Runtime;
 
 use crate::errors::to_python;
@@ -25,12 +27,29 @@ pub struct Mount {
     handle: MountHandle,
 }
 
-fn start(runtime: &'static Runtime, config: ClientConfig, mountpoint: PathBuf, options: MountOptions) -> Result<Mount> {
-    let client = runtime.block_on(Client::connect(config))?;
-    match fs3_fuse::mount(client.clone(), runtime.handle().clone(), &mountpoint, options) {
+fn start(
+    py: Python<'_>,
+    config: ClientConfig,
+    mountpoint: PathBuf,
+    options: MountOptions,
+    predecessor: Option<Py<PyAny>>,
+) -> PyResult<Mount> {
+    let runtime = runtime()?;
+    let client = py.detach(|| runtime.block_on(Client::connect(config))).map_err(|e| to_python(py, &e))?;
+    let (client_id, handle) = (client.client_id(), runtime.handle().clone());
+    let mounted = match predecessor {
+        None => {
+            py.detach(|| fs3_fuse::mount(client.clone(), handle, &mountpoint, options)).map_err(|e| to_python(py, &e))
+        }
+        Some(ask) => taken_over(py, &ask, client_id).and_then(|predecessor| {
+            py.detach(|| fs3_fuse::succeed(client.clone(), handle, &mountpoint, options, predecessor))
+                .map_err(|e| to_python(py, &e))
+        }),
+    };
+    match mounted {
         Ok(handle) => Ok(Mount { runtime, client, handle }),
         Err(error) => {
-            runtime.block_on(client.close());
+            py.detach(|| runtime.block_on(client.close()));
             Err(error)
         }
     }
@@ -55,6 +74,19 @@ fn id_map(all: Option<u32>, ranges: Vec<(u32, u32, u32)>) -> IdMap {
     }
 }
 
+/// What a predecessor hands over to the client of this id.
+fn taken_over(py: Python<'_>, ask: &Py<PyAny>, client_id: ClientId) -> PyResult<Predecessor> {
+    let answer = ask.call1(py, (PyBytes::new(py, &client_id.0),))?;
+    let (state, descriptors): (Vec<u8>, Vec<i32>) = answer.extract(py)?;
+    // SAFETY: the descriptors are the caller's, who gives them away.
+    let devices = descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+    Ok(Predecessor { state, devices })
+}
+
+fn client_id(bytes: &[u8]) -> PyResult<ClientId> {
+    bytes.try_into().map(ClientId).map_err(|_| PyValueError::new_err("a client id has 16 bytes"))
+}
+
 impl Mount {
     /// After the mount has ended: leave the cluster in good order.
     fn leave(&self) {
@@ -66,13 +98,14 @@ impl Mount {
 
 #[pymethods]
 impl Mount {
-    /// Connect to the cluster and mount it. Times in seconds, sizes in bytes.
+    /// Connect to the cluster and mount it. Times in seconds, sizes in bytes. `predecessor`: go on with a mount in place of
+    /// mounting; called with this client's id, it returns what `hand_over` returned in the process that serves it.
     #[new]
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
         attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, local_locks=false, noatime=false, op_timeout_s=30.0,
         transport="auto", rdma=None, exec=true, cache="auto", subdir=Vec::new(), uid=None, gid=None, uidmap=Vec::new(),
-        gidmap=Vec::new(), source="fs3".to_owned(), config=String::new()))]
+        gidmap=Vec::new(), source="fs3".to_owned(), config=String::new(), predecessor=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -104,6 +137,7 @@ impl Mount {
         gidmap: Vec<(u32, u32, u32)>,
         source: String,
         config: String,
+        predecessor: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let seconds = |s: f64| Duration::try_from_secs_f64(s).unwrap_or(Duration::ZERO);
         let client = ClientConfig {
@@ -136,8 +170,30 @@ impl Mount {
             entry_timeout: seconds(entry_timeout_s),
             ..MountOptions::default()
         };
-        let runtime = runtime()?;
-        py.detach(|| start(runtime, client, mountpoint, options)).map_err(|e| to_python(py, &e))
+        start(py, client, mountpoint, options, predecessor)
+    }
+
+    /// Stop serving and write everything, for a successor that is the client with this id (16 bytes). Returns what its
+    /// `predecessor` has to return: the state, and descriptors of the kernel's device, which are the caller's to
+    /// close. Call `depart` or `take_back` afterwards: meanwhile whoever uses the mount waits. Raises BUSY when
+    /// requests do not end; it is served on then.
+    fn hand_over<'py>(&self, py: Python<'py>, successor: &[u8]) -> PyResult<(Bound<'py, PyBytes>, Vec<i32>)> {
+        let successor = client_id(successor)?;
+        let handed = py.detach(|| self.handle.hand_over(successor)).map_err(|e| to_python(py, &e))?;
+        let descriptors = handed.devices.into_iter().map(IntoRawFd::into_raw_fd).collect();
+        Ok((PyBytes::new(py, &handed.state), descriptors))
+    }
+
+    /// The successor failed: serve again.
+    fn take_back(&self, py: Python<'_>, successor: &[u8]) -> PyResult<()> {
+        let successor = client_id(successor)?;
+        py.detach(|| self.handle.take_back(successor));
+        Ok(())
+    }
+
+    /// The successor serves the mount: `wait` returns some seconds later, and it stays mounted.
+    fn depart(&self) {
+        self.handle.depart();
     }
 
     /// Wait until the mount has ended; with `timeout_s`, that many seconds at most. Returns whether it has.

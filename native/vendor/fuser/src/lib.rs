@@ -13,7 +13,6 @@
 
 use std::cmp::max;
 use std::cmp::min;
-use std::convert::AsRef;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -74,11 +73,12 @@ pub use crate::reply::ReplyStatfs;
 pub use crate::reply::ReplyWrite;
 pub use crate::reply::ReplyXattr;
 pub use crate::request_param::Request;
-pub use crate::session::BackgroundSession;
+pub use crate::session::Ended;
+pub use crate::session::LeftRequest;
+pub use crate::session::Pauser;
 use crate::session::MAX_WRITE_SIZE;
 pub use crate::session::Session;
 pub use crate::session::SessionACL;
-pub use crate::session::SessionUnmounter;
 
 mod access_flags;
 mod bsd_file_flags;
@@ -1060,36 +1060,4 @@ pub trait Filesystem: Send + Sync + 'static {
         warn!("[Not Implemented] getxtimes(ino: {ino:#x?})");
         reply.error(Errno::ENOSYS);
     }
-}
-
-/// Mount the given filesystem to the given mountpoint. This function will
-/// not return until the filesystem is unmounted.
-///
-/// NOTE: This will eventually replace `mount()`, once the API is stable
-/// # Errors
-/// Returns an error if the options are incorrect, or if the fuse device can't be mounted,
-/// and any final error when the session comes to an end.
-pub fn mount<FS: Filesystem, P: AsRef<Path>>(
-    filesystem: FS,
-    mountpoint: P,
-    options: &Config,
-) -> io::Result<()> {
-    Session::new(filesystem, mountpoint.as_ref(), options).and_then(session::Session::run)
-}
-
-/// Mount the given filesystem to the given mountpoint. This function spawns
-/// a background thread to handle filesystem operations while being mounted
-/// and therefore returns immediately. The returned handle should be stored
-/// to reference the mounted filesystem. If it's dropped, the filesystem will
-/// be unmounted.
-///
-/// NOTE: This is the corresponding function to mount2.
-/// # Errors
-/// Returns an error if the options are incorrect, or if the fuse device can't be mounted.
-pub fn spawn_mount<'a, FS: Filesystem + Send + 'static + 'a, P: AsRef<Path>>(
-    filesystem: FS,
-    mountpoint: P,
-    options: &Config,
-) -> io::Result<BackgroundSession> {
-    Session::new(filesystem, mountpoint.as_ref(), options).and_then(session::Session::spawn)
 }

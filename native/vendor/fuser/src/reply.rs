@@ -33,6 +33,7 @@ use crate::ll::reply::DirEntryPlus;
 use crate::ll::reply::Response;
 use crate::ll::{self};
 use crate::passthrough::BackingId;
+use crate::session::LeftRequest;
 
 /// Generic reply callback to send data
 #[derive(Debug)]
@@ -176,6 +177,16 @@ impl Reply for ReplyEmpty {
 }
 
 impl ReplyEmpty {
+    /// Leave the request to a successor, which gets the reply from [`crate::Session::reply_to`]. Until then whoever made
+    /// the request waits.
+    pub fn leave(mut self) -> LeftRequest {
+        let device = match self.reply.sender.take() {
+            Some(ReplySender::Channel(sender)) => sender.place(),
+            _ => 0,
+        };
+        LeftRequest { device, request: self.reply.unique.0 }
+    }
+
     /// Reply to a request with nothing
     pub fn ok(self) {
         self.reply.send_ll(&ll::ResponseEmpty);

@@ -55,7 +55,7 @@ impl<'a> RequestWithSender<'a> {
     /// Dispatch request to the given filesystem.
     /// This calls the appropriate filesystem operation method for the
     /// request and sends back the returned reply to the kernel
-    pub(crate) fn dispatch<FS: Filesystem>(&self, se: &SessionEventLoop<FS>) {
+    pub(crate) fn dispatch<FS: Filesystem>(&self, se: &SessionEventLoop<'_, FS>) {
         debug!("{} thread={}", self.request, se.thread_name);
         match self.dispatch_req(se) {
             Ok(Some(resp)) => self.reply::<ReplyRaw>().send_ll(&resp),
@@ -66,7 +66,7 @@ impl<'a> RequestWithSender<'a> {
 
     fn dispatch_req<FS: Filesystem>(
         &self,
-        se: &SessionEventLoop<FS>,
+        se: &SessionEventLoop<'_, FS>,
     ) -> Result<Option<ResponseData>, Errno> {
         let op = self.request.operation().map_err(|_| Errno::ENOSYS)?;
         // Implement allow_root & access check for auto_unmount

@@ -13,8 +13,9 @@ use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::thread::{self};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use log::debug;
 use log::error;
@@ -22,7 +23,7 @@ use log::info;
 use log::warn;
 use nix::unistd::Uid;
 use nix::unistd::geteuid;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::Errno;
 use crate::Filesystem;
@@ -31,7 +32,6 @@ use crate::MountOption;
 use crate::ReplyEmpty;
 use crate::Request;
 use crate::channel::Channel;
-use crate::channel::ChannelSender;
 use crate::dev_fuse::DevFuse;
 use crate::ll;
 use crate::ll::Operation;
@@ -128,6 +128,9 @@ pub struct Session<FS: Filesystem> {
     pub(crate) filesystem: FilesystemHolder<FS>,
     /// Communication channel to the kernel driver
     pub(crate) ch: Channel,
+    /// Channels of the threads besides the one that uses `ch`: made when requests are first served.
+    clones: Vec<Channel>,
+    pause: Arc<Pause>,
     /// Handle to the mount.  Dropping this unmounts.
     mount: UmountOnDrop,
     /// Whether to restrict access to owner, root + owner, or unrestricted
@@ -179,6 +182,8 @@ impl<FS: Filesystem> Session<FS> {
                 fs: Some(filesystem),
             },
             ch,
+            clones: Vec::new(),
+            pause: Arc::default(),
             mount: UmountOnDrop {
                 mount: Arc::new(Mutex::new(Some(mount))),
             },
@@ -193,143 +198,101 @@ impl<FS: Filesystem> Session<FS> {
         Ok(session)
     }
 
-    /// Wrap an existing /dev/fuse file descriptor. This doesn't mount the
-    /// filesystem anywhere; that must be done separately.
-    pub fn from_fd(
-        filesystem: FS,
-        fd: OwnedFd,
-        acl: SessionACL,
-        config: Config,
-    ) -> io::Result<Self> {
-        let ch = Channel::new(Arc::new(DevFuse(File::from(fd))));
-        let mut session = Session {
-            filesystem: FilesystemHolder {
-                fs: Some(filesystem),
-            },
+    /// Go on with the mount of a process that served it before. `devices`: what its [`Session::devices`] gave. The kernel
+    /// is not asked anything: what it was told in the first place holds.
+    /// # Errors
+    /// Returns an error if there is no device.
+    pub fn succeed(filesystem: FS, devices: Vec<OwnedFd>, config: &Config) -> io::Result<Self> {
+        let devices = devices.into_iter().map(|fd| Channel::new(Arc::new(DevFuse(File::from(fd)))));
+        let mut channels = devices.enumerate().map(|(i, ch)| ch.numbered(i));
+        let ch = channels.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        Ok(Session {
+            filesystem: FilesystemHolder { fs: Some(filesystem) },
             ch,
-            mount: UmountOnDrop {
-                mount: Arc::new(Mutex::new(None)),
-            },
-            allowed: acl,
+            clones: channels.collect(),
+            pause: Arc::default(),
+            mount: UmountOnDrop { mount: Arc::default() },
+            allowed: config.acl,
             session_owner: geteuid(),
             proto_version: None,
-            config,
-        };
-
-        session.handshake()?;
-
-        Ok(session)
-    }
-
-    /// Run the session loop in a background thread. If the returned handle is dropped,
-    /// the filesystem is unmounted and the given session ends.
-    pub fn spawn(self) -> io::Result<BackgroundSession> {
-        let sender = self.ch.sender();
-        // Take the fuse_session, so that we can unmount it
-        let mount = std::mem::take(&mut *self.mount.mount.lock());
-        let guard = thread::Builder::new()
-            .name("fuser-bg".to_string())
-            .spawn(move || self.run())?;
-        Ok(BackgroundSession {
-            guard,
-            sender,
-            mount,
+            config: config.clone(),
         })
     }
 
-    /// Run the session loop that receives kernel requests and dispatches them to method
-    /// calls into the filesystem. This read-dispatch-loop is non-concurrent to prevent
-    /// having multiple buffers (which take up much memory), but the filesystem methods
-    /// may run concurrent by spawning threads.
+    /// The device, and its clones: what a successor needs to go on.
+    /// # Errors
+    /// Returns an error if there are too many open files.
+    pub fn devices(&self) -> io::Result<Vec<OwnedFd>> {
+        let channels = std::iter::once(&self.ch).chain(&self.clones);
+        channels.map(|ch| ch.as_fd().try_clone_to_owned()).collect()
+    }
+
+    /// Answer a request that a predecessor left unanswered ([`ReplyEmpty::leave`]).
+    pub fn reply_to(&self, left: LeftRequest) -> Option<ReplyEmpty> {
+        let ch = std::iter::once(&self.ch).chain(&self.clones).nth(left.device)?;
+        Some(Reply::new(crate::ll::RequestId(left.request), ReplySender::Channel(ch.sender())))
+    }
+
+    /// Another process serves the mount from here on: it is not unmounted when this is dropped.
+    pub fn give_away(self) {
+        std::mem::forget(self.mount.mount.lock().take());
+    }
+
+    /// Makes [`Session::serve`] return.
+    pub fn pauser(&self) -> Pauser {
+        Pauser(self.pause.clone())
+    }
+
+    /// Receive requests of the kernel and hand them to the filesystem, on as many threads as the configuration
+    /// says, until the filesystem is unmounted or a [`Pauser`] says so. May be called again after a pause.
     /// # Errors
     /// Returns any final error when the session comes to an end.
-    pub fn run(self) -> io::Result<()> {
-        let Session {
-            filesystem,
-            ch,
-            mount: _do_not_umount_yet,
-            allowed,
-            session_owner,
-            proto_version: _,
-            config,
-        } = self;
-
-        let n_threads = config.n_threads.unwrap_or(1);
-
-        if !cfg!(target_os = "linux") && n_threads != 1 {
-            // TODO: check whether it works on macOS/FreeBSD and enable if it works.
-            return Err(io::Error::other(
-                "n_threads != 1 is only supported on Linux",
-            ));
+    pub fn serve(&mut self) -> io::Result<Ended> {
+        let wanted = self.config.n_threads.unwrap_or(1).max(1) - 1;
+        while self.clones.len() < wanted {
+            let clone = if self.config.clone_fd { self.ch.clone_fd()? } else { self.ch.clone() };
+            self.clones.push(clone.numbered(self.clones.len() + 1));
         }
-
-        let Some(n_threads_minus_one) = n_threads.checked_sub(1) else {
-            return Err(io::Error::other("n_threads"));
-        };
-
-        let mut filesystem = Arc::new(filesystem);
-
-        let mut channels = Vec::with_capacity(n_threads);
-
-        for _ in 0..n_threads_minus_one {
-            if config.clone_fd {
-                #[cfg(target_os = "linux")]
-                {
-                    channels.push(ch.clone_fd()?);
-                    continue;
-                }
-                #[cfg(not(target_os = "linux"))]
-                {
-                    return Err(io::Error::other("clone_fd is only supported on Linux"));
-                }
-            } else {
-                channels.push(ch.clone());
-            }
-        }
-        channels.push(ch);
-
-        let mut threads = Vec::with_capacity(n_threads);
-
-        for (i, ch) in channels.into_iter().enumerate() {
-            let thread_name = format!("fuser-{i}");
-            let event_loop = SessionEventLoop {
-                thread_name: thread_name.clone(),
-                filesystem: filesystem.clone(),
-                ch,
-                allowed,
-                session_owner,
-            };
-            threads.push(
-                thread::Builder::new()
-                    .name(thread_name)
-                    .spawn(move || event_loop.event_loop())?,
-            );
-        }
-
-        let mut reply: io::Result<()> = Ok(());
-        for thread in threads {
-            let res = match thread.join() {
-                Ok(res) => res,
-                Err(_) => {
-                    return Err(io::Error::other("event loop thread panicked"));
-                }
-            };
-            if let Err(e) = res {
-                if reply.is_ok() {
-                    reply = Err(e);
+        install_wake_up()?;
+        let filesystem = &self.filesystem;
+        let (pause, allowed, session_owner) = (&*self.pause, self.allowed, self.session_owner);
+        let ended: Vec<io::Result<Ended>> = thread::scope(|scope| {
+            let mut threads = Vec::new();
+            let mut failed = None;
+            for (i, ch) in std::iter::once(&self.ch).chain(&self.clones).enumerate() {
+                let thread_name = format!("fuser-{i}");
+                let event_loop = SessionEventLoop {
+                    thread_name: thread_name.clone(),
+                    filesystem,
+                    ch: ch.clone(),
+                    allowed,
+                    session_owner,
+                };
+                let run = move || pause.counted(|| event_loop.event_loop(pause));
+                match thread::Builder::new().name(thread_name).spawn_scoped(scope, run) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => {
+                        failed = Some(Err(error));
+                        Pauser(self.pause.clone()).pause();
+                        break;
+                    }
                 }
             }
+            pause.wait_for_the_end(threads.len());
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined
+                .map(|ended| ended.unwrap_or_else(|_| Err(io::Error::other("event loop thread panicked"))))
+                .chain(failed)
+                .collect()
+        });
+        let ended = ended.into_iter().collect::<io::Result<Vec<_>>>();
+        if let Ok(ended) = &ended
+            && ended.iter().all(|ended| *ended == Ended::Paused)
+        {
+            return Ok(Ended::Paused);
         }
-
-        let Some(filesystem) = Arc::get_mut(&mut filesystem) else {
-            return Err(io::Error::other(
-                "BUG: must have one refcount for filesystem",
-            ));
-        };
-
-        filesystem.destroy();
-
-        reply
+        self.filesystem.destroy();
+        ended.map(|_| Ended::Unmounted)
     }
 
     fn handshake(&mut self) -> io::Result<()> {
@@ -477,65 +440,147 @@ impl<FS: Filesystem> Session<FS> {
         }
     }
 
-    /// Unmount the filesystem
-    pub fn unmount(&mut self) -> io::Result<()> {
-        self.mount.umount()
-    }
-
-    /// Returns a thread-safe object that can be used to unmount the Filesystem
-    pub fn unmount_callable(&mut self) -> SessionUnmounter {
-        SessionUnmounter {
-            mount: self.mount.mount.clone(),
-        }
-    }
-
     /// Returns an object that can be used to send notifications to the kernel
     pub fn notifier(&self) -> Notifier {
         Notifier::new(self.ch.sender())
     }
 }
 
-#[derive(Debug)]
-/// A thread-safe object that can be used to unmount a Filesystem
-pub struct SessionUnmounter {
-    mount: Arc<Mutex<Option<Mount>>>,
+/// Why [`Session::serve`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The filesystem is unmounted.
+    Unmounted,
+    /// No request is being received. Those that were may still be at work.
+    Paused,
 }
 
-impl SessionUnmounter {
-    /// Unmount the filesystem
-    pub fn unmount(&mut self) -> io::Result<()> {
-        if let Some(mount) = std::mem::take(&mut *self.mount.lock()) {
-            mount.umount()?;
-        }
-        Ok(())
+/// A request that its receiver left to a successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeftRequest {
+    /// Which of [`Session::devices`] it came by.
+    pub device: usize,
+    /// Its number, as [`Request::unique`] gives it.
+    pub request: u64,
+}
+
+/// Makes [`Session::serve`] return.
+#[derive(Clone, Debug)]
+pub struct Pauser(Arc<Pause>);
+
+impl Pauser {
+    /// No request is received any more once `serve` has returned. Does not wait.
+    pub fn pause(&self) {
+        let mut state = self.0.state.lock();
+        state.requested = true;
+        self.0.requested.store(true, Ordering::SeqCst);
+        self.0.changed.notify_all();
     }
 }
 
-pub(crate) struct SessionEventLoop<FS: Filesystem> {
+/// How often threads that wait for a request are woken until they have seen that there is a pause: a signal that
+/// comes right before the wait is lost.
+const WAKE_UP_EVERY: Duration = Duration::from_millis(2);
+
+#[derive(Debug, Default)]
+struct Pause {
+    requested: AtomicBool,
+    state: Mutex<PauseState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct PauseState {
+    requested: bool,
+    /// Threads that receive requests.
+    threads: Vec<libc::pthread_t>,
+    ended: usize,
+}
+
+impl Pause {
+    /// Note the thread while it runs `receive`, so that it can be woken.
+    fn counted(&self, receive: impl FnOnce() -> io::Result<Ended>) -> io::Result<Ended> {
+        struct Counted<'a>(&'a Pause, libc::pthread_t);
+        impl Drop for Counted<'_> {
+            fn drop(&mut self) {
+                let mut state = self.0.state.lock();
+                state.threads.retain(|thread| *thread != self.1);
+                state.ended += 1;
+                self.0.changed.notify_all();
+            }
+        }
+        // SAFETY: has no preconditions.
+        let own = unsafe { libc::pthread_self() };
+        self.state.lock().threads.push(own);
+        let _counted = Counted(self, own);
+        receive()
+    }
+
+    /// Wait until `count` threads have ended; wake those that wait for requests when there is to be a pause.
+    fn wait_for_the_end(&self, count: usize) {
+        let mut state = self.state.lock();
+        while state.ended < count {
+            if state.requested {
+                for thread in &state.threads {
+                    // SAFETY: it is in the list, so it runs; the signal does nothing but to interrupt its wait.
+                    unsafe { libc::pthread_kill(*thread, wake_up_signal()) };
+                }
+                self.changed.wait_for(&mut state, WAKE_UP_EVERY);
+            } else {
+                self.changed.wait(&mut state);
+            }
+        }
+        *state = PauseState::default();
+        self.requested.store(false, Ordering::SeqCst);
+    }
+}
+
+fn wake_up_signal() -> libc::c_int {
+    libc::SIGRTMIN() + 7
+}
+
+/// Have the signal interrupt system calls and do nothing else.
+fn install_wake_up() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: all of it is initialised; the handler does nothing, which is safe at any time.
+    let done = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as libc::sighandler_t;
+        libc::sigemptyset(&mut action.sa_mask);
+        libc::sigaction(wake_up_signal(), &action, std::ptr::null_mut())
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+pub(crate) struct SessionEventLoop<'a, FS: Filesystem> {
     /// Cache thread name for faster `debug!`.
     pub(crate) thread_name: String,
     pub(crate) ch: Channel,
-    pub(crate) filesystem: Arc<FilesystemHolder<FS>>,
+    pub(crate) filesystem: &'a FilesystemHolder<FS>,
     pub(crate) allowed: SessionACL,
     pub(crate) session_owner: Uid,
 }
 
-impl<FS: Filesystem> SessionEventLoop<FS> {
-    fn event_loop(&self) -> io::Result<()> {
+impl<FS: Filesystem> SessionEventLoop<'_, FS> {
+    fn event_loop(&self, pause: &Pause) -> io::Result<Ended> {
         // Buffer for receiving requests from the kernel. Only one is allocated and
         // it is reused immediately after dispatching to conserve memory and allocations.
         let mut buf = FuseReadBuf::new();
         let buf = buf.as_mut();
         loop {
+            if pause.requested.load(Ordering::SeqCst) {
+                return Ok(Ended::Paused);
+            }
             // Read the next request from the given channel to kernel driver
             // The kernel driver makes sure that we get exactly one request per read
-            match self.ch.receive_retrying(buf) {
+            match self.ch.receive(buf) {
+                Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => {}
                 Ok(size) => match RequestWithSender::new(self.ch.sender(), &buf[..size]) {
                     // Dispatch request
                     Some(req) => {
                         if let Ok(Operation::Destroy(_)) = req.request.operation() {
                             req.reply::<ReplyEmpty>().ok();
-                            return Ok(());
+                            return Ok(Ended::Unmounted);
                         } else {
                             req.dispatch(self)
                         }
@@ -548,47 +593,9 @@ impl<FS: Filesystem> SessionEventLoop<FS> {
                         ));
                     }
                 },
-                Err(nix::errno::Errno::ENODEV) => return Ok(()),
+                Err(nix::errno::Errno::ENODEV) => return Ok(Ended::Unmounted),
                 Err(err) => return Err(err.into()),
             }
         }
-    }
-}
-
-/// The background session data structure
-#[derive(Debug)]
-pub struct BackgroundSession {
-    /// Thread guard of the background session
-    pub guard: JoinHandle<io::Result<()>>,
-    /// Object for creating Notifiers for client use
-    sender: ChannelSender,
-    /// Ensures the filesystem is unmounted when the session ends
-    mount: Option<Mount>,
-}
-
-impl BackgroundSession {
-    /// Unmount the filesystem and join the background thread.
-    pub fn umount_and_join(mut self) -> io::Result<()> {
-        if let Some(mount) = self.mount.take() {
-            mount.umount()?;
-        }
-        self.join()
-    }
-
-    /// Returns an object that can be used to send notifications to the kernel
-    pub fn notifier(&self) -> Notifier {
-        Notifier::new(self.sender.clone())
-    }
-
-    /// Join the filesystem thread.
-    pub fn join(self) -> io::Result<()> {
-        self.guard
-            .join()
-            .map_err(|_panic: Box<dyn std::any::Any + Send>| {
-                io::Error::new(
-                    io::ErrorKind::Other,
-                    "filesystem background thread panicked",
-                )
-            })?
     }
 }

@@ -70,6 +70,41 @@ def test_those_who_wait_get_it_in_their_order_through_any_server() -> None:
     run(main())
 
 
+def test_a_successor_takes_over_locks_and_places_in_the_queue() -> None:
+    async def main() -> None:
+        a, b, inode = await two_clients()
+        heir, other = await a.peer(seed=3), await a.peer(seed=4)
+        await a.do("Lock", inode=inode, lock=lock(end=9))
+        await b.do("Lock", inode=inode, lock=lock(start=10))
+        await a.do("Lock", inode=inode, lock=lock(owner=2, start=10), wait=True)
+        request = heir.request("Lock", inode=inode, predecessor=a.client_id)
+        for _ in range(2):
+            granted = await heir.call("Lock", request)
+            assert (granted.granted, granted.attr.inode, granted.session_ms) == (True, inode, a.engine.session_ms)
+        assert not (await b.do("Lock", inode=inode, lock=lock(end=5))).granted
+        assert (await a.do("GetLock", inode=inode, client_id=heir.client_id, lock=lock(owner=9, end=9))).own
+        await b.do("Lock", inode=inode, lock=lock(locks.UNLOCK, start=10))
+        assert not (await other.do("Lock", inode=inode, lock=lock(start=10), wait=True)).granted, "the heir was first"
+        assert (await heir.do("Lock", inode=inode, lock=lock(owner=2, start=10), wait=True)).granted
+        await audit(a)
+
+    run(main())
+
+
+def test_only_one_without_locks_can_be_a_successor() -> None:
+    async def main() -> None:
+        a, b, inode = await two_clients()
+        await a.do("Lock", inode=inode, lock=lock(end=9))
+        await b.do("Lock", inode=inode, lock=lock(start=10))
+        for wrong in (a.client_id, b"short"):
+            assert await b.code("Lock", inode=inode, predecessor=wrong) == Code.CODE_INVALID_ARGUMENT
+        heir = await a.peer(seed=3)
+        assert (await heir.do("Lock", inode=inode, predecessor=b"\x01" * 16)).granted, "there is nothing to take over"
+        assert (await b.do("GetLock", inode=inode, client_id=b.client_id, lock=lock(end=9))).HasField("conflict")
+
+    run(main())
+
+
 def test_one_who_gives_up_is_not_waited_for() -> None:
     async def main() -> None:
         a, b, inode = await two_clients()

@@ -98,6 +98,10 @@ impl LinkTable {
         Ok(inode)
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.state.lock().by_inode.is_empty()
+    }
+
     pub fn get(&self, inode: u64) -> Option<Link> {
         self.state.lock().by_inode.get(&inode).cloned()
     }

@@ -135,6 +135,21 @@ impl Virt {
         }
     }
 
+    /// Whether somebody has links there.
+    pub fn is_used(&self) -> bool {
+        !self.links.is_empty()
+    }
+
+    /// The next number of an open file; those below may be the kernel's.
+    pub fn next_handle(&self) -> u64 {
+        self.next_handle.load(Ordering::Relaxed)
+    }
+
+    /// Numbers of open files of a predecessor are not given again: what was generated for it is gone.
+    pub fn skip_handles(&self, next: u64) {
+        self.next_handle.fetch_max(next, Ordering::Relaxed);
+    }
+
     /// Attributes. Errors: ENOENT for a link that is gone.
     pub fn getattr(&self, inode: u64) -> Result<FileAttr, Errno> {
         self.attr(inode)

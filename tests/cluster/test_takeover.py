@@ -1,0 +1,212 @@
+"""A daemon that takes the place of another while programs use the mount."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fs3.core.errors import Fs3Error
+from fs3.fuse import parse_options, take_over
+from fs3.fuse.handover import Predecessor
+from fs3.fuse.serve import door_file
+from fs3.fuse.table import Daemon, default_file, real_path
+from fs3.testing.cluster import LocalCluster
+from fs3.testing.process import wait_until
+
+from .mounts import mounted
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pid files and sockets of the mounts of a test; long names are no hindrance."""
+    directory = tmp_path / ("run-" + "x" * 100)
+    monkeypatch.setenv("FS3_RUN_DIR", str(directory))
+    return directory
+
+
+@pytest.fixture
+def mount_a(shared_cluster: LocalCluster, tmp_path: Path, run_directory: Path) -> Iterator[Path]:
+    with mounted(shared_cluster, tmp_path / "a") as path:
+        yield path
+
+
+def daemon_of(mountpoint: Path) -> Daemon:
+    found = Daemon.load(default_file(real_path(str(mountpoint)), ".pid"))
+    assert found is not None
+    return found
+
+
+@contextmanager
+def descriptor(path: Path, flags: int) -> Iterator[int]:
+    opened = os.open(path, flags, 0o644)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def test_open_files_directories_and_mappings_go_on(mount_a: Path) -> None:
+    old = daemon_of(mount_a)
+    names = [f"n{number:04}" for number in range(3000)]
+    (mount_a / "many").mkdir()
+    for name in names:
+        (mount_a / "many" / name).touch()
+    (mount_a / "mapped").write_bytes(b"m" * 8192)
+    with (
+        descriptor(mount_a / "both", os.O_RDWR | os.O_CREAT) as both,
+        descriptor(mount_a / "gone", os.O_RDWR | os.O_CREAT) as gone,
+        descriptor(mount_a / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND) as log,
+        descriptor(mount_a / "mapped", os.O_RDWR) as mapped,
+        mmap.mmap(mapped, 8192) as memory,
+        os.scandir(mount_a / "many") as listing,
+    ):
+        os.write(both, b"before ")
+        os.write(gone, b"unlinked")
+        (mount_a / "gone").unlink()
+        os.write(log, b"one\n")
+        memory[0:3] = b"new"
+        seen = [next(listing).name for _ in range(100)]
+
+        take_over(str(mount_a))
+
+        new = daemon_of(mount_a)
+        assert new.pid != old.pid
+        os.write(both, b"after")
+        assert os.pread(both, 100, 0) == b"before after"
+        assert os.pread(gone, 100, 0) == b"unlinked"
+        os.pwrite(gone, b"U", 0)
+        os.fsync(gone)
+        assert os.pread(gone, 100, 0) == b"Unlinked"
+        os.write(log, b"two\n")
+        assert memory[0:4] == b"newm"
+        memory[8191:] = b"!"
+        memory.flush()
+        assert [*seen, *(entry.name for entry in listing)] == names
+        wait_until(lambda: not old.alive(), timeout_s=60, what="the end of the old daemon")
+        assert os.pread(gone, 100, 0) == b"Unlinked"
+        os.write(both, b" all")
+    assert (mount_a / "both").read_bytes() == b"before after all"
+    assert (mount_a / "log").read_bytes() == b"one\ntwo\n"
+    assert (mount_a / "mapped").read_bytes() == b"new" + b"m" * 8188 + b"!"
+    assert daemon_of(mount_a).pid == new.pid, "the old one did not take the new one's pid file away"
+
+
+def test_locks_stay_held_and_waits_go_on(mount_a: Path, shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    with (
+        mounted(shared_cluster, tmp_path / "b") as mount_b,
+        descriptor(mount_a / "flock", os.O_RDWR | os.O_CREAT) as mine,
+        descriptor(mount_b / "flock", os.O_RDWR) as other,
+        descriptor(mount_a / "records", os.O_RDWR | os.O_CREAT) as records,
+        descriptor(mount_b / "records", os.O_RDWR) as wanted,
+    ):
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        fcntl.lockf(wanted, fcntl.LOCK_EX, 10)
+        waited: list[BaseException | None] = []
+
+        def wait() -> None:
+            try:
+                fcntl.lockf(records, fcntl.LOCK_EX, 10)
+                waited.append(None)
+            except BaseException as e:
+                waited.append(e)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        try:
+            wait_until(lambda: waits_in_fcntl(thread), timeout_s=30, what="the wait for the lock")
+            for _ in range(2):
+                take_over(str(mount_a))
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                assert not waited
+        finally:
+            fcntl.lockf(wanted, fcntl.LOCK_UN, 10)
+            thread.join(60)
+        assert waited == [None]
+        with pytest.raises(BlockingIOError):
+            fcntl.lockf(wanted, fcntl.LOCK_EX | fcntl.LOCK_NB, 5)
+        fcntl.flock(mine, fcntl.LOCK_UN)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def waits_in_fcntl(thread: threading.Thread) -> bool:
+    """Whether a thread of this process is blocked in fcntl(2)."""
+    return Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().startswith("72 ")
+
+
+def test_programs_that_work_do_not_notice(mount_a: Path) -> None:
+    stop, failures, rounds = threading.Event(), [], [0, 0]
+
+    def work(number: int) -> None:
+        home = mount_a / f"work-{number}"
+        home.mkdir()
+        with descriptor(home / "kept", os.O_RDWR | os.O_CREAT) as kept:
+            while not stop.is_set():
+                data = f"{number}-{rounds[number]}".encode()
+                try:
+                    os.pwrite(kept, data, 0)
+                    os.ftruncate(kept, len(data))
+                    (home / "new").write_bytes(data)
+                    (home / "new").replace(home / "last")
+                    if os.pread(kept, 100, 0) != data or (home / "last").read_bytes() != data:
+                        failures.append(f"{data!r} was not read again")
+                except OSError as e:
+                    failures.append(repr(e))
+                rounds[number] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            before = list(rounds)
+            take_over(str(mount_a))
+            wait_until(
+                lambda before=before: all(now > was + 1 for now, was in zip(rounds, before, strict=True)),
+                timeout_s=60,
+                what="further work",
+            )
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert failures == []
+
+
+def test_a_successor_that_dies_leaves_the_mount_to_its_predecessor(mount_a: Path) -> None:
+    old = daemon_of(mount_a)
+    with descriptor(mount_a / "file", os.O_RDWR | os.O_CREAT) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.write(file, b"one")
+        with Predecessor(door_file(real_path(str(mount_a)))) as predecessor:
+            state, descriptors = predecessor.hand_over(bytes(16))
+            for device in descriptors:
+                os.close(device)
+        assert len(json.loads(state)["handles"]) == 1
+        os.write(file, b" two")
+        assert os.pread(file, 100, 0) == b"one two"
+        with descriptor(mount_a / "file", os.O_RDWR) as again, pytest.raises(BlockingIOError):
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert daemon_of(mount_a).pid == old.pid
+
+
+def test_options_may_change_but_not_what_the_kernel_was_told(mount_a: Path) -> None:
+    with pytest.raises(Fs3Error, match="read_only holds as long as the mount"):
+        take_over(str(mount_a), options=lambda old: parse_options("ro", base=old))
+    take_over(str(mount_a), options=lambda old: parse_options("max_memory_bytes=64MiB", base=old))
+    with Predecessor(door_file(real_path(str(mount_a)))) as predecessor:
+        assert predecessor.parameters()["options"]["max_memory_bytes"] == 64 << 20
+    (mount_a / "works").write_bytes(b"x")
+
+
+def test_there_has_to_be_a_mount(tmp_path: Path) -> None:
+    with pytest.raises(Fs3Error, match="no fs3 is mounted"):
+        take_over(str(tmp_path))
