@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fs3.testing.cluster import LocalCluster
+from fs3.testing.process import wait_until
 from tests.cluster.mounts import mounted
 from tests.cluster.test_mount_semantics import failure
 
@@ -122,6 +123,19 @@ def test_a_link_in_rm_rf_removes_the_tree_and_does_not_stay(mount: Path, virtual
     assert failure(os.lstat, virtual / "rm-rf" / "job") == errno.ENOENT
     root.mkdir()
     assert os.listdir(root) == []
+
+
+def test_a_tree_that_is_moved_to_rm_rf_is_removed(mount: Path, virtual: Path) -> None:
+    root = tree(mount / "moved")
+    os.rename(root, virtual / "rm-rf" / "moved")
+    assert not root.exists()
+    assert os.listdir(virtual / "rm-rf") == []
+    wait_until(lambda: not (virtual / "rm-rf" / "moved").exists(), timeout_s=30, what="the kernel to forget the name")
+    root.mkdir()
+    assert os.listdir(root) == []
+    assert failure(os.rename, root, virtual / "iovs" / "x") == errno.EPERM
+    assert failure(os.rename, root, virtual / "x") == errno.EPERM
+    assert root.exists()
 
 
 def test_a_file_open_in_a_removed_tree_is_still_read(mount: Path, virtual: Path) -> None:

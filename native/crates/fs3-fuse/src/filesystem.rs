@@ -300,8 +300,21 @@ impl Filesystem for Fs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        if is_virtual_name(parent, name) || is_virtual_name(newparent, newname) {
+        if is_virtual_name(parent, name) || is_reserved(newparent.0, newname.as_bytes()) {
             return reply.error(Errno::EPERM);
+        }
+        if is_virtual(newparent.0) {
+            let (who, to) = (self.core.who(request), newname.as_bytes().to_vec());
+            return self.named(Op::Rename, name, |core, from| async move {
+                match core.virtual_rename(who, core.real(parent), &from, newparent.0).await {
+                    Ok(()) => {
+                        reply.ok();
+                        // The kernel has moved the name.
+                        virt::forget_in_kernel(&core, newparent.0, &to).await;
+                    }
+                    Err(error) => reply.error(error),
+                }
+            });
         }
         let (who, to) = (self.core.who(request), newname.as_bytes().to_vec());
         self.named(Op::Rename, name, |core, from| async move {

@@ -50,6 +50,14 @@ impl LinkDir {
         }
     }
 
+    /// Do what moving an entry of the file system here is for.
+    pub async fn entered(&self, core: &Arc<Core>, who: Who, parent: u64, name: &[u8]) -> Result<(), Errno> {
+        match self {
+            Self::RmRf => rmrf::remove_moved(core, who, parent, name).await,
+            Self::Iovs => Err(Errno::EPERM),
+        }
+    }
+
     /// Undo it. Called once for a link that stayed.
     pub fn removed(&self, core: &Core, link: &Link) {
         match self {

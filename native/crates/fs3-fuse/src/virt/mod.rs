@@ -27,6 +27,7 @@ use crate::names::Listed;
 pub(crate) use iovs::Rings;
 pub(crate) use links::Link;
 use links::{LinkDir, LinkTable};
+pub(crate) use rmrf::forget_in_kernel;
 
 /// Name of the virtual directory in the root of a mount.
 pub(crate) const NAME: &[u8] = b"3fs-virt";
@@ -257,6 +258,15 @@ impl Core {
         let mut attr = self.virt.bare_attr(self.virt.links.take_inode(), FileType::Symlink, 0o777, target.len() as u64);
         (attr.uid, attr.gid) = (who.uid, who.gid);
         Ok(attr)
+    }
+
+    /// An entry of the file system is moved to a virtual directory. Errors: EPERM where nothing can be, whatever the
+    /// directory answers.
+    pub async fn virtual_rename(self: &Arc<Self>, who: Who, parent: u64, name: &[u8], to: u64) -> Result<(), Errno> {
+        match self.virt.node(to) {
+            Some(Node::Links(dir)) => dir.entered(self, who, parent, name).await,
+            _ => Err(Errno::EPERM),
+        }
     }
 
     /// A name is removed from a virtual directory. Errors: ENOENT, EPERM unless it is a link of the caller's.

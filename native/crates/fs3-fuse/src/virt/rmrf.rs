@@ -1,4 +1,4 @@
-//! `3fs-virt/rm-rf`: a symlink made there removes the tree that it points to, in one atomic step.
+//! `3fs-virt/rm-rf`: a symlink made there removes the tree that it points to, in one atomic step; so does moving a tree there.
 
 use std::sync::Arc;
 
@@ -84,8 +84,18 @@ async fn find_directory(core: &Core, who: Who, path: &[u8]) -> Result<u64> {
     Ok(directory)
 }
 
+/// Remove the tree that is moved here from `name` of the directory `parent`. The kernel takes the name from where it was.
+pub(crate) async fn remove_moved(core: &Arc<Core>, who: Who, parent: u64, name: &[u8]) -> Result<(), Errno> {
+    core.unpark(None).await.map_err(|e| errno(&e))?;
+    let at = &at_child(parent, name);
+    let done = who.run(|c| async move { core.client.remove_all(&c, at.clone(), false).await }).await;
+    core.dir_attrs.forget_all();
+    core.forget_name(parent, name);
+    done.map_err(|e| errno(&e))
+}
+
 /// Make the kernel ask for a name again, and for all below it.
-async fn forget_in_kernel(core: &Core, directory: u64, name: &[u8]) {
+pub(crate) async fn forget_in_kernel(core: &Core, directory: u64, name: &[u8]) {
     let Some(notifier) = core.io.notifier.get().cloned() else { return };
     let name = std::os::unix::ffi::OsStringExt::from_vec(name.to_vec());
     let name: std::ffi::OsString = name;
