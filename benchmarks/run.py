@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fs3.fuse import MountOptions, mount, umount
 from fs3.testing import measure
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 from fs3.testing.measure import MIB, STORAGE_LIMITS, Measured
+from fs3.testing.process import process_cpu_seconds
 from fs3.v1.storage_pb2 import EngineStatus
 
 # Of the rows of measure.storage, in their order: ratios, and overwrites per second.
@@ -49,6 +51,8 @@ class Row:
     against: str
     floor: float
     peer: Measured | None = None
+    daemon_cpu_s_per_gib: float = 0.0
+    """Of the cost, what the mount daemon used."""
 
     @property
     def rate(self) -> str:
@@ -76,6 +80,8 @@ class Row:
             if self.figure.bytes
             else f"{1e6 * self.figure.cpu_seconds / self.figure.operations:.0f} CPU-µs"
         )
+        if self.daemon_cpu_s_per_gib:
+            cost += f", mount {self.daemon_cpu_s_per_gib:.2f}"
         reached = self.reached(limits)
         compared = "-" if not self.against else f"{reached:.2f} × {self.against}" if reached else "not measured"
         if self.figure.write_amplification:
@@ -138,18 +144,27 @@ def wait_collected(cluster: LocalCluster) -> None:
 def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int, files: int) -> list[Row]:
     """The mount's rows."""
     pids = [*cluster.pids(), daemon]
+
+    def moved(move: Callable[..., Measured]) -> tuple[Measured, float]:
+        """The median of some passes over a large file, and the daemon's CPU seconds per GiB in them."""
+        for _ in range(WARMING):
+            move(mountpoint / "file", size, pids=pids)
+        before = process_cpu_seconds(daemon)
+        found = [move(mountpoint / "file", size, pids=pids) for _ in range(TIMES)]
+        return measure.middle(found), (process_cpu_seconds(daemon) - before) / (TIMES * size / measure.GIB)
+
     say("writes through the mount")
-    written = [measure.mount_write(mountpoint / "file", size, pids=pids) for _ in range(WARMING + TIMES)]
+    written, writing = moved(measure.mount_write)
     say("reads through the mount")
-    read = [measure.mount_read(mountpoint / "file", size, pids=pids) for _ in range(WARMING + TIMES)]
+    read, reading = moved(measure.mount_read)
     say("random reads through the mount")
     scattered = [
         measure.mount_random_read(mountpoint / "file", file_bytes=size, operations=2 * files, pids=pids)
         for _ in range(TIMES)
     ]
     rows = [
-        Row("large reads, mount", measure.middle(read[WARMING:]), "passthrough_read", 0.6),
-        Row("large writes + fsync, mount", measure.middle(written[WARMING:]), "bare_chain", 0.4),
+        Row("large reads, mount", read, "passthrough_read", 0.6, daemon_cpu_s_per_gib=reading),
+        Row("large writes + fsync, mount", written, "bare_chain", 0.4, daemon_cpu_s_per_gib=writing),
         Row("random 4 KiB reads, direct, mount", measure.middle(scattered), "passthrough_random_read", 0.3),
     ]
     for jobs, shared, floor in ((1, False, 0.0), (8, False, 700.0), (8, True, 700.0)):

@@ -20,7 +20,7 @@ from fs3.core.process import start_ticks
 from fs3.fuse.handover import Door, Predecessor
 from fs3.fuse.metrics import serve_metrics
 from fs3.fuse.options import MountOptions, parse_address, parse_id_map
-from fs3.fuse.table import Daemon, default_file
+from fs3.fuse.table import Daemon, default_file, digest, run_directory
 from fs3.v1.frame_pb2 import Code
 
 
@@ -57,8 +57,8 @@ class Parameters:
 
 
 def door_file(mountpoint: str) -> Path:
-    """Where a daemon listens for a successor."""
-    return default_file(mountpoint, ".sock")
+    """Where a daemon listens for a successor. The name is short: those of sockets have to be."""
+    return run_directory() / f"mount-{digest(mountpoint)}.sock"
 
 
 def _begin(parameters: Parameters) -> Any:
@@ -176,7 +176,7 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
     ending = contextlib.ExitStack()
     try:
         mount = _begin(parameters)
-        counters = _Counters(parameters.options.metrics, mount.stats)
+        counters = _Counters(parameters.options.metrics, lambda: str(mount.stats()))
         ending.callback(counters.close)
         try:
             counters.open()

@@ -128,11 +128,15 @@ def run_directory() -> Path:
     return Path(tempfile.gettempdir()) / f"fs3-{os.geteuid()}"
 
 
+def digest(mountpoint: str) -> str:
+    """A short name of a mountpoint that no other one has."""
+    return hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:12]
+
+
 def default_file(mountpoint: str, suffix: str) -> Path:
     """The pid file or log of a mountpoint (as :func:`real_path` gives it)."""
-    digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", mountpoint).strip("-")[-80:] or "root"
-    return run_directory() / f"mount-{name}-{digest}{suffix}"
+    return run_directory() / f"mount-{name}-{digest(mountpoint)}{suffix}"
 
 
 @dataclass(frozen=True)

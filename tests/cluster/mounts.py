@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,3 +23,11 @@ def mounted(cluster: LocalCluster, mountpoint: Path, options: str = "", *, engin
         yield mountpoint
     finally:
         umount(str(mountpoint), pid_file=f"{stem}.pid")
+
+
+@contextmanager
+def directory_of_all() -> Iterator[Path]:
+    """A directory that every user can get to; pytest's own are for one user."""
+    with tempfile.TemporaryDirectory(prefix="fs3-mounts-") as base:
+        os.chmod(base, 0o755)
+        yield Path(base)

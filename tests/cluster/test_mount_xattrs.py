@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import fs3
 from fs3.meta import acl
 from fs3.meta.acl import GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, Entry
 from fs3.testing.cluster import LocalCluster
-from tests.cluster.mounts import mounted
+from tests.cluster.mounts import directory_of_all, mounted
 
 # Version 2, cap_net_raw permitted and effective, as the kernel keeps it.
 NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
@@ -39,13 +38,10 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 @pytest.fixture(scope="module")
 def mountpoint(shared_cluster: LocalCluster, engine: str) -> Iterator[Path]:
-    # Other users have to get there; pytest's own directories are for one user.
-    with tempfile.TemporaryDirectory(prefix="fs3-xattrs-") as base:
-        os.chmod(base, 0o755)
-        options = "allow_other" if os.geteuid() == 0 else ""
-        with mounted(shared_cluster, Path(base, "m"), options, engine=engine) as path:
-            path.chmod(0o755)
-            yield path
+    options = "allow_other" if os.geteuid() == 0 else ""
+    with directory_of_all() as base, mounted(shared_cluster, base / "m", options, engine=engine) as path:
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture

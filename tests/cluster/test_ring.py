@@ -28,7 +28,7 @@ import hf3fs_py_usrbio
 from fs3.core.errors import NotFound
 from fs3.testing.cluster import LocalCluster
 from fs3.testing.process import wait_until
-from tests.cluster.mounts import mounted
+from tests.cluster.mounts import directory_of_all, mounted
 from tests.cluster.test_mount_semantics import failure
 
 MIB = 1 << 20
@@ -39,12 +39,9 @@ SOURCE = Path(__file__).parent.parent / "ring" / "ring.c"
 
 
 @pytest.fixture(scope="module")
-def mount(shared_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def mount(shared_cluster: LocalCluster) -> Iterator[Path]:
     """A mount that every user may use."""
-    base = tmp_path_factory.mktemp("mnt")
-    for above in (base, base.parent):
-        above.chmod(0o755)
-    with mounted(shared_cluster, base / "a", "allow_other") as path:
+    with directory_of_all() as base, mounted(shared_cluster, base / "a", "allow_other") as path:
         path.chmod(0o777)
         yield path
 
