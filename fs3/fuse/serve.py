@@ -190,7 +190,12 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
                 mount.unmount()
                 raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
         if parameters.options.engine == "native":
-            door = Door(door_file(parameters.mountpoint), parameters.to_json, mount, counters)
+            where = door_file(parameters.mountpoint)
+            try:
+                door = Door(where, parameters.to_json, mount, counters)
+            except OSError as e:
+                mount.unmount()
+                raise error(Code.CODE_ACCESS, f"the socket {where} cannot be made: {e.strerror or e}") from e
             ending.callback(door.close)
 
         def watch() -> None:
