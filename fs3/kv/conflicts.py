@@ -5,8 +5,10 @@ The memory engine and the LMDB engine both decide with this class, as Foundation
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from fs3.kv.api import TRANSACTION_MS_MAX
@@ -72,13 +74,20 @@ class ConflictLog:
         return False
 
     def _key_written_in(self, read_version: int, ranges: Sequence[KeyRange]) -> bool:
-        for entry in reversed(self._entries):
+        entries = self._entries
+        if not entries or entries[-1].version <= read_version:
+            return False
+        # A transaction may have read thousands of ranges: a key is looked up in them, not compared with each.
+        begins = sorted(begin for begin, _ in ranges)
+        # The furthest end of all ranges that begin at or before each of `begins`.
+        ends = list(accumulate((end for _, end in sorted(ranges)), max))
+        for entry in reversed(entries):
             if entry.version <= read_version:
                 break
-            for begin, end in ranges:
-                for key in entry.keys:
-                    if begin <= key < end:
-                        return True
+            for key in entry.keys:
+                before = bisect_right(begins, key)
+                if before and key < ends[before - 1]:
+                    return True
         return False
 
     def prune(self, now_ms: int) -> list[Entry]:
