@@ -250,7 +250,7 @@ def show(limits: dict[str, Measured], rows: list[Row], markdown: bool) -> None:
     """Print both tables."""
     measured = []
     for name, m in limits.items():
-        cost = f"{m.cpu_s_per_gib:.2f} CPU-s/GiB" if m.bytes else f"p50 {m.p50_us:.0f} µs"
+        cost = f"{m.cpu_s_per_gib:.2f} CPU-s/GiB" if m.bytes else f"p50 {m.p50_us:.0f} µs" if m.p50_us else "-"
         measured.append([name, f"{m.mb_per_s:,.0f} MB/s" if m.bytes else f"{m.per_s:,.0f}/s", cost])
     for header, table in ((["limit", "rate", "cost"], measured), (HEADER, [r.cells(limits) for r in rows])):
         widths = [max(len(r[i]) for r in [header, *table]) for i in range(len(header))]
