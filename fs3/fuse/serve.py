@@ -157,6 +157,21 @@ def announce(parameters: Parameters) -> None:
     notify("READY=1")
 
 
+def _note_daemon(pid_file: Path, log_file: str) -> None:
+    try:
+        Daemon(os.getpid(), start_ticks(os.getpid()) or 0, log_file).save(pid_file)
+    except OSError as e:
+        raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
+
+
+def _open_door(parameters: Parameters, mount: Any, counters: _Counters) -> Door:
+    where = door_file(parameters.mountpoint)
+    try:
+        return Door(where, parameters.to_json, mount, counters)
+    except OSError as e:
+        raise error(Code.CODE_ACCESS, f"the socket {where} cannot be made: {e.strerror or e}") from e
+
+
 def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
     """Mount, call `ready`, and return an exit status when the mount has ended.
 
@@ -179,24 +194,17 @@ def serve(parameters: Parameters, ready: Callable[[], None]) -> int:
         counters = _Counters(parameters.options.metrics, lambda: str(mount.stats()))
         ending.callback(counters.close)
         try:
+            for pid_file in pid_files:
+                _note_daemon(pid_file, parameters.log_file)
+            if parameters.options.engine == "native":
+                ending.callback(_open_door(parameters, mount, counters).close)
             counters.open()
-        except Fs3Error:
-            mount.unmount()
-            raise
-        for pid_file in pid_files:
-            try:
-                Daemon(os.getpid(), start_ticks(os.getpid()) or 0, parameters.log_file).save(pid_file)
-            except OSError as e:
+        except Fs3Error as e:
+            if not parameters.takeover:
                 mount.unmount()
-                raise error(Code.CODE_ACCESS, f"the pid file {pid_file} cannot be written: {e.strerror}") from e
-        if parameters.options.engine == "native":
-            where = door_file(parameters.mountpoint)
-            try:
-                door = Door(where, parameters.to_json, mount, counters)
-            except OSError as e:
-                mount.unmount()
-                raise error(Code.CODE_ACCESS, f"the socket {where} cannot be made: {e.strerror or e}") from e
-            ending.callback(door.close)
+                raise
+            # Programs have files open on it: it is better served without these.
+            print(f"fs3 mount: {e.message}", file=sys.stderr, flush=True)
 
         def watch() -> None:
             try:

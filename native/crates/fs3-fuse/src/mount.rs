@@ -366,12 +366,15 @@ impl MountHandle {
     /// [`MountHandle::take_back`]. Errors: Busy when requests do not end, or another successor is there, and it is
     /// served on; Unavailable when it has ended. Must not be called from a task of the runtime.
     pub fn hand_over(&self, successor: ClientId) -> Result<Predecessor> {
-        if self.stage.given.swap(true, Ordering::AcqRel) || !matches!(&*self.stage.phase.lock(), Phase::Serving) {
-            return Err(Error::new(Code::Busy, "the mount is being handed over, or has ended"));
-        }
         if self.core.virt.is_used() {
-            self.stage.given.store(false, Ordering::Release);
             return Err(Error::new(Code::Busy, "programs use the mount through 3fs-virt: end them first"));
+        }
+        {
+            // Under the lock: a pause that is about to end must not find that the mount is to be given away again.
+            let phase = self.stage.phase.lock();
+            if !matches!(&*phase, Phase::Serving) || self.stage.given.swap(true, Ordering::AcqRel) {
+                return Err(Error::new(Code::Busy, "the mount is being handed over, or has ended"));
+            }
         }
         self.core.locks.leave_all();
         self.pauser.pause();
