@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build workloads demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -23,12 +23,15 @@ setup: ## system packages, virtual environment, Python packages
 build: setup ## the native module, release mode, installed into the virtual environment
 	@tools/build.sh $(VENV)
 
+workloads: build # the libraries of workloads: what tests, examples and benchmarks use fs3 from
+	@tools/setup.sh $(VENV) workloads
+
 demo: build ## start a cluster, mount it, do real work, kill a node, verify every byte
 	@$(PY) tools/demo.py
 
-test: build lint test-rust test-python ## everything that must pass
+test: workloads lint test-rust test-python ## everything that must pass
 
-lint: build ## ruff, mypy, clippy, rustfmt, layout and generated code
+lint: workloads ## ruff, mypy, clippy, rustfmt, layout and generated code
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
@@ -39,7 +42,7 @@ lint: build ## ruff, mypy, clippy, rustfmt, layout and generated code
 test-rust: build
 	@cd native && $(CARGO) test -q --workspace
 
-test-python: build
+test-python: workloads
 	@$(VENV)/bin/pytest
 
 sim: build ## simulate the whole cluster from seeds, in virtual time: make sim HOURS=100, or SEED=7 to replay one
@@ -48,7 +51,7 @@ sim: build ## simulate the whole cluster from seeds, in virtual time: make sim H
 mutants: setup ## seeded bugs that the simulation must catch: make mutants, or NAMES="no_dedupe dirty_read"
 	@$(PY) tools/mutants.py $(NAMES)
 
-bench: build ## limits of this machine, then fs3, as ratios
+bench: workloads ## limits of this machine, then fs3, as ratios
 	@$(PY) benchmarks/run.py $(ARGS)
 
 bench-meta: build ## metadata with one and two services, durable and not; a million files in one tree
@@ -93,9 +96,12 @@ need-fdb:
 proto: setup ## regenerate fs3/v1 from proto/
 	@$(PY) tools/gen_proto.py
 
-lock: setup ## renew requirements.lock from pyproject.toml
+lock: setup ## renew both lock files from pyproject.toml
 	@$(VENV)/bin/pip install -q pip-tools
-	@$(VENV)/bin/pip-compile -q --extra dev --extra fusepy --no-emit-index-url --no-emit-find-links --no-emit-options --allow-unsafe --strip-extras --no-header --no-annotate --generate-hashes -o requirements.lock pyproject.toml
+	@compile="$(VENV)/bin/pip-compile -q --extra dev --extra fusepy --no-emit-index-url --no-emit-find-links --no-emit-options --allow-unsafe --strip-extras --no-header --no-annotate --generate-hashes"; \
+	$$compile --extra workloads -o requirements-workloads.lock pyproject.toml; \
+	sed -E 's/ --hash=[^ ]+//; s/ \\$$//; /^ *$$/d' requirements-workloads.lock > $(VENV)/constraints.txt; \
+	$$compile -c $(VENV)/constraints.txt -o requirements.lock pyproject.toml
 
 clean: ## remove what the build made inside the checkout
 	@rm -rf $(VENV) fs3/_native*.so native/target .mypy_cache .ruff_cache .pytest_cache

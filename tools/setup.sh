@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes the virtual environment and installs what fs3 needs. Quick when there is nothing to do.
+# Makes the virtual environment and installs what fs3 needs; with "workloads", also the libraries that tests, examples and
+# benchmarks use it from (PyTorch and others, gigabytes). Quick when there is nothing to do.
 set -euo pipefail
 venv=$1
+lock=requirements${2:+-$2}.lock
 cd "$(dirname "$0")/.."
 
 need=()
@@ -35,10 +37,11 @@ command -v cargo >/dev/null || {
     exit 1
 }
 
-stamp=$venv/.requirements
-if ! cmp -s requirements.lock "$stamp"; then
+# The lock with the libraries of workloads holds the other one, too.
+stamp=$venv/.$lock
+if ! cmp -s "$lock" "$stamp" && ! cmp -s requirements-workloads.lock "$venv/.requirements-workloads.lock"; then
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    echo "installing Python packages into $venv"
-    "$venv/bin/pip" install -q --require-hashes -r requirements.lock
-    cp requirements.lock "$stamp"
+    echo "installing the Python packages of $lock into $venv"
+    "$venv/bin/pip" install -q --require-hashes -r "$lock"
+    cp "$lock" "$stamp"
 fi
