@@ -25,9 +25,23 @@ PYTHON: dict[str, set[str]] = {
     "meta": {"core", "kv", "rpc", "v1"},
     "storage": {"core", "rpc", "native", "v1"},
     "client": {"core", "rpc", "native", "v1"},
+    "checkpoint": {"core", "client", "native", "v1"},
     "fuse": {"core", "client", "native", "v1"},
     "testing": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "v1"},
-    "cli": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "testing", "v1"},
+    "cli": {
+        "checkpoint",
+        "core",
+        "kv",
+        "rpc",
+        "mgmtd",
+        "meta",
+        "storage",
+        "client",
+        "fuse",
+        "native",
+        "testing",
+        "v1",
+    },
 }
 
 # Packages whose named modules are pure: no I/O, no clock, no randomness of their own.

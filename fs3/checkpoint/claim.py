@@ -1,0 +1,48 @@
+"""Who is writing a checkpoint: a lock that ends with its process, so that what a killed job leaves can be told."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+
+from fs3.checkpoint.manifest import SUMMARY
+from fs3.client import FileSystem
+from fs3.v1.meta_pb2 import LockKind, LockType
+
+# Owners among those of one client; any numbers do. Who asks is another one, so that this client's claims count, too.
+_OWNER, _ASKING = 0x66733363, 0x66733364
+_END = (1 << 63) - 1
+
+
+class Claim:
+    """The lock of a checkpoint that is being written. It ends with :meth:`release`, or some time after its client.
+
+    The lock is on the file that will become the summary. It does not keep anybody out by itself: names of temporary
+    directories are never used twice. It tells those who clean up that somebody is at work.
+    """
+
+    def __init__(self, fs: FileSystem, directory: str) -> None:
+        with fs.open(posixpath.join(directory, SUMMARY), "xb", buffering=0) as file:
+            self._inode = file.inode
+        self._pid = os.getpid()
+        self._locks = fs.client.locks()
+        self._locks.keep(True)
+        self._locks.set(self._inode, _lock(LockType.LOCK_TYPE_WRITE), False).wait()
+
+    def release(self) -> None:
+        """Let go. In a forked child it does nothing: the lock is the parent's."""
+        if self._pid != os.getpid():
+            return
+        try:
+            self._locks.unlock(self._inode, _lock(LockType.LOCK_TYPE_UNLOCK)).wait()
+        finally:
+            self._locks.keep(False)
+
+
+def claimed(fs: FileSystem, inode: int) -> bool:
+    """Whether somebody is writing the checkpoint with this summary."""
+    return fs.client.locks().get(inode, _lock(LockType.LOCK_TYPE_WRITE, _ASKING)).wait() is not None
+
+
+def _lock(kind: int, owner: int = _OWNER) -> tuple[int, int, int, int, int, int]:
+    return int(LockKind.LOCK_KIND_FLOCK), kind, owner, 0, _END, os.getpid()
