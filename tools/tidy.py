@@ -26,6 +26,7 @@ PYTHON: dict[str, set[str]] = {
     "storage": {"core", "rpc", "native", "v1"},
     "client": {"core", "rpc", "native", "v1"},
     "checkpoint": {"core", "client", "native", "v1"},
+    "data": {"core", "client", "native", "v1"},
     "fuse": {"core", "client", "native", "v1"},
     "testing": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "v1"},
     "cli": {
@@ -37,6 +38,7 @@ PYTHON: dict[str, set[str]] = {
         "meta",
         "storage",
         "client",
+        "data",
         "fuse",
         "native",
         "testing",
