@@ -35,6 +35,7 @@ COMMANDS = {
     "trash": "trash",
     "quota": "quota",
     "cp": "copy",
+    "checkpoint": "checkpoint",
     "doctor": "doctor",
     "admin": "admin",
     "rdma": "rdma",

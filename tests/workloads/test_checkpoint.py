@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import posixpath
 import uuid
 import warnings
@@ -16,10 +17,11 @@ import torch.distributed.checkpoint as dcp
 
 import fs3
 from fs3 import checkpoint
-from fs3.checkpoint import manifest
+from fs3.checkpoint import catalog, manifest
 from fs3.client import FileSystem
 from fs3.core.errors import Fs3Error
 from fs3.testing.cluster import LocalCluster
+from tests.cluster.command import fs3_command
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -299,6 +301,34 @@ def test_only_checkpoints_are_deleted(fs: FileSystem, home: str) -> None:
             checkpoint.delete(fs, f"{home}/{wrong}")
     checkpoint.delete(fs, f"{home}/a")
     assert fs.listdir(home) == ["notes"]
+
+
+def test_commands_list_verify_and_delete(
+    shared_cluster: LocalCluster, fs: FileSystem, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FS3_CLUSTER", str(shared_cluster.directory))
+    for name in ("a", "b"):
+        checkpoint.save({"x": torch.ones(MIB)}, fs, f"{home}/{name}")
+    fs.makedirs(manifest.temporary(f"{home}/c"))
+    listed = json.loads(fs3_command("checkpoint", "list", home, "--json").stdout)
+    assert [(found["path"], found["length"]) for found in listed["checkpoints"]] == [
+        (f"{home}/a", 4 * MIB),
+        (f"{home}/b", 4 * MIB),
+    ]
+    assert [(left["name"], left["in_use"]) for left in listed["unfinished"]] == [("c", True)]
+    assert "c is being saved" in fs3_command("checkpoint", "list", home).stderr
+    assert "whole (1 items, 4.0 MiB)" in fs3_command("checkpoint", "verify", f"{home}/a").stdout
+    fs.truncate(data_file(f"{home}/b"), MIB)
+    refused = fs3_command("checkpoint", "verify", f"{home}/a", f"{home}/b", "--json", check=False)
+    assert refused.returncode == 1
+    assert [found["whole"] for found in json.loads(refused.stdout)] == [True, False]
+    fs3_command("checkpoint", "delete", f"{home}/b")
+    assert names(fs, home) == ["a"]
+    # One that somebody may just have begun stays; an older one that nobody works on goes.
+    assert fs3_command("checkpoint", "clean", home).stdout == ""
+    (left,) = catalog.unfinished(fs, home)
+    fs.utime(left.path, (0, 0))
+    assert fs3_command("checkpoint", "clean", home).stdout == f"{left.path}\n"
 
 
 def test_a_checkpoint_of_a_newer_format_is_not_taken_for_one(fs: FileSystem, home: str) -> None:
