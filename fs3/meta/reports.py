@@ -8,7 +8,17 @@ from fs3.meta import access, keys, making, model, quotas, tree
 from fs3.meta.context import LengthUnknown, OpContext, TruncationPending
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.meta_pb2 import Caller, WriteReport
+from fs3.v1.meta_pb2 import Attr, Caller, ContentVersion, WriteReport
+
+
+def version_of(attr: Attr) -> ContentVersion:
+    """The content of a file as caches know it; every adopted report of a write makes it another."""
+    return ContentVersion(
+        length=attr.length,
+        mtime_ns=attr.mtime_ns,
+        ctime_ns=attr.ctime_ns,
+        truncate_version=attr.truncate_version,
+    )
 
 
 async def check_writer(

@@ -413,27 +413,65 @@ class AttrResponse(_message.Message):
 
     ATTR_FIELD_NUMBER: _builtins.int
     LENGTH_LIMIT_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
     length_limit: _builtins.int
     """Of a file under a quota: its writer syncs before the file becomes longer than this, and does not make it longer if
     the answer does not allow it. In answers to sync and truncate.
     """
     @_builtins.property
     def attr(self) -> Global___Attr: ...
+    @_builtins.property
+    def before(self) -> Global___ContentVersion:
+        """Of a file whose content changed by the request's report: what it was before. Who had that, and nobody else's changes, in
+        a cache has with its own changes what the file is now.
+        """
+
     def __init__(
         self,
         *,
         attr: Global___Attr | None = ...,
         length_limit: _builtins.int | None = ...,
+        before: Global___ContentVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "before", b"before", "length_limit", b"length_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "before", b"before", "length_limit", b"length_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__length_limit: _TypeAlias = _typing.Literal["length_limit"]  # noqa: Y015
     _WhichOneofArgType__length_limit: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__length_limit) -> _WhichOneofReturnType__length_limit | None: ...
 
 Global___AttrResponse: _TypeAlias = AttrResponse  # noqa: Y015
+
+@_typing.final
+class ContentVersion(_message.Message):
+    """The content of a file as far as caches are concerned: equal versions are equal bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    MTIME_NS_FIELD_NUMBER: _builtins.int
+    CTIME_NS_FIELD_NUMBER: _builtins.int
+    TRUNCATE_VERSION_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    mtime_ns: _builtins.int
+    ctime_ns: _builtins.int
+    truncate_version: _builtins.int
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+        mtime_ns: _builtins.int = ...,
+        ctime_ns: _builtins.int = ...,
+        truncate_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ctime_ns", b"ctime_ns", "length", b"length", "mtime_ns", b"mtime_ns", "truncate_version", b"truncate_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContentVersion: _TypeAlias = ContentVersion  # noqa: Y015
 
 @_typing.final
 class BatchStatRequest(_message.Message):
@@ -904,22 +942,28 @@ class AppendResponse(_message.Message):
     ATTR_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_LIMIT_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """of the first byte"""
     length_limit: _builtins.int
     """as in AttrResponse; not less than the end of what was reserved"""
     @_builtins.property
     def attr(self) -> Global___Attr: ...
+    @_builtins.property
+    def before(self) -> Global___ContentVersion:
+        """as in AttrResponse"""
+
     def __init__(
         self,
         *,
         attr: Global___Attr | None = ...,
         offset: _builtins.int = ...,
         length_limit: _builtins.int | None = ...,
+        before: Global___ContentVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "before", b"before", "length_limit", b"length_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "length_limit", b"length_limit", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit", "attr", b"attr", "before", b"before", "length_limit", b"length_limit", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__length_limit: _TypeAlias = _typing.Literal["length_limit"]  # noqa: Y015
     _WhichOneofArgType__length_limit: _TypeAlias = _typing.Literal["_length_limit", b"_length_limit"]  # noqa: Y015

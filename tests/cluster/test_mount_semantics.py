@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import time
@@ -141,6 +142,48 @@ def test_close_to_open_between_two_mounts(mounts: tuple[Path, Path]) -> None:
             file.seek(50)
             file.write(b"back")
         assert (a / "shared").read_bytes() == data[:50] + b"back" + data[54:]
+
+
+def test_what_a_mount_wrote_it_need_not_read_again_unless_another_wrote(mounts: tuple[Path, Path], engine: str) -> None:
+    if engine != "native":
+        pytest.skip("the fusepy engine forgets its pages at the first open after its own write (docs/semantics.md)")
+    first, second = mounts
+    path = first / "written"
+
+    def bytes_read() -> int:
+        return int(json.loads((first / "3fs-virt" / "stats").read_text())["bytes_read"])
+
+    def read_of(content: bytes) -> int:
+        before = bytes_read()
+        assert path.read_bytes() == content
+        return bytes_read() - before
+
+    # Of the last page the kernel reads what it did not write.
+    page, content = 4096, b"a" * 300_000
+    path.write_bytes(content)
+    assert read_of(content) < page
+    with path.open("r+b") as file:
+        file.seek(100_000)
+        file.write(b"b" * 1000)
+    with path.open("ab") as file:
+        file.write(b"c" * 5000)
+    path.open("r+b").close()
+    content = content[:100_000] + b"b" * 1000 + content[101_000:]
+    assert path.read_bytes() == content + b"c" * 5000
+    assert read_of(content + b"c" * 5000) <= page
+
+    (second / "written").write_bytes(content)
+    with (second / "written").open("r+b") as file:
+        file.write(b"d" * 10)
+    content = b"d" * 10 + content[10:]
+    assert read_of(content) > page
+    with path.open("r+b") as file:
+        with (second / "written").open("r+b") as other:
+            other.write(b"e" * 10)
+        file.seek(200_000)
+        file.write(b"f" * 10)
+    content = b"e" * 10 + content[10:200_000] + b"f" * 10 + content[200_010:]
+    assert read_of(content) > page
 
 
 def test_an_unlinked_or_replaced_file_stays_readable_while_open(directory: Path) -> None:

@@ -29,6 +29,7 @@ async def run(tr: Transaction, request: AppendRequest, ctx: OpContext) -> Append
             raise tree.stale(attr.inode)
         # What it writes may come after a truncation that counts on knowing how far chunks reach.
         record.loose = True
+    before = reports.version_of(attr) if request.report.wrote else None
     await reports.apply(tr, record, request.report, request.caller, ctx)
     if record.truncating:
         raise TruncationPending(attr.inode)
@@ -36,4 +37,5 @@ async def run(tr: Transaction, request: AppendRequest, ctx: OpContext) -> Append
     end = offset + request.bytes
     await quotas.require_room(tr, record.quota, quotas.Usage(0, end - attr.length))
     tree.store(tr, record)
-    return AppendResponse(attr=attr, offset=offset, length_limit=await quotas.length_limit(tr, record, end))
+    limit = await quotas.length_limit(tr, record, end)
+    return AppendResponse(attr=attr, offset=offset, length_limit=limit, before=before)

@@ -15,6 +15,7 @@ async def run(tr: Transaction, request: CloseRequest, ctx: OpContext) -> AttrRes
     """
     record = await tree.load_handle(tr, request.inode)
     attr = record.attr
+    before = reports.version_of(attr) if request.report.wrote else None
     had_session = await reports.check_writer(tr, record, request.session, request.report, request.caller)
     if await reports.apply(tr, record, request.report, request.caller, ctx):
         tree.store(tr, record)
@@ -22,5 +23,5 @@ async def run(tr: Transaction, request: CloseRequest, ctx: OpContext) -> AttrRes
         tr.clear(keys.session(attr.inode, request.session))
         if attr.nlink == 0 and not await tree.is_kept(tr, attr.inode):
             await tree.release(tr, ctx, record)
-            return AttrResponse(attr=attr)
-    return AttrResponse(attr=await tree.complete(tr, record))
+            return AttrResponse(attr=attr, before=before)
+    return AttrResponse(attr=await tree.complete(tr, record), before=before)

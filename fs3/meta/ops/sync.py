@@ -14,8 +14,9 @@ async def run(tr: Transaction, request: SyncRequest, ctx: OpContext) -> AttrResp
     Raises STALE_HANDLE when the inode is gone.
     """
     record = await tree.load_handle(tr, request.inode)
+    before = reports.version_of(record.attr) if request.report.wrote else None
     await reports.check_writer(tr, record, request.session, request.report, request.caller)
     if await reports.apply(tr, record, request.report, request.caller, ctx):
         tree.store(tr, record)
     length_limit = await quotas.length_limit(tr, record, request.wanted_length)
-    return AttrResponse(attr=await tree.complete(tr, record), length_limit=length_limit)
+    return AttrResponse(attr=await tree.complete(tr, record), length_limit=length_limit, before=before)

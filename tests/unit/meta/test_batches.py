@@ -12,8 +12,9 @@ from fs3.kv.api import Conflict, KvError, Transaction
 from fs3.kv.memory import MemoryKv
 from fs3.meta.batches import CHANGES_MAX, Batches
 from fs3.meta.clock import monotonic_s
+from fs3.meta.reports import version_of
 from fs3.v1.frame_pb2 import Code
-from fs3.v1.meta_pb2 import WriteReport
+from fs3.v1.meta_pb2 import AttrResponse, WriteReport
 from meta.harness import Meta, memory_of, run
 
 
@@ -187,5 +188,32 @@ def test_many_writers_of_one_file_publish_in_few_transactions(monkeypatch: pytes
         assert begun <= 5
         assert (await meta.stat("/f")).length == 2000
         assert not await meta.has_session(inode)
+
+    run(main())
+
+
+def test_every_report_is_answered_with_the_version_that_it_changed() -> None:
+    async def main() -> None:
+        meta = await Meta.start()
+        made = await meta.create("/f")
+        inode, versions = made.attr.inode, [version_of(made.attr)]
+        opened = [await meta.do("Open", "/f", read=True, write=True) for _ in range(10)]
+
+        async def publish(number: int, session: bytes) -> None:
+            report = WriteReport(wrote=True, length=100 * (number + 1), mtime_ns=1000 + number)
+            method = "Close" if number % 2 else "Sync"
+            answers.append(await meta.do(method, inode=inode, session=session, report=report))
+
+        answers: list[AttrResponse] = []
+        await asyncio.gather(*(publish(number, one.session) for number, one in enumerate(opened)))
+        while answers:
+            following = [answer for answer in answers if answer.before == versions[-1]]
+            assert len(following) == 1, "each version was changed once"
+            answers.remove(following[0])
+            versions.append(version_of(following[0].attr))
+        assert len(versions) == 11
+        assert versions[-1] == version_of(await meta.stat("/f"))
+        synced = await meta.do("Sync", inode=inode, session=opened[0].session)
+        assert not synced.HasField("before")
 
     run(main())

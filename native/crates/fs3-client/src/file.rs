@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::v1::{
-    AppendRequest, AppendResponse, Attr, AttrResponse, Caller, CloseRequest, Layout, Method, OpenResponse, SyncRequest,
+    AppendRequest, AppendResponse, Attr, AttrResponse, Caller, CloseRequest, ContentVersion, Layout, Method,
+    OpenResponse, SyncRequest,
 };
 use fs3_rt::Instant;
 use tokio::sync::Mutex;
@@ -292,6 +293,7 @@ impl OpenFile {
             client.inner().meta_of(self.handle.shared_inode(), Method::MetaAppend, &request).await?;
         if let Some(pending) = &pending {
             state.published(pending);
+            state.note_step(response.before, response.attr.as_ref());
         }
         state.limit_length(response.length_limit);
         response.attr.iter().for_each(|attr| state.observe(attr));
@@ -353,6 +355,7 @@ impl OpenFile {
             client.inner().meta_of(self.handle.shared_inode(), Method::MetaSync, &request).await?;
         if let Some(pending) = &pending {
             state.published(pending);
+            state.note_step(response.before, response.attr.as_ref());
         }
         state.limit_length(response.length_limit);
         Ok(response.attr.map_or_else(|| state.merged(), |attr| state.merge(&attr)))
@@ -363,6 +366,12 @@ impl OpenFile {
         self.check_open()?;
         let session = self.handle.session.clone();
         self.client().truncate_inode(&self.handle.caller, self.inode(), length, session).await
+    }
+
+    /// How the reports of this client's writes changed the version of the inode's content since this was last asked: each
+    /// time before and after, in the order of the answers. When nobody asks for long, later ones are missing.
+    pub fn take_steps(&self) -> Vec<(ContentVersion, ContentVersion)> {
+        self.state().take_steps()
     }
 
     /// Ask the service for the attributes now.
@@ -477,6 +486,7 @@ impl Handle {
         let response = result?;
         if let Some(pending) = &pending {
             self.state.published(pending);
+            self.state.note_step(response.before, response.attr.as_ref());
         }
         Ok(response.attr.map_or_else(|| self.state.merged(), |attr| self.state.merge(&attr)))
     }

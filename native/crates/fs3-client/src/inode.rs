@@ -3,10 +3,23 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use fs3_proto::v1::{Attr, Layout, WriteReport};
+use fs3_proto::v1::{Attr, ContentVersion, Layout, WriteReport};
 use parking_lot::Mutex;
 
 use crate::accesses;
+
+/// How many changes of the content's version are remembered for who asks for them.
+const STEPS_MAX: usize = 64;
+
+/// What caches know the content by.
+pub fn content_version(attr: &Attr) -> ContentVersion {
+    ContentVersion {
+        length: attr.length,
+        mtime_ns: attr.mtime_ns,
+        ctime_ns: attr.ctime_ns,
+        truncate_version: attr.truncate_version,
+    }
+}
 
 /// Shared by the open files of one inode.
 pub(crate) struct InodeState {
@@ -42,6 +55,8 @@ struct Known {
     /// Bytes that were there when the first file was opened. Whoever wrote them, perhaps this client through a
     /// file that it closed since, may not have synced them; 0 once they are.
     unsynced_before: u64,
+    /// Versions of the content before and after this client's reports.
+    steps: Vec<(ContentVersion, ContentVersion)>,
 }
 
 /// A report and what it covers.
@@ -152,6 +167,20 @@ impl InodeState {
     pub fn published(&self, pending: &Pending) {
         let mut known = self.known.lock();
         known.published = known.published.max(pending.writes);
+    }
+
+    /// A report was answered: the content was `before` until then, and is that of `attr` with it.
+    pub fn note_step(&self, before: Option<ContentVersion>, attr: Option<&Attr>) {
+        let (Some(before), Some(attr)) = (before, attr) else { return };
+        let mut known = self.known.lock();
+        if known.steps.len() < STEPS_MAX {
+            known.steps.push((before, content_version(attr)));
+        }
+    }
+
+    /// What was noted, once.
+    pub fn take_steps(&self) -> Vec<(ContentVersion, ContentVersion)> {
+        std::mem::take(&mut self.known.lock().steps)
     }
 
     /// The file was read at `now_ns`; whether that changes its access time.

@@ -35,9 +35,10 @@ pub use config::ClientConfig;
 pub use file::{OpenFile, Retained};
 pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
 pub use fs3_proto::v1::{
-    Attr, Caller, ChunkInfo, DirEntry, FileLock, FileType, Layout, ListResponse as DirPage, LockKind, LockType, Method,
-    PathAt, Routing, StatfsResponse as Statfs, XattrBit,
+    Attr, Caller, ChunkInfo, ContentVersion, DirEntry, FileLock, FileType, Layout, ListResponse as DirPage, LockKind,
+    LockType, Method, PathAt, Routing, StatfsResponse as Statfs, XattrBit,
 };
+pub use inode::content_version;
 pub use locks::{Granted, KeptAlive};
 pub use types::{
     CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp, at_child, at_inode,

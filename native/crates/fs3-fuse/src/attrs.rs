@@ -12,26 +12,6 @@ const BLKSIZE: u32 = 128 << 10;
 /// Set-user-id and set-group-id.
 pub(crate) const SET_ID_BITS: u32 = 0o6000;
 
-/// The content of a file as far as caches are concerned: equal versions mean equal bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Version {
-    length: u64,
-    mtime_ns: i64,
-    ctime_ns: i64,
-    truncate_version: u64,
-}
-
-impl Version {
-    pub fn of(attr: &Attr) -> Self {
-        Self {
-            length: attr.length,
-            mtime_ns: attr.mtime_ns,
-            ctime_ns: attr.ctime_ns,
-            truncate_version: attr.truncate_version,
-        }
-    }
-}
-
 /// The mode of a file after a write: no set-user-id, and no set-group-id where the group executes.
 pub(crate) fn without_set_id(mode: u32) -> u32 {
     if mode & 0o010 != 0 { mode & !SET_ID_BITS } else { mode & !0o4000 }
@@ -176,19 +156,5 @@ mod tests {
         assert_eq!(type_of_mode(libc::S_IFREG | 0o600), FileType::File);
         assert_eq!(type_of_mode(0o600), FileType::File);
         assert_eq!(type_of_mode(libc::S_IFBLK), FileType::BlockDevice);
-    }
-
-    #[test]
-    fn versions_differ_when_anything_that_tells_of_new_bytes_does() {
-        let attr = Attr { length: 5, mtime_ns: 6, ctime_ns: 7, truncate_version: 8, ..Attr::default() };
-        assert_eq!(Version::of(&attr), Version::of(&Attr { nlink: 3, ..attr.clone() }));
-        for other in [
-            Attr { length: 6, ..attr.clone() },
-            Attr { mtime_ns: 7, ..attr.clone() },
-            Attr { ctime_ns: 8, ..attr.clone() },
-            Attr { truncate_version: 9, ..attr.clone() },
-        ] {
-            assert_ne!(Version::of(&attr), Version::of(&other));
-        }
     }
 }

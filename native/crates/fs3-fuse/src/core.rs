@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use fs3_client::{Attr, Client, Code, Error, OpenFile, OpenOptions, Result, Retained, at_inode};
+use fs3_client::{Attr, Client, Code, ContentVersion, Error, OpenFile, OpenOptions, Result, Retained, at_inode};
 use fuser::{Errno, FileAttr, INodeNo};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
-use crate::attrs::{Version, file_attr};
+use crate::attrs::file_attr;
 use crate::caller::{Who, superuser};
 use crate::dirattrs::DirAttrs;
 use crate::dirs::DirStream;
@@ -96,7 +96,7 @@ pub(crate) struct Core {
     pub options: MountOptions,
     inodes: Mutex<HashMap<u64, Entry>>,
     /// What the kernel's page cache holds of files that are not open; forgotten with the kernel's inode.
-    versions: Mutex<HashMap<u64, Version>>,
+    versions: Mutex<HashMap<u64, ContentVersion>>,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
     dirs: RwLock<HashMap<u64, Arc<DirHandle>>>,
     pub(crate) next_handle: AtomicU64,

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use fs3_client::{Attr, Code, Error, Region, Result};
+use fs3_client::{Attr, Code, ContentVersion, Error, Region, Result};
 use parking_lot::Mutex;
 
 use crate::appends::{Appends, Batch};
-use crate::attrs::{SET_ID_BITS, Version, now_ns};
+use crate::attrs::{SET_ID_BITS, now_ns};
 use crate::blocks::Blocks;
 use crate::buffers::LARGE;
 use crate::event::Event;
@@ -48,8 +48,9 @@ struct State<F> {
     /// The last failure of a background write and how many there were.
     error: Option<Error>,
     errors: u64,
-    /// What the kernel's page cache and `blocks` hold; `None` when unknown.
-    version: Option<Version>,
+    /// What the kernel's page cache and `blocks` hold, but for this mount's writes that the service was not told of; `None`
+    /// when unknown.
+    version: Option<ContentVersion>,
     unlinked: bool,
     /// Counts what makes bytes read before it stale: accepted writes and truncates.
     changes: u64,
@@ -176,7 +177,6 @@ impl<F: FileIo> Inode<F> {
         if bytes > 0 {
             state.unpublished = true;
             state.written_ns = now_ns();
-            state.version = None;
             state.changes += 1;
             if state.dirty_since.is_none() {
                 state.dirty_since = Some(Instant::now());
@@ -476,7 +476,9 @@ impl<F: FileIo> Inode<F> {
             writer
         };
         let result = if close { writer.close().await } else { writer.publish().await };
+        let steps = writer.take_steps();
         let mut state = self.state.lock();
+        state.follow(&steps);
         if result.is_err() {
             state.unpublished = true;
         } else if !state.unpublished {
@@ -544,7 +546,7 @@ impl<F: FileIo> Inode<F> {
     }
 
     /// Whether caches may be kept by an open that found `now`; remembers it as what they hold from here on.
-    pub fn keep_cache(&self, now: Version) -> bool {
+    pub fn keep_cache(&self, now: ContentVersion) -> bool {
         let mut state = self.state.lock();
         if state.unpublished || state.is_pending() {
             // What the caches hold cannot be told from what others may have written.
@@ -556,11 +558,11 @@ impl<F: FileIo> Inode<F> {
         keep
     }
 
-    pub fn version(&self) -> Option<Version> {
+    pub fn version(&self) -> Option<ContentVersion> {
         self.state.lock().version
     }
 
-    pub fn set_version(&self, version: Option<Version>) {
+    pub fn set_version(&self, version: Option<ContentVersion>) {
         self.state.lock().version = version;
     }
 
@@ -584,6 +586,17 @@ impl<F> State<F> {
     fn fail(&mut self, error: Error) {
         self.error = Some(error);
         self.errors += 1;
+        // The kernel may have bytes that storage has not.
+        self.version = None;
+    }
+
+    /// Reports changed the version of the content, nobody else did in between: caches hold it.
+    fn follow(&mut self, steps: &[(ContentVersion, ContentVersion)]) {
+        for (before, after) in steps {
+            if self.version == Some(*before) {
+                self.version = Some(*after);
+            }
+        }
     }
 
     /// Bytes that were appended and have no place yet.

@@ -2,11 +2,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use fs3_client::{Attr, Code, Error, Region, RegionMut, Result};
+use fs3_client::{Attr, Code, ContentVersion, Error, Region, RegionMut, Result};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-use crate::attrs::Version;
 use crate::inode::{Accepted, Inode, Place};
 use crate::io::{FileIo, Io};
 use crate::told::Teller;
@@ -23,6 +22,8 @@ struct Fake {
     writes: AtomicUsize,
     published: AtomicUsize,
     closed: AtomicBool,
+    /// What the service answers of the versions of the content.
+    steps: Mutex<Vec<(ContentVersion, ContentVersion)>>,
     /// What it may become without asking, and what it gets when it asks.
     limit: AtomicU64,
     room: AtomicU64,
@@ -40,6 +41,7 @@ impl Fake {
             writes: AtomicUsize::new(0),
             published: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
+            steps: Mutex::default(),
             limit: AtomicU64::new(u64::MAX),
             room: AtomicU64::new(u64::MAX),
         })
@@ -88,6 +90,10 @@ impl FileIo for Fake {
     async fn close(&self) -> Result<Attr> {
         self.closed.store(true, Ordering::Relaxed);
         self.publish().await
+    }
+
+    fn take_steps(&self) -> Vec<(ContentVersion, ContentVersion)> {
+        std::mem::take(&mut self.steps.lock())
     }
 
     fn length(&self) -> u64 {
@@ -368,8 +374,8 @@ async fn only_a_lone_writer_with_everything_written_is_parked() {
 
 #[tokio::test]
 async fn caches_are_kept_only_for_a_version_that_nobody_changed() {
-    let (io, inode, _file) = setup(10);
-    let version = |length| Version::of(&Attr { length, ..Attr::default() });
+    let (io, inode, file) = setup(10);
+    let version = |length| ContentVersion { length, ..Default::default() };
     assert!(!inode.keep_cache(version(1)), "nothing is known yet");
     assert!(inode.keep_cache(version(1)));
     assert!(!inode.keep_cache(version(2)), "somebody else wrote");
@@ -380,6 +386,20 @@ async fn caches_are_kept_only_for_a_version_that_nobody_changed() {
     assert!(!inode.keep_cache(version(3)) && inode.keep_cache(version(3)));
     inode.truncated();
     assert!(!inode.keep_cache(version(3)));
+
+    let written = async |steps: &[(u64, u64)]| {
+        put(&inode, &io, Place::At(0), b"y");
+        inode.flush(&io).await;
+        file.steps.lock().extend(steps.iter().map(|&(before, after)| (version(before), version(after))));
+        inode.publish(None, false).await.unwrap();
+    };
+    written(&[(3, 4), (4, 5)]).await;
+    assert!(inode.keep_cache(version(5)), "this mount alone wrote");
+    written(&[(6, 7)]).await;
+    assert!(!inode.keep_cache(version(7)), "somebody else wrote before the report");
+    file.failing.store(true, Ordering::Relaxed);
+    written(&[(7, 8)]).await;
+    assert!(!inode.keep_cache(version(8)), "the kernel has bytes that storage has not");
 }
 
 #[tokio::test]

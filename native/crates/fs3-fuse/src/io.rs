@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fs3_client::{Attr, OpenFile, Region, RegionMut, Result};
+use fs3_client::{Attr, ContentVersion, OpenFile, Region, RegionMut, Result};
 use fuser::{INodeNo, Notifier};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -30,6 +30,8 @@ pub(crate) trait FileIo: Send + Sync + 'static {
     fn publish(&self) -> impl Future<Output = Result<Attr>> + Send;
     /// See [`OpenFile::close`].
     fn close(&self) -> impl Future<Output = Result<Attr>> + Send;
+    /// See [`OpenFile::take_steps`].
+    fn take_steps(&self) -> Vec<(ContentVersion, ContentVersion)>;
     /// See [`OpenFile::length`].
     fn length(&self) -> u64;
     /// See [`OpenFile::length_limit`].
@@ -57,6 +59,10 @@ impl FileIo for OpenFile {
 
     fn close(&self) -> impl Future<Output = Result<Attr>> + Send {
         OpenFile::close(self)
+    }
+
+    fn take_steps(&self) -> Vec<(ContentVersion, ContentVersion)> {
+        OpenFile::take_steps(self)
     }
 
     fn length(&self) -> u64 {

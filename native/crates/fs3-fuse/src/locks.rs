@@ -7,13 +7,12 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use fs3_client::{Attr, Code, Error, FileLock, Granted, KeptAlive, LockKind, LockType, Result};
+use fs3_client::{Attr, Code, Error, FileLock, Granted, KeptAlive, LockKind, LockType, Result, content_version};
 use fuser::Errno;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use crate::attrs::Version;
 use crate::core::{Core, Handle, Job, errno};
 use crate::handover::WaitState;
 
@@ -354,7 +353,7 @@ impl Core {
 
     /// Whoever had the lock before may have written: what caches hold is forgotten unless it is of the file as it is.
     async fn catch_up(&self, handle: &Arc<Handle>, attr: &Attr) {
-        if !handle.inode.keep_cache(Version::of(attr)) {
+        if !handle.inode.keep_cache(content_version(attr)) {
             handle.inode.blocks.clear();
             self.invalidate_pages(handle.inode.id).await;
         }

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use fs3_client::{
     Attr, Code, CreateOptions, DirEntry, Error, FileType, OpenFile, OpenOptions, Result, Setattr, at_child, at_inode,
+    content_version,
 };
 use fuser::{FileAttr, FopenFlags};
 
-use crate::attrs::{SET_ID_BITS, Version, type_of_mode, without_set_id};
+use crate::attrs::{SET_ID_BITS, type_of_mode, without_set_id};
 use crate::caller::{Who, superuser};
 use crate::core::{Core, DirHandle, File, HandleFlags};
 use crate::dirs::{At, DirStream, FIRST, PAGE_ENTRIES};
@@ -317,7 +318,7 @@ impl Core {
         if options.truncate {
             inode.truncated();
         }
-        let keep = inode.keep_cache(Version::of(&attr));
+        let keep = inode.keep_cache(content_version(&attr));
         if !keep {
             inode.blocks.clear();
         }

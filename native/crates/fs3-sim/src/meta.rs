@@ -128,7 +128,7 @@ impl Service for Meta {
                 }))
             }
             Method::MetaStat | Method::MetaSync | Method::MetaClose => {
-                Ok(Response::new(&AttrResponse { attr: Some(self.attr()?), length_limit: None }))
+                Ok(Response::new(&AttrResponse { attr: Some(self.attr()?), ..Default::default() }))
             }
             Method::MetaKeepalive => Ok(Response::new(&KeepaliveResponse { interval_ms: 30_000, session_ms: 120_000 })),
             _ => Ok(Response::new(&Empty {})),

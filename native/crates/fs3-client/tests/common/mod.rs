@@ -476,7 +476,11 @@ impl Fake {
             }
             Method::MetaStat => {
                 let request = StatRequest::decode(body).unwrap();
-                reply(AttrResponse { attr: Some(self.find(&request.at.unwrap())?), length_limit: None })
+                reply(AttrResponse {
+                    attr: Some(self.find(&request.at.unwrap())?),
+                    length_limit: None,
+                    ..Default::default()
+                })
             }
             Method::MetaClose => {
                 let request = CloseRequest::decode(body).unwrap();
@@ -509,7 +513,7 @@ impl Fake {
                 let mut attr = self.find(&request.at.unwrap())?;
                 attr.mtime_ns = request.mtime_ns.unwrap_or(attr.mtime_ns);
                 self.state.files.lock().insert(attr.inode, attr.clone());
-                reply(AttrResponse { attr: Some(attr), length_limit: None })
+                reply(AttrResponse { attr: Some(attr), ..Default::default() })
             }
             Method::MetaKeepalive => reply(KeepaliveResponse { interval_ms: 100, session_ms: 60_000 }),
             other => Err(Error::new(Code::Unimplemented, format!("the fake has no {other:?}"))),
@@ -541,7 +545,7 @@ impl Fake {
             attr.mtime_ns = report.mtime_ns;
         }
         let length_limit = self.length_limit(attr.length, wanted);
-        reply(AttrResponse { attr: Some(attr.clone()), length_limit })
+        reply(AttrResponse { attr: Some(attr.clone()), length_limit, ..Default::default() })
     }
 
     fn reserve(&self, request: AppendRequest) -> Result<Response> {
@@ -555,7 +559,7 @@ impl Fake {
             return Err(Error::new(Code::QuotaExceeded, "full"));
         }
         let length_limit = self.length_limit(attr.length, *end);
-        reply(AppendResponse { attr: Some(attr), offset, length_limit })
+        reply(AppendResponse { attr: Some(attr), offset, length_limit, ..Default::default() })
     }
 
     fn truncate(&self, mut attr: Attr, length: u64) -> Result<Response> {
@@ -572,7 +576,7 @@ impl Fake {
                 id.inode != attr.inode || start < length
             });
         }
-        reply(AttrResponse { attr: Some(attr), length_limit: None })
+        reply(AttrResponse { attr: Some(attr), ..Default::default() })
     }
 }
 

@@ -275,7 +275,7 @@ impl Fake {
     fn meta(&self, method: Method, body: &[u8]) -> Result<Response> {
         let mut names = self.state.names.lock();
         let names = &mut *names;
-        let done = |attr: Attr| reply(AttrResponse { attr: Some(attr), length_limit: None });
+        let done = |attr: Attr| reply(AttrResponse { attr: Some(attr), ..Default::default() });
         match method {
             Method::MetaLookup => {
                 let r = LookupRequest::decode(body).unwrap();
@@ -342,7 +342,7 @@ impl Fake {
                 let end = names.reserved.entry((r.inode, attr.truncate_version)).or_default();
                 let offset = attr.length.max(*end);
                 *end = offset + r.bytes;
-                reply(AppendResponse { attr: Some(attr), offset, length_limit: None })
+                reply(AppendResponse { attr: Some(attr), offset, ..Default::default() })
             }
             Method::MetaMkdir => {
                 let r = MkdirRequest::decode(body).unwrap();
