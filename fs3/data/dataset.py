@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fs3.client import FileSystem
-from fs3.client.finish import name_paths
 from fs3.core.errors import error
-from fs3.data.index import FIELD, MISSING, Index
+from fs3.data.index import FIELD, MISSING, Index, wrong
 from fs3.data.store import Source, Store, expand, locate, short
 from fs3.v1.frame_pb2 import Code
 
@@ -145,9 +144,9 @@ class Dataset(ABC):
         """Shard and number in it, of each. Raises IndexError."""
         wanted = np.asarray(indices, np.int64).reshape(-1)
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
-        wrong = (wanted < 0) | (wanted >= len(self))
-        if wrong.any():
-            raise IndexError(f"sample {indices[int(wrong.argmax())]} of {len(self)}")
+        outside = (wanted < 0) | (wanted >= len(self))
+        if outside.any():
+            raise IndexError(f"sample {indices[int(outside.argmax())]} of {len(self)}")
         shards = np.searchsorted(self._ends, wanted, side="right")
         return shards, wanted - np.where(shards > 0, self._ends[shards - 1], 0)
 
@@ -257,11 +256,8 @@ class SpanDataset(Dataset):
             return
         for n, (expected, (begin, length)) in enumerate(zip(ranges.crcs.tolist(), places, strict=True)):
             if ranges.checksum(view[begin : begin + length]) != expected:
-                wrong = error(
-                    Code.CODE_CHECKSUM_MISMATCH, f"record {rows[n]} is damaged: it is not what its checksum says"
-                )
-                name_paths(wrong, ranges.paths[n])
-                raise wrong
+                why = f"record {rows[n]} is damaged: it is not what its checksum says"
+                raise wrong(ranges.paths[n], why, Code.CODE_CHECKSUM_MISMATCH)
 
     def _memory(self, size: int) -> Bytes:
         """Memory for a batch: the thread's buffer, or some of its own."""
@@ -336,9 +332,8 @@ class IndexedDataset(SpanDataset):
     def _check_index(self, shard: int, index: Index) -> None:
         before = int(self._ends[shard - 1]) if shard else 0
         if len(index) != int(self._ends[shard]) - before:
-            wrong = error(Code.CODE_STALE_HANDLE, "the shard was replaced while it was in use: open the dataset anew")
-            name_paths(wrong, self._paths[shard])
-            raise wrong
+            why = "the shard was replaced while it was in use: open the dataset anew"
+            raise wrong(self._paths[shard], why, Code.CODE_STALE_HANDLE)
 
     def _ranges(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> Ranges:
         involved = np.unique(shards).tolist()

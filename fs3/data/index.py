@@ -23,6 +23,8 @@ HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sHHIQQQQIII")
 # The index is of another file.
 FLAG_BESIDE = 1
+# The records have no checksums; those of the index are 0.
+FLAG_UNCHECKED = 2
 # A field that a record does not have.
 MISSING = 0xFFFFFFFF
 RECORD_BYTES_MAX = MISSING - 1
@@ -63,15 +65,15 @@ class Header:
     def unpack(data: bytes, path: str) -> Header:
         """Check and read it. Raises an error that names `path`."""
         if not data.startswith(MAGIC):
-            raise _wrong(path, "it is no record file of fs3")
+            raise wrong(path, "it is no record file of fs3")
         if len(data) < HEADER_BYTES:
-            raise _wrong(path, "its header is cut")
+            raise wrong(path, "its header is cut")
         packed, (crc,) = data[: HEADER_BYTES - 4], struct.unpack_from("<I", data, HEADER_BYTES - 4)
         if native.crc32c(packed) != crc:
-            raise _wrong(path, "its header is damaged", Code.CODE_CHECKSUM_MISMATCH)
+            raise wrong(path, "its header is damaged", Code.CODE_CHECKSUM_MISMATCH)
         _, version, flags, fields, records, offset, length, keys, metadata, index_crc, _ = _HEADER.unpack(packed)
         if version != VERSION:
-            raise _wrong(path, f"it has version {version} of the format, this fs3 reads {VERSION}: use a newer fs3")
+            raise wrong(path, f"it has version {version} of the format, this fs3 reads {VERSION}: use a newer fs3")
         return Header(records, fields, offset, length, keys, metadata, index_crc, flags)
 
 
@@ -81,6 +83,9 @@ class Keys:
 
     ends: NDArray[np.uint64]
     text: memoryview
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle_keys, (self.ends, bytes(self.text))
 
     def __getitem__(self, record: int) -> str:
         start = int(self.ends[record - 1]) if record else 0
@@ -133,7 +138,7 @@ def pack_index(index: Index) -> tuple[bytes, int, int]:
 def unpack_index(header: Header, block: memoryview, path: str) -> Index:
     """Check an index against its header and take it apart; arrays are views of `block`."""
     if native.crc32c(block) != header.index_crc32c:
-        raise _wrong(path, "its index is damaged", Code.CODE_CHECKSUM_MISMATCH)
+        raise wrong(path, "its index is damaged", Code.CODE_CHECKSUM_MISMATCH)
     text_at = len(block) - header.metadata_bytes - header.keys_bytes
     about = json.loads(bytes(block[len(block) - header.metadata_bytes :]))
     count, at = header.records, 0
@@ -148,8 +153,13 @@ def unpack_index(header: Header, block: memoryview, path: str) -> Index:
     places = array("<u4", count * header.fields * 2).reshape(count, header.fields, 2) if header.fields > 1 else None
     keys = Keys(array("<u8", count), block[text_at : text_at + header.keys_bytes]) if about["keys"] else None
     if at != text_at or len(about["fields"]) != header.fields:
-        raise _wrong(path, "its index does not fit its header", Code.CODE_CHECKSUM_MISMATCH)
-    return Index(starts, lengths, crcs, tuple(about["fields"]), places, keys, about["user"])
+        raise wrong(path, "its index does not fit its header", Code.CODE_CHECKSUM_MISMATCH)
+    checked = None if header.flags & FLAG_UNCHECKED else crcs
+    return Index(starts, lengths, checked, tuple(about["fields"]), places, keys, about["user"])
+
+
+def _unpickle_keys(ends: NDArray[np.uint64], text: bytes) -> Keys:
+    return Keys(ends, memoryview(text))
 
 
 def make_keys(keys: Sequence[str]) -> Keys:
@@ -158,7 +168,8 @@ def make_keys(keys: Sequence[str]) -> Keys:
     return Keys(np.cumsum([len(r) for r in raw], dtype="<u8"), memoryview(b"".join(raw)))
 
 
-def _wrong(path: str, why: str, code: int = Code.CODE_INVALID_ARGUMENT) -> OSError:
+def wrong(path: str, why: str, code: int = Code.CODE_INVALID_ARGUMENT) -> OSError:
+    """The error of a file that is not what it should be."""
     found = error(code, why)
     name_paths(found, path)
     return found

@@ -58,8 +58,8 @@ class Store(Protocol):
         Raises the first error.
         """
 
-    def statuses(self, paths: Sequence[str]) -> list[Status]:
-        """Of many files at once. Raises the first error."""
+    def statuses(self, paths: Sequence[str]) -> list[Status | None]:
+        """Of many files at once, None where nothing is. Raises the first other error."""
 
     def is_directory(self, path: str) -> bool:
         """Whether a directory is there."""
@@ -159,13 +159,16 @@ class ClusterStore:
         with self._turn:
             self._handles.pop(path, None)
 
-    def statuses(self, paths: Sequence[str]) -> list[Status]:
+    def statuses(self, paths: Sequence[str]) -> list[Status | None]:
         """Of many files, in few round trips."""
-        found = []
+        found: list[Status | None] = []
         for result in self.fs.stat_many(paths):
-            if isinstance(result, OSError):
+            if isinstance(result, FileNotFoundError):
+                found.append(None)
+            elif isinstance(result, OSError):
                 raise result
-            found.append(Status(result.st_size, result.st_mtime_ns))
+            else:
+                found.append(Status(result.st_size, result.st_mtime_ns))
         return found
 
     def is_directory(self, path: str) -> bool:
@@ -193,6 +196,7 @@ class ClusterStore:
     def rename(self, source: str, destination: str) -> None:
         """Atomically."""
         self.fs.replace(source, destination)
+        self._drop(destination)
 
     def remove(self, path: str) -> None:
         """Remove a file."""
@@ -273,10 +277,17 @@ class LocalStore:
             os.close(descriptor)
         return count
 
-    def statuses(self, paths: Sequence[str]) -> list[Status]:
+    def statuses(self, paths: Sequence[str]) -> list[Status | None]:
         """Of many files."""
-        found = map(os.stat, paths)
-        return [Status(st.st_size, st.st_mtime_ns) for st in found]
+        found: list[Status | None] = []
+        for path in paths:
+            try:
+                st = os.stat(path)
+            except FileNotFoundError:
+                found.append(None)
+            else:
+                found.append(Status(st.st_size, st.st_mtime_ns))
+        return found
 
     def is_directory(self, path: str) -> bool:
         """Whether a directory is there."""
@@ -304,6 +315,9 @@ class LocalStore:
     def rename(self, source: str, destination: str) -> None:
         """Atomically; the name survives power loss."""
         os.replace(source, destination)
+        with self._turn:
+            if destination in self._handles:
+                os.close(self._handles.pop(destination))
         descriptor = os.open(os.path.dirname(destination) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -373,6 +387,18 @@ def expand(store: Store, paths: Sequence[str], suffixes: tuple[str, ...]) -> lis
         if not matching:
             raise error(Code.CODE_NOT_FOUND, f"{path} has no shard ({', '.join(suffixes)})")
         found += [join(directory, n) for n in matching]
+    return found
+
+
+def present(store: Store, paths: Sequence[str]) -> list[Status]:
+    """Of files that must be there. Raises FileNotFoundError for the first that is not."""
+    found = []
+    for path, status in zip(paths, store.statuses(paths), strict=True):
+        if status is None:
+            missing = error(Code.CODE_NOT_FOUND, "it does not exist")
+            name_paths(missing, path)
+            raise missing
+        found.append(status)
     return found
 
 
