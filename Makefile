@@ -58,7 +58,7 @@ bench-meta: build ## metadata with one and two services, durable and not; a mill
 	@$(PY) benchmarks/metadata.py $(ARGS)
 
 profile: build ## CPU of small files at a mount, by service and thread: make profile, or ARGS=--functions
-	@$(PY) benchmarks/profile.py $(ARGS)
+	@$(PY) benchmarks/cpu_profile.py $(ARGS)
 
 kill-campaign: build ## long run of kill -9 under write load: make kill-campaign CYCLES=1000
 	@FS3_KILL_CYCLES=$(or $(CYCLES),1000) $(VENV)/bin/pytest tests/cluster/test_kill_cycles.py -x

@@ -122,48 +122,44 @@ def check_keep(keep_last: int | None) -> None:
 
 @dataclass(frozen=True)
 class Leftover:
-    """An unfinished checkpoint: of `name`, and whether somebody is (or may be) writing it."""
+    """An unfinished checkpoint, or safetensors file: of `name`, and whether somebody is (or may be) writing it."""
 
     path: str
     name: str
+    is_dir: bool
     in_use: bool
 
 
 def unfinished(fs: FileSystem, directory: str) -> list[Leftover]:
-    """Checkpoints in a directory that were not finished. One that was begun by a live process is in use.
+    """What was not finished in a directory. What was begun by a live process is in use.
 
     The cluster knows of a process that was killed after the session time (60 s unless it was set otherwise).
     """
     found = []
     for entry in fs.scandir(directory):
         name = unfinished_name(entry.name)
-        if name is None or not entry.is_dir():
+        if name is None:
             continue
-        path = posixpath.join(directory, entry.name)
+        path, is_dir = posixpath.join(directory, entry.name), entry.is_dir()
         try:
-            found.append(Leftover(path, name, _in_use(fs, path, entry.stat().st_mtime)))
+            young = time.time() - entry.stat().st_mtime < YOUNG_S
+            inode = fs.stat(posixpath.join(path, SUMMARY)).st_ino if is_dir else entry.inode()
+            in_use = young or claimed(fs, inode)
         except FileNotFoundError:
-            continue
+            in_use = young
+        found.append(Leftover(path, name, is_dir, in_use))
     return found
 
 
-def _in_use(fs: FileSystem, path: str, modified_s: float) -> bool:
-    if time.time() - modified_s < YOUNG_S:
-        return True
-    try:
-        return claimed(fs, fs.stat(posixpath.join(path, SUMMARY)).st_ino)
-    except FileNotFoundError:
-        return False
-
-
 def clean(fs: FileSystem, directory: str) -> list[str]:
-    """Remove unfinished checkpoints that nobody is writing any more; what was removed."""
-    return [left.path for left in unfinished(fs, directory) if not left.in_use and _remove(fs, left.path)]
+    """Remove what was not finished in a directory and nobody is writing any more; what was removed."""
+    return [left.path for left in unfinished(fs, directory) if not left.in_use and remove(fs, left)]
 
 
-def _remove(fs: FileSystem, path: str) -> bool:
+def remove(fs: FileSystem, left: Leftover) -> bool:
+    """Remove what was not finished; whether it was there."""
     try:
-        fs.rmtree(path)
+        (fs.rmtree if left.is_dir else fs.remove)(left.path)
     except FileNotFoundError:
         return False
     return True

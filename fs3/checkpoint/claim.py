@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import posixpath
+from types import TracebackType
 
-from fs3.checkpoint.manifest import SUMMARY
 from fs3.client import FileSystem
 from fs3.v1.meta_pb2 import LockKind, LockType
 
@@ -15,19 +15,27 @@ _END = (1 << 63) - 1
 
 
 class Claim:
-    """The lock of a checkpoint that is being written. It ends with :meth:`release`, or some time after its client.
+    """A lock of a file that is being written, or stands for a directory that is; also a context manager.
 
-    The lock is on the file that will become the summary. It does not keep anybody out by itself: names of temporary
-    directories are never used twice. It tells those who clean up that somebody is at work.
+    It ends with :meth:`release`, or some time after its client. It does not keep anybody out by itself: temporary names
+    are never used twice. It tells those who clean up that somebody is at work.
     """
 
-    def __init__(self, fs: FileSystem, directory: str) -> None:
-        with fs.open(posixpath.join(directory, SUMMARY), "xb", buffering=0) as file:
-            self._inode = file.inode
+    def __init__(self, fs: FileSystem, inode: int) -> None:
+        self._inode = inode
         self._pid = os.getpid()
         self._locks = fs.client.locks()
         self._locks.keep(True)
-        self._locks.set(self._inode, _lock(LockType.LOCK_TYPE_WRITE), False).wait()
+        self._locks.set(inode, _lock(LockType.LOCK_TYPE_WRITE), False).wait()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self.release()
 
     def release(self) -> None:
         """Let go. In a forked child it does nothing: the lock is the parent's."""
@@ -40,7 +48,7 @@ class Claim:
 
 
 def claimed(fs: FileSystem, inode: int) -> bool:
-    """Whether somebody is writing the checkpoint with this summary."""
+    """Whether somebody has a claim on the file."""
     return fs.client.locks().get(inode, _lock(LockType.LOCK_TYPE_WRITE, _ASKING)).wait() is not None
 
 

@@ -103,6 +103,8 @@ class Reads:
         ops, self._ops = self._ops, []
         consumers, self._consumers = self._consumers, []
         self._staged = 0
+        if not ops:
+            return
         for (file, offset, view), count in zip(ops, self._fs.read_many(ops), strict=True):
             if count < len(view):
                 raise error(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from types import TracebackType
 
+from fs3.checkpoint.claim import Claim
 from fs3.client import FileSystem
 from fs3.client.file import RawFile
 
@@ -116,15 +118,29 @@ class ChunkStream:
 Produce = Callable[[ChunkStream], None]
 
 
-def write_file(fs: FileSystem, path: str, produce: Produce) -> None:
+def write_file(fs: FileSystem, path: str, produce: Produce, *, claimed: bool = False) -> None:
     """Make the file `path` of what `produce` adds; returns when it would survive power loss of all nodes.
 
-    Raises FileExistsError when there is one. What was written stays there after an error.
+    `claimed`: with a claim on it meanwhile. Raises FileExistsError when there is one. What was written stays there
+    after an error.
     """
-    with fs.open(path, "xb", buffering=0) as file:
+    with fs.open(path, "xb", buffering=0) as file, Claim(fs, file.inode) if claimed else nullcontext():
         layout = file.native.attr().layout
         assert layout is not None
         with ChunkStream(fs, file, layout.chunk_bytes) as stream:
             produce(stream)
             stream.finish()
         file.sync()
+
+
+def write_small(fs: FileSystem, files: Mapping[str, bytes]) -> None:
+    """Write files at the same time, in place of what they held; returns when they would survive power loss."""
+
+    def write(path: str, data: bytes) -> None:
+        with fs.open(path, "wb", buffering=0) as file:
+            file.pwrite(data, 0)
+            file.sync()
+
+    with ThreadPoolExecutor(max(1, len(files)), thread_name_prefix="fs3-checkpoint") as executor:
+        for _ in executor.map(write, files.keys(), files.values()):
+            pass

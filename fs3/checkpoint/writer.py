@@ -34,7 +34,7 @@ from fs3.checkpoint.manifest import (
     temporary,
 )
 from fs3.checkpoint.pytorch import torch
-from fs3.checkpoint.stream import ChunkStream, write_file
+from fs3.checkpoint.stream import ChunkStream, write_file, write_small
 from fs3.client import FileSystem
 from fs3.client.buffers import exported
 from fs3.core.errors import error
@@ -177,11 +177,12 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
         for left in catalog.unfinished(self._fs, directory):
             # Two jobs that save under one name are a mistake; the one that began last goes on.
             if left.name == name or not left.in_use:
-                self._fs.rmtree(left.path, ignore_errors=True)
+                catalog.remove(self._fs, left)
         self._directory = temporary(self._path)
         self._save_id = self._directory.rpartition("-")[2]
         self._fs.mkdir(self._directory)
-        self._claim = Claim(self._fs, self._directory)
+        with self._fs.open(posixpath.join(self._directory, SUMMARY), "xb", buffering=0) as file:
+            self._claim = Claim(self._fs, file.inode)
 
     def _let_go(self) -> None:
         claim, self._claim = self._claim, None
@@ -210,10 +211,8 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
             checksums_crc=native.crc32c(dumped),
         )
         # The summary is there already, as what the claim is on.
-        for name, data in ((METADATA, pickled), (CHECKSUMS, dumped), (SUMMARY, summary.dump())):
-            with self._fs.open(posixpath.join(self._directory, name), "wb", buffering=0) as file:
-                file.pwrite(data, 0)
-                file.sync()
+        files = {METADATA: pickled, CHECKSUMS: dumped, SUMMARY: summary.dump()}
+        write_small(self._fs, {posixpath.join(self._directory, name): data for name, data in files.items()})
 
     def _publish(self) -> None:
         try:
