@@ -19,6 +19,8 @@ from fs3._native import (
     SimWorld,
     Statfs,
     StorageEngine,
+    TracedOperation,
+    TracedRequest,
     __version__,
     bench_bare_chain,
     bench_checksum,
@@ -38,6 +40,8 @@ from fs3._native import (
     register_fd,
     set_log_level,
     set_runtime_threads,
+    trace_start,
+    trace_stop,
 )
 
 __all__ = [
@@ -57,6 +61,8 @@ __all__ = [
     "SimWorld",
     "Statfs",
     "StorageEngine",
+    "TracedOperation",
+    "TracedRequest",
     "__version__",
     "bench_bare_chain",
     "bench_checksum",
@@ -76,4 +82,6 @@ __all__ = [
     "register_fd",
     "set_log_level",
     "set_runtime_threads",
+    "trace_start",
+    "trace_stop",
 ]

@@ -28,6 +28,7 @@ PYTHON: dict[str, set[str]] = {
     "checkpoint": {"core", "client", "native", "v1"},
     "data": {"core", "client", "native", "v1"},
     "fuse": {"core", "client", "native", "v1"},
+    "tracing": {"core", "native", "v1"},
     "testing": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "v1"},
     "cli": {
         "checkpoint",
@@ -42,6 +43,7 @@ PYTHON: dict[str, set[str]] = {
         "fuse",
         "native",
         "testing",
+        "tracing",
         "v1",
     },
 }

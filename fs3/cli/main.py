@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": "doctor",
     "admin": "admin",
     "rdma": "rdma",
+    "trace": "trace",
     "bench": "bench",
     "completion": "completion",
 }

@@ -14,6 +14,7 @@ use tokio::sync::SemaphorePermit;
 use crate::inner::Inner;
 use crate::latency::Load;
 use crate::read::{Source, Unit, choose_other};
+use crate::trace;
 
 /// Reads of more bytes are not hedged: their time is that of moving the bytes.
 const HEDGE_BYTES_MAX: usize = 4 << 20;
@@ -82,6 +83,8 @@ struct Question {
     source: Source,
     ops: Vec<ReadOp>,
     windows: Vec<RegionMut>,
+    attempt: u32,
+    hedge: bool,
 }
 
 struct Answer {
@@ -96,15 +99,18 @@ impl Question {
         // One allocation for all ids.
         let ids: Bytes = units.clone().flat_map(|unit| unit.piece.chunk.to_bytes()).collect();
         let id = |i: usize| ids.slice(i * ChunkId::BYTES..(i + 1) * ChunkId::BYTES);
-        let ops = sources.iter().zip(units).enumerate().map(|(i, (source, unit))| unit.to_wire(source, id(i)));
-        Self { source: sources[0], ops: ops.collect(), windows }
+        let ops = sources.iter().zip(units.clone()).enumerate().map(|(i, (source, unit))| unit.to_wire(source, id(i)));
+        let (ops, attempt) = (ops.collect(), units.map(|unit| unit.tried.len() as u32).max().unwrap_or(0));
+        Self { source: sources[0], ops, windows, attempt, hedge: false }
     }
 }
 
 /// One request to one node.
 async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result<Answer> {
-    let Question { source, ops, windows } = question;
+    let Question { source, ops, windows, attempt, hedge } = question;
     let (count, started) = (ops.len(), Instant::now());
+    let (node_id, target_id) = (source.node_id, source.target_id);
+    let detail = trace::Detail { node_id, target_id, chunks: count as u32, attempt, hedge };
     let load = Load::of(windows.iter().map(|window| window.len()).sum(), count);
     let until = deadline.min(started + inner.config.read_attempt_timeout);
     let view = inner.view();
@@ -112,7 +118,7 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
     let sink = Sink { windows, lengths };
     let call =
         inner.wire.transfer(address, Method::StorageRead, ReadRequest { ops, repair: false }, Vec::new(), sink, until);
-    let reply = call.await.inspect_err(|error| {
+    let reply = trace::detailed(detail, call).await.inspect_err(|error| {
         if error.code == Code::Timeout {
             inner.latencies.unanswered(source.disk, load, started.elapsed(), Instant::now());
         }
@@ -182,7 +188,8 @@ fn other_questions<'a>(
     let question = |list: Vec<(usize, Source)>| {
         let sources: Vec<Source> = list.iter().map(|(_, source)| *source).collect();
         let windows = list.iter().map(|&(at, _)| inner.scratch.take(units[at].blocks.len as usize)).collect();
-        (Question::new(&sources, list.iter().map(|&(at, _)| &units[at]), windows), list)
+        let question = Question::new(&sources, list.iter().map(|&(at, _)| &units[at]), windows);
+        (Question { hedge: true, ..question }, list)
     };
     Some((groups.into_iter().map(question).collect(), budget))
 }
@@ -199,7 +206,7 @@ async fn ask_all(inner: &Arc<Inner>, units: &[Unit], questions: Vec<Hedge>, dead
     let mut tasks = JoinSet::new();
     for (question, list) in questions {
         let inner = inner.clone();
-        tasks.spawn(async move { (ask(inner, question, deadline).await, list) });
+        tasks.spawn(trace::inherit(async move { (ask(inner, question, deadline).await, list) }));
     }
     let mut parts = Vec::with_capacity(units.len());
     while let Some(joined) = tasks.join_next().await {

@@ -23,7 +23,7 @@ use crate::types::is_special;
 use crate::wire::Wire;
 use crate::{
     ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp,
-    accesses, holds,
+    accesses, holds, trace,
 };
 
 /// How long the end of a client waits for the service to take what nobody depends on.
@@ -302,7 +302,7 @@ impl Client {
             {
                 let (client, caller) = (self.clone(), caller.clone());
                 let options = OpenOptions { read: true, ..OpenOptions::default() };
-                tasks.spawn(async move { (number, client.open(&caller, at, options).await) });
+                tasks.spawn(trace::inherit(async move { (number, client.open(&caller, at, options).await) }));
             }
             match tasks.join_next().await {
                 Some(Ok((number, result))) => results[number] = result,
@@ -530,7 +530,7 @@ impl Client {
         let count = ops.len();
         let mut tasks = JoinSet::new();
         for (at, WriteOp { file, offset, data }) in ops.into_iter().enumerate() {
-            tasks.spawn(async move { (at, file.write(offset, data).await) });
+            tasks.spawn(trace::inherit(async move { (at, file.write(offset, data).await) }));
         }
         let failed = || Err(Error::new(Code::Internal, "a write failed; see the log").maybe_applied());
         let mut results: Vec<_> = (0..count).map(|_| failed()).collect();

@@ -14,6 +14,7 @@ use crate::OpenFile;
 use crate::backoff::Backoff;
 use crate::inner::Inner;
 use crate::routing::stripe_width;
+use crate::trace;
 use crate::write::locate;
 
 /// Chunks asked of a chain at first, and at most; a search that goes on asks for more at a time.
@@ -111,7 +112,8 @@ impl<'a> Walk<'a> {
             while let Some(chain_id) = (tasks.len() < QUESTIONS_MAX).then(|| asked.next()).flatten() {
                 let (inner, inode, from, limit) = (inner.clone(), self.file.inode(), self.next as u32, self.limit);
                 let deadline = self.deadline;
-                tasks.spawn(async move { ask_chain(&inner, chain_id, inode, from, limit, deadline).await });
+                let asking = async move { ask_chain(&inner, chain_id, inode, from, limit, deadline).await };
+                tasks.spawn(trace::inherit(asking));
             }
             let Some(joined) = tasks.join_next().await else { return Ok((chunks, until)) };
             let listed = joined.map_err(|e| Error::new(Code::Internal, format!("a listing failed: {e}")))??;

@@ -26,6 +26,7 @@ mod pool;
 mod read;
 mod report;
 mod routing;
+pub mod trace;
 mod types;
 mod wire;
 mod write;

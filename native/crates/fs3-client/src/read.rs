@@ -16,7 +16,7 @@ use crate::latency::Size;
 use crate::loan::Loan;
 use crate::plan::{Blocks, Piece, pieces};
 use crate::routing::{ChainView, Replica, RoutingView, spread};
-use crate::{OpenFile, ReadOp};
+use crate::{OpenFile, ReadOp, trace};
 
 /// Chunks of one request.
 const BATCH_OPS_MAX: usize = 256;
@@ -33,7 +33,7 @@ pub(crate) struct Unit {
     pub piece: Piece,
     pub blocks: Blocks,
     /// Targets that failed in this round, with the version of the chain at that time.
-    tried: Vec<(u64, u64)>,
+    pub tried: Vec<(u64, u64)>,
     /// Some failure of this round may pass.
     hope: bool,
 }
@@ -121,10 +121,10 @@ async fn read_units(inner: &Arc<Inner>, units: Vec<Unit>) -> Vec<(usize, Error)>
     }
     let mut tasks = JoinSet::new();
     for batch in batches {
-        tasks.spawn(read_batch(inner.clone(), batch, deadline));
+        tasks.spawn(trace::inherit(read_batch(inner.clone(), batch, deadline)));
     }
     if !homeless.is_empty() {
-        tasks.spawn(settle_all(inner.clone(), homeless, deadline));
+        tasks.spawn(trace::inherit(settle_all(inner.clone(), homeless, deadline)));
     }
     tasks.join_all().await.into_iter().flatten().collect()
 }
@@ -256,7 +256,7 @@ async fn settle_all(inner: Arc<Inner>, mut failed: Vec<Failed>, deadline: Instan
     }
     let mut tasks = JoinSet::new();
     for (source, unit, error) in failed {
-        tasks.spawn(settle(inner.clone(), source, unit, error, deadline));
+        tasks.spawn(trace::inherit(settle(inner.clone(), source, unit, error, deadline)));
     }
     tasks.join_all().await.into_iter().flatten().collect()
 }

@@ -9,7 +9,7 @@ use fs3_proto::v1::{Method, Role};
 use fs3_rt::Instant;
 use prost::Message;
 
-use crate::ClientConfig;
+use crate::{ClientConfig, trace};
 
 /// Connections to metas and storage nodes.
 pub(crate) struct Wire {
@@ -52,7 +52,8 @@ impl Wire {
         if left.is_zero() {
             return Err(Error::new(Code::Timeout, format!("no time left to ask {addr}")));
         }
-        self.peers.call(addr, method, body, payload, sink, left).await
+        let sent = payload.iter().map(|region| region.len()).sum();
+        trace::request(addr, method, sent, self.peers.call(addr, method, body, payload, sink, left)).await
     }
 
     /// What moved by each RDMA device.

@@ -17,6 +17,7 @@ use crate::inner::Inner;
 use crate::inode::InodeState;
 use crate::plan::{Piece, pieces};
 use crate::routing::{ChainView, Replica, stripe_width};
+use crate::trace;
 
 /// Times one write is sent again because it was damaged on the way, before that is an error.
 const RESENDS_MAX: usize = 4;
@@ -40,7 +41,7 @@ pub(crate) async fn write(inner: &Arc<Inner>, state: &Arc<InodeState>, offset: u
     let mut tasks = JoinSet::new();
     for piece in std::iter::once(first).chain(list) {
         let part = data.slice(piece.at, piece.len as usize);
-        tasks.spawn(write_piece(inner.clone(), state.clone(), layout, piece, part, deadline));
+        tasks.spawn(trace::inherit(write_piece(inner.clone(), state.clone(), layout, piece, part, deadline)));
     }
     tasks.join_all().await.into_iter().collect()
 }
@@ -85,7 +86,7 @@ pub(crate) async fn punch(inner: &Arc<Inner>, state: &Arc<InodeState>, offset: u
         while tasks.len() >= PUNCHES_IN_FLIGHT_MAX {
             tasks.join_next().await.unwrap_or(Ok(Ok(()))).map_err(broke_off)??;
         }
-        tasks.spawn(punch_piece(inner.clone(), state.clone(), layout, piece, deadline));
+        tasks.spawn(trace::inherit(punch_piece(inner.clone(), state.clone(), layout, piece, deadline)));
     }
     while let Some(ended) = tasks.join_next().await {
         ended.map_err(broke_off)??;
@@ -148,7 +149,7 @@ pub(crate) async fn sync_chains(inner: &Arc<Inner>, state: &Arc<InodeState>) -> 
     let mut tasks = JoinSet::new();
     for &chain_id in &unsynced.chains {
         let inner = inner.clone();
-        tasks.spawn(async move { (chain_id, sync_chain(&inner, chain_id, deadline).await) });
+        tasks.spawn(trace::inherit(async move { (chain_id, sync_chain(&inner, chain_id, deadline).await) }));
     }
     let mut result = Ok(());
     while let Some(joined) = tasks.join_next().await {
@@ -208,6 +209,7 @@ async fn head_call<Req: Message>(
 ) -> Result<Bytes> {
     let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(1));
     let (mut resends, mut disk_failures, mut sent) = (0, 0, false);
+    let mut attempt = 0;
     loop {
         let view = inner.view();
         let head = view.chain(chain_id).and_then(|chain| {
@@ -219,7 +221,10 @@ async fn head_call<Req: Message>(
             Some((chain, head, address)) => {
                 let payload = payload.iter().cloned().collect();
                 let call = inner.wire.transfer(address, method, build(chain, head), payload, Sink::none(), deadline);
-                unless_moved(inner, chain, call).await
+                let (node_id, target_id) = (head.node_id, head.target_id);
+                let chunks = u32::from(method != Method::StorageSync);
+                let detail = trace::Detail { node_id, target_id, chunks, attempt, hedge: false };
+                trace::detailed(detail, unless_moved(inner, chain, call)).await
             }
         };
         let error = match result {
@@ -248,6 +253,7 @@ async fn head_call<Req: Message>(
             return Err(if sent { late.maybe_applied() } else { late });
         }
         inner.counters.write_retries.fetch_add(1, Ordering::Relaxed);
+        attempt += 1;
         tracing::debug!(chain_id, ?method, %error, "trying again");
         if wait {
             inner.wait_routing(view.version(), error.routing_version, pause).await;

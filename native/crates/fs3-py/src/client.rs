@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fs3_client::trace::{Outcome, Shown};
 use fs3_client::{
     Caller, ClientConfig, CreateOptions, FileType, Method, OpenOptions, PathAt, ReadOp, Region, RegionMut, Result,
     Setattr, SetxattrMode, WriteOp,
@@ -19,6 +20,7 @@ use crate::locks::Locks;
 use crate::operation::Operation;
 use crate::records::{Attr, DirEntry, Replica, Statfs};
 use crate::runtime::Owned;
+use crate::trace;
 use crate::transport::{self, RdmaOptions};
 
 /// A connection to a cluster, made by `Client.connect`. Thread-safe. Paths are bytes, relative to the directory
@@ -35,11 +37,11 @@ impl Client {
         Ok(self.client.get()?.clone())
     }
 
-    fn attr<F>(&self, work: impl FnOnce(fs3_client::Client, Arc<Caller>) -> F) -> PyResult<Operation>
+    fn attr<F>(&self, shown: Shown, work: impl FnOnce(fs3_client::Client, Arc<Caller>) -> F) -> PyResult<Operation>
     where
         F: Future<Output = Result<fs3_client::Attr>> + Send + 'static,
     {
-        let work = work(self.native()?, self.caller.clone());
+        let work = shown.run(work(self.native()?, self.caller.clone()), Outcome::plain);
         Ok(Operation::new(work, |py, attr| Py::new(py, Attr::from(attr))))
     }
 }
@@ -175,7 +177,9 @@ impl Client {
     /// Attributes of an inode.
     #[pyo3(signature = (path, *, inode=1, follow=true))]
     fn stat(&self, path: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move { client.stat(&caller, at(inode, &path, follow)).await })
+        self.attr(trace::on_path("stat", inode, &path), move |client, caller| async move {
+            client.stat(&caller, at(inode, &path, follow)).await
+        })
     }
 
     /// Attributes of many paths; each result is an Attr or the error.
@@ -183,7 +187,9 @@ impl Client {
     fn batch_stat(&self, paths: Vec<Vec<u8>>, inode: u64, follow: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
         let list = paths.iter().map(|path| at(inode, path, follow)).collect();
-        Ok(Operation::new(async move { client.batch_stat(&caller, list).await }, |py, results| {
+        let shown = trace::on_paths("batch_stat", inode, &paths);
+        let work = shown.run(async move { client.batch_stat(&caller, list).await }, Outcome::plain);
+        Ok(Operation::new(work, |py, results| {
             listed(py, results, |attr| Ok(Py::new(py, Attr::from(attr))?.into_any()))
         }))
     }
@@ -192,7 +198,9 @@ impl Client {
     #[pyo3(signature = (path, *, inode=1, with_attr=false))]
     fn list(&self, path: Vec<u8>, inode: u64, with_attr: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
+        let shown = trace::on_path("list", inode, &path);
         let work = async move { client.list_all(&caller, at(inode, &path, true), with_attr).await };
+        let work = shown.run(work, Outcome::plain);
         Ok(Operation::new(work, |py, entries| {
             entries.into_iter().map(|entry| Py::new(py, DirEntry::from(entry))).collect::<PyResult<Vec<_>>>()
         }))
@@ -203,7 +211,9 @@ impl Client {
     #[pyo3(signature = (path, after, limit, *, inode=1, with_attr=false))]
     fn list_page(&self, path: Vec<u8>, after: Vec<u8>, limit: u32, inode: u64, with_attr: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
+        let shown = trace::on_path("list", inode, &path);
         let work = async move { client.list(&caller, at(inode, &path, true), &after, limit, with_attr).await };
+        let work = shown.run(work, Outcome::plain);
         Ok(Operation::new(work, |py, page| {
             let entries = page.entries.into_iter().map(|entry| Py::new(py, DirEntry::from(entry)));
             Ok((entries.collect::<PyResult<Vec<_>>>()?, page.end, page.parent))
@@ -231,8 +241,10 @@ impl Client {
         let layout = layout(chunk_bytes);
         let options = CreateOptions { mode, umask, exclusive, truncate, read, write, layout };
         let (client, caller) = (self.native()?, self.caller.clone());
+        let (shown, name) = (trace::on_path("create", inode, &path), trace::shown_path(inode, &path));
         let work = async move { client.create(&caller, at(inode, &path, follow), options).await };
-        Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
+        let work = shown.run(work, Outcome::plain);
+        Ok(Operation::new(work, |py, file| Py::new(py, File::new(file, name))))
     }
 
     /// Open an existing file.
@@ -248,8 +260,10 @@ impl Client {
     ) -> PyResult<Operation> {
         let options = OpenOptions { read, write, truncate };
         let (client, caller) = (self.native()?, self.caller.clone());
+        let (shown, name) = (trace::on_path("open", inode, &path), trace::shown_path(inode, &path));
         let work = async move { client.open(&caller, at(inode, &path, follow), options).await };
-        Ok(Operation::new(work, |py, file| Py::new(py, File::new(file))))
+        let work = shown.run(work, Outcome::plain);
+        Ok(Operation::new(work, |py, file| Py::new(py, File::new(file, name))))
     }
 
     /// Open many existing files for reading, several at a time. Each result is the file or the error.
@@ -257,8 +271,18 @@ impl Client {
     fn open_many(&self, paths: Vec<Vec<u8>>, inode: u64, follow: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
         let at = paths.iter().map(|path| at(inode, path, follow)).collect();
-        Ok(Operation::with(async move { client.open_many(&caller, at).await }, |py, files| {
-            listed(py, files, |file| Ok(Py::new(py, File::new(file))?.into_any()))
+        let shown = trace::on_paths("open_many", inode, &paths);
+        let failed = |results: &Vec<Result<_>>| Outcome {
+            bytes: None,
+            error: results.iter().find_map(|one| Outcome::plain(one).error),
+        };
+        let work = shown.run(async move { client.open_many(&caller, at).await }, failed);
+        Ok(Operation::with(work, move |py, files| {
+            let files = files
+                .into_iter()
+                .zip(paths)
+                .map(|(file, path)| file.map(|file| (file, trace::shown_path(inode, &path))));
+            listed(py, files, |(file, path)| Ok(Py::new(py, File::new(file, path))?.into_any()))
         }))
     }
 
@@ -266,7 +290,7 @@ impl Client {
     #[pyo3(signature = (path, *, inode=1, mode=0o644, umask=0, kind=1, rdev=0))]
     fn mknod(&self, path: Vec<u8>, inode: u64, mode: u32, umask: u32, kind: i32, rdev: u64) -> PyResult<Operation> {
         let kind = FileType::try_from(kind).map_err(|_| PyValueError::new_err("kind is no FileType"))?;
-        self.attr(move |client, caller| async move {
+        self.attr(trace::on_path("mknod", inode, &path), move |client, caller| async move {
             client.mknod(&caller, at(inode, &path, false), mode, umask, kind, rdev).await
         })
     }
@@ -283,7 +307,7 @@ impl Client {
         parents: bool,
         chunk_bytes: u32,
     ) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move {
+        self.attr(trace::on_path("mkdir", inode, &path), move |client, caller| async move {
             client.mkdir(&caller, at(inode, &path, false), mode, umask, parents, layout(chunk_bytes)).await
         })
     }
@@ -291,7 +315,9 @@ impl Client {
     /// Make a symlink.
     #[pyo3(signature = (path, target, *, inode=1))]
     fn symlink(&self, path: Vec<u8>, target: Vec<u8>, inode: u64) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move { client.symlink(&caller, at(inode, &path, false), &target).await })
+        self.attr(trace::on_path("symlink", inode, &path), move |client, caller| async move {
+            client.symlink(&caller, at(inode, &path, false), &target).await
+        })
     }
 
     /// Make `destination` a hard link to `source`; it is relative to the directory `to_inode`, if that is given.
@@ -304,7 +330,7 @@ impl Client {
         follow: bool,
         to_inode: Option<u64>,
     ) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move {
+        self.attr(trace::on_path("link", inode, &source), move |client, caller| async move {
             let to = at(to_inode.unwrap_or(inode), &destination, false);
             client.link(&caller, at(inode, &source, follow), to).await
         })
@@ -313,14 +339,17 @@ impl Client {
     /// Remove a name that is not a directory.
     #[pyo3(signature = (path, *, inode=1))]
     fn unlink(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move { client.unlink(&caller, at(inode, &path, false), None).await })
+        self.attr(trace::on_path("unlink", inode, &path), move |client, caller| async move {
+            client.unlink(&caller, at(inode, &path, false), None).await
+        })
     }
 
     /// Remove an empty directory.
     #[pyo3(signature = (path, *, inode=1))]
     fn rmdir(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
-        let work = async move { client.rmdir(&caller, at(inode, &path, false)).await };
+        let shown = trace::on_path("rmdir", inode, &path);
+        let work = shown.run(async move { client.rmdir(&caller, at(inode, &path, false)).await }, Outcome::plain);
         Ok(Operation::new(work, |_, ()| Ok(())))
     }
 
@@ -328,7 +357,9 @@ impl Client {
     #[pyo3(signature = (path, *, inode=1, skip_trash=false))]
     fn remove_all(&self, path: Vec<u8>, inode: u64, skip_trash: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
-        let work = async move { client.remove_all(&caller, at(inode, &path, false), skip_trash).await };
+        let shown = trace::on_path("remove_all", inode, &path);
+        let work = shown
+            .run(async move { client.remove_all(&caller, at(inode, &path, false), skip_trash).await }, Outcome::plain);
         Ok(Operation::new(work, |_, ()| Ok(())))
     }
 
@@ -345,11 +376,12 @@ impl Client {
         to_inode: Option<u64>,
     ) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
+        let shown = trace::on_path("rename", inode, &source);
         let work = async move {
             let (from, to) = (at(inode, &source, false), at(to_inode.unwrap_or(inode), &destination, false));
             client.rename(&caller, from, to, no_replace, exchange, None).await
         };
-        Ok(Operation::new(work, |_, _| Ok(())))
+        Ok(Operation::new(shown.run(work, Outcome::plain), |_, _| Ok(())))
     }
 
     /// Change mode, owner or times, or of a directory the layout of new files in it; None leaves a field as it is.
@@ -373,7 +405,9 @@ impl Client {
         stripe: Option<u32>,
     ) -> PyResult<Operation> {
         let change = Setattr { mode, uid, gid, atime_ns, mtime_ns, atime_now, mtime_now, chunk_bytes, stripe };
-        self.attr(move |client, caller| async move { client.setattr(&caller, at(inode, &path, follow), change).await })
+        self.attr(trace::on_path("setattr", inode, &path), move |client, caller| async move {
+            client.setattr(&caller, at(inode, &path, follow), change).await
+        })
     }
 
     /// Any metadata operation: the encoded request without `caller` and `op` (`with_op`: it has one); the encoded
@@ -383,6 +417,7 @@ impl Client {
         let method =
             Method::try_from(method).map_err(|_| PyValueError::new_err(format!("there is no method {method}")))?;
         let work = async move { client.meta_call(&caller, method, request.into(), with_op).await };
+        let work = trace::on_path(method.as_str_name(), 0, b"").run(work, Outcome::plain);
         Ok(Operation::new(work, |py, response| Ok(PyBytes::new(py, &response).unbind())))
     }
 
@@ -390,7 +425,9 @@ impl Client {
     #[pyo3(signature = (path, name, *, inode=1, follow=true))]
     fn getxattr(&self, path: Vec<u8>, name: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
-        let work = async move { client.getxattr(&caller, at(inode, &path, follow), &name).await };
+        let shown = trace::on_path("getxattr", inode, &path);
+        let work =
+            shown.run(async move { client.getxattr(&caller, at(inode, &path, follow), &name).await }, Outcome::plain);
         Ok(Operation::new(work, |py, value| Ok(PyBytes::new(py, &value).unbind())))
     }
 
@@ -398,7 +435,8 @@ impl Client {
     #[pyo3(signature = (path, *, inode=1, follow=true))]
     fn listxattr(&self, path: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
-        let work = async move { client.listxattr(&caller, at(inode, &path, follow)).await };
+        let shown = trace::on_path("listxattr", inode, &path);
+        let work = shown.run(async move { client.listxattr(&caller, at(inode, &path, follow)).await }, Outcome::plain);
         Ok(Operation::new(work, |py, names| {
             Ok(PyList::new(py, names.iter().map(|name| PyBytes::new(py, name)))?.unbind())
         }))
@@ -415,7 +453,7 @@ impl Client {
         inode: u64,
         follow: bool,
     ) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move {
+        self.attr(trace::on_path("setxattr", inode, &path), move |client, caller| async move {
             let mode = SetxattrMode::from_flags(flags)?;
             client.setxattr(&caller, at(inode, &path, follow), &name, &value, mode).await
         })
@@ -424,22 +462,25 @@ impl Client {
     /// Remove an extended attribute.
     #[pyo3(signature = (path, name, *, inode=1, follow=true))]
     fn removexattr(&self, path: Vec<u8>, name: Vec<u8>, inode: u64, follow: bool) -> PyResult<Operation> {
-        self.attr(
-            move |client, caller| async move { client.removexattr(&caller, at(inode, &path, follow), &name).await },
-        )
+        self.attr(trace::on_path("removexattr", inode, &path), move |client, caller| async move {
+            client.removexattr(&caller, at(inode, &path, follow), &name).await
+        })
     }
 
     /// Cut or extend a file.
     #[pyo3(signature = (path, length, *, inode=1))]
     fn truncate(&self, path: Vec<u8>, length: u64, inode: u64) -> PyResult<Operation> {
-        self.attr(move |client, caller| async move { client.truncate(&caller, at(inode, &path, true), length).await })
+        self.attr(trace::on_path("truncate", inode, &path), move |client, caller| async move {
+            client.truncate(&caller, at(inode, &path, true), length).await
+        })
     }
 
     /// Capacity and use.
     #[pyo3(signature = (path=Vec::new(), *, inode=1))]
     fn statfs(&self, path: Vec<u8>, inode: u64) -> PyResult<Operation> {
         let (client, caller) = (self.native()?, self.caller.clone());
-        let work = async move { client.statfs(&caller, at(inode, &path, true)).await };
+        let shown = trace::on_path("statfs", inode, &path);
+        let work = shown.run(async move { client.statfs(&caller, at(inode, &path, true)).await }, Outcome::plain);
         Ok(Operation::new(work, |py, statfs| Py::new(py, Statfs::from(statfs))))
     }
 
@@ -449,8 +490,10 @@ impl Client {
         let read = |(file, offset, buffer): &(Bound<'_, File>, u64, Bound<'_, PyAny>)| {
             Ok(ReadOp { file: file.get().open_file()?, offset: *offset, buf: writable(buffer)? })
         };
+        let shown = ranges("read_many", &ops);
         let ops = ops.iter().map(read).collect::<PyResult<Vec<_>>>()?;
         let work = async move { client.read_many(ops).await };
+        let work = shown.run(work, |results| Outcome::summed(results.iter().map(|(result, _)| result)));
         Ok(Operation::with(work, |py, results: Vec<(Result<usize>, RegionMut)>| {
             counts(py, results.into_iter().map(|(result, _region)| result))
         }))
@@ -467,6 +510,7 @@ impl Client {
         }
         // The buffers go back where the interpreter is at hand.
         let work = async move { (client.write_many(list).await, regions) };
+        let work = ranges("write_many", &ops).run(work, |(results, _)| Outcome::summed(results));
         Ok(Operation::with(work, |py, (results, regions): (Vec<Result<usize>>, Vec<Region>)| {
             drop(regions);
             counts(py, results)
@@ -481,6 +525,15 @@ impl Client {
             listings.into_iter().map(replica).collect::<PyResult<Vec<_>>>()
         }))
     }
+}
+
+/// What a trace shows of a batch.
+fn ranges(name: &'static str, ops: &[(Bound<'_, File>, u64, Bound<'_, PyAny>)]) -> Shown {
+    let range = |(file, offset, _): &(Bound<'_, File>, u64, _)| {
+        let file = file.get();
+        Some((file.open_file().ok()?, file.path(), *offset))
+    };
+    trace::on_ranges(name, || ops.iter().filter_map(range).collect())
 }
 
 /// A list of what `make` makes of the results, and of errors.

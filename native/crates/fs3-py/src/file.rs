@@ -3,33 +3,47 @@
 use std::sync::Arc;
 
 use fs3_client::OpenFile;
+use fs3_client::trace::{Outcome, Shown};
 use pyo3::prelude::*;
 
 use crate::buffer::{readable, writable};
 use crate::operation::Operation;
 use crate::records::Attr;
 use crate::runtime::Owned;
+use crate::trace;
 
 /// An open file. All methods may be called from any thread at once; offsets and lengths are bytes.
 #[pyclass(frozen, module = "fs3._native")]
 pub struct File {
     file: Owned<Arc<OpenFile>>,
+    /// As it was opened, for traces.
+    path: Arc<[u8]>,
 }
 
 impl File {
-    pub fn new(file: Arc<OpenFile>) -> Self {
-        Self { file: Owned::new(file) }
+    pub fn new(file: Arc<OpenFile>, path: Arc<[u8]>) -> Self {
+        Self { file: Owned::new(file), path }
     }
 
     pub fn open_file(&self) -> PyResult<Arc<OpenFile>> {
         Ok(self.file.get()?.clone())
     }
 
-    fn attr_operation<F>(&self, work: impl FnOnce(Arc<OpenFile>) -> F) -> PyResult<Operation>
+    /// The path that it was opened by.
+    pub fn path(&self) -> Arc<[u8]> {
+        self.path.clone()
+    }
+
+    fn shown(&self, name: &'static str, offset: Option<u64>) -> PyResult<Shown> {
+        Ok(trace::on_file(name, self.file.get()?, &self.path, offset))
+    }
+
+    fn attr_operation<F>(&self, name: &'static str, work: impl FnOnce(Arc<OpenFile>) -> F) -> PyResult<Operation>
     where
         F: Future<Output = fs3_core::Result<fs3_client::Attr>> + Send + 'static,
     {
-        Ok(Operation::new(work(self.open_file()?), |py, attr| Py::new(py, Attr::from(attr))))
+        let work = self.shown(name, None)?.run(work(self.open_file()?), Outcome::plain);
+        Ok(Operation::new(work, |py, attr| Py::new(py, Attr::from(attr))))
     }
 }
 
@@ -68,7 +82,9 @@ impl File {
     /// buffer beyond the count are undefined.
     fn pread_into(&self, buffer: &Bound<'_, PyAny>, offset: u64) -> PyResult<Operation> {
         let (file, region) = (self.open_file()?, writable(buffer)?);
-        Ok(Operation::with(async move { file.read(offset, region).await }, |py, (result, region)| {
+        let work = async move { file.read(offset, region).await };
+        let work = self.shown("read", Some(offset))?.run(work, |(result, _)| Outcome::counted(result));
+        Ok(Operation::with(work, |py, (result, region)| {
             drop(region);
             result.map_err(|error| crate::errors::to_python(py, &error))
         }))
@@ -82,6 +98,7 @@ impl File {
             // The buffer goes back where the interpreter is at hand.
             (result, region)
         };
+        let work = self.shown("write", Some(offset))?.run(work, |(result, _)| Outcome::counted(result));
         Ok(Operation::with(work, |py, (result, region)| {
             drop(region);
             result.map_err(|error| crate::errors::to_python(py, &error))
@@ -92,6 +109,10 @@ impl File {
     fn append(&self, buffer: &Bound<'_, PyAny>) -> PyResult<Operation> {
         let (file, region) = (self.open_file()?, readable(buffer)?);
         let work = async move { (file.append(region.clone()).await, region) };
+        let work = self.shown("append", None)?.run(work, |(end, region)| Outcome {
+            bytes: end.is_ok().then_some(region.len() as u64),
+            ..Outcome::plain(end)
+        });
         Ok(Operation::with(work, |py, (result, region)| {
             drop(region);
             result.map_err(|error| crate::errors::to_python(py, &error))
@@ -100,26 +121,27 @@ impl File {
 
     /// Make acknowledged writes survive power loss of all nodes; publish length and mtime.
     fn sync(&self) -> PyResult<Operation> {
-        self.attr_operation(|file| async move { file.sync().await })
+        self.attr_operation("sync", |file| async move { file.sync().await })
     }
 
     /// Publish length and mtime to other clients.
     fn publish(&self) -> PyResult<Operation> {
-        self.attr_operation(|file| async move { file.publish().await })
+        self.attr_operation("publish", |file| async move { file.publish().await })
     }
 
     /// Make `length` bytes from `offset` on a hole.
     fn punch(&self, offset: u64, length: u64) -> PyResult<Operation> {
         let file = self.open_file()?;
-        Ok(Operation::with(async move { file.punch(offset, length).await }, |py, result| {
-            result.map_err(|error| crate::errors::to_python(py, &error))
-        }))
+        let work =
+            self.shown("punch", Some(offset))?.run(async move { file.punch(offset, length).await }, Outcome::plain);
+        Ok(Operation::with(work, |py, result| result.map_err(|error| crate::errors::to_python(py, &error))))
     }
 
     /// Make it at least `length` bytes long without writing; it never becomes shorter.
     fn extend(&self, length: u64) -> PyResult<Operation> {
         let file = self.open_file()?;
-        Ok(Operation::new(async move { file.extend(length).await }, |_, ()| Ok(())))
+        let work = self.shown("extend", None)?.run(async move { file.extend(length).await }, Outcome::plain);
+        Ok(Operation::new(work, |_, ()| Ok(())))
     }
 
     /// Reading it changes no access time from here on.
@@ -138,21 +160,22 @@ impl File {
     fn seek_sparse(&self, offset: u64, hole: bool) -> PyResult<Operation> {
         let file = self.open_file()?;
         let work = async move { if hole { file.seek_hole(offset).await } else { file.seek_data(offset).await } };
+        let work = self.shown("seek_sparse", Some(offset))?.run(work, Outcome::plain);
         Ok(Operation::new(work, |_, position| Ok(position)))
     }
 
     /// Cut or extend to `length`.
     fn truncate(&self, length: u64) -> PyResult<Operation> {
-        self.attr_operation(move |file| async move { file.truncate(length).await })
+        self.attr_operation("truncate", move |file| async move { file.truncate(length).await })
     }
 
     /// Ask the service for the attributes.
     fn refresh(&self) -> PyResult<Operation> {
-        self.attr_operation(|file| async move { file.refresh().await })
+        self.attr_operation("stat", |file| async move { file.refresh().await })
     }
 
     /// Publish length and mtime and end the session; again: nothing.
     fn close(&self) -> PyResult<Operation> {
-        self.attr_operation(|file| async move { file.close().await })
+        self.attr_operation("close", |file| async move { file.close().await })
     }
 }

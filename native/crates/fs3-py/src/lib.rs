@@ -16,6 +16,7 @@ mod records;
 mod runtime;
 mod sim;
 mod storage;
+mod trace;
 mod transport;
 mod usrbio;
 
@@ -53,11 +54,15 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<records::Chunk>()?;
     module.add_class::<records::Replica>()?;
     module.add_class::<storage::StorageEngine>()?;
+    module.add_class::<trace::TracedOperation>()?;
+    module.add_class::<trace::TracedRequest>()?;
     module.add_function(wrap_pyfunction!(crc32c, module)?)?;
     module.add_function(wrap_pyfunction!(crc_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(logging::init_logging, module)?)?;
     module.add_function(wrap_pyfunction!(logging::set_log_level, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_runtime_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(trace::trace_start, module)?)?;
+    module.add_function(wrap_pyfunction!(trace::trace_stop, module)?)?;
     mount::register(module)?;
     bench::register(module)?;
     sim::register(module)?;

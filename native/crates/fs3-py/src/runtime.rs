@@ -83,12 +83,13 @@ pub fn set_runtime_threads(count: usize) -> PyResult<()> {
 
 extern "C" fn count_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
+    fs3_client::trace::forget();
 }
 
 /// Notice forks from now on. Asking for the process id each time would be a system call.
 pub fn watch_forks() -> PyResult<()> {
     static WATCHING: OnceLock<i32> = OnceLock::new();
-    // SAFETY: the handler only touches an atomic.
+    // SAFETY: the handler only touches atomics.
     match *WATCHING.get_or_init(|| unsafe { libc::pthread_atfork(None, None, Some(count_fork)) }) {
         0 => Ok(()),
         error => Err(PyRuntimeError::new_err(format!("cannot watch for forks (error {error})"))),
