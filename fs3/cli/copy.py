@@ -4,47 +4,38 @@ from __future__ import annotations
 
 import os
 import stat as stat_module
-import sys
-import time
 from contextlib import ExitStack
 from typing import Any
 
 import click
 
 import fs3
-from fs3.cli.output import human_bytes
+from fs3.cli.output import ProgressLine, human_bytes
 from fs3.cli.target import RemotePath, cluster_options, is_remote, remote_path
 from fs3.client import FileSystem, transfer
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
 
-REDRAW_S = 0.1
 PATH_COLUMNS = 40
 
 
 class Bar:
-    """A line on the terminal that tells what has been copied; nothing when standard error is no terminal."""
+    """A line that tells what has been copied."""
 
     def __init__(self, quiet: bool) -> None:
-        self._visible = sys.stderr.isatty() and not quiet
-        self._start = time.monotonic()
-        self._drawn = 0.0
+        self._line = ProgressLine(quiet)
 
     def update(self, done: transfer.Progress) -> None:
         """Redraw, not too often."""
-        now = time.monotonic()
-        if self._visible and now - self._drawn >= REDRAW_S:
-            self._drawn = now
-            print(f"\r\x1b[K{self.describe(done)}  {done.path[-PATH_COLUMNS:]}", end="", file=sys.stderr, flush=True)
+        self._line.draw(lambda: f"{self.describe(done)}  {done.path[-PATH_COLUMNS:]}")
 
     def close(self) -> None:
         """Wipe the line."""
-        if self._visible:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._line.close()
 
     def describe(self, done: transfer.Progress) -> str:
         """Totals and speed so far."""
-        seconds = max(time.monotonic() - self._start, 1e-6)
+        seconds = self._line.seconds
         links = f", {done.symlinks} links" if done.symlinks else ""
         return (
             f"{done.files} files{links}, {human_bytes(done.bytes)} in {seconds:.1f} s "

@@ -35,6 +35,7 @@ COMMANDS = {
     "trash": "trash",
     "quota": "quota",
     "cp": "copy",
+    "data": "data",
     "checkpoint": "checkpoint",
     "doctor": "doctor",
     "admin": "admin",
@@ -93,7 +94,10 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Fs3Error as e:
-        print(f"fs3: {e.message}", file=sys.stderr)
+        # Most messages name what they are about.
+        name = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else ""
+        prefix = "" if os.path.basename(name) in e.message else f"{name}: "
+        print(f"fs3: {prefix}{e.message}", file=sys.stderr)
         return 1
     except OSError as e:
         name = f"{e.filename}: " if e.filename else ""

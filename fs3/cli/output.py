@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+REDRAW_S = 0.1
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -38,3 +42,29 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} PiB"
+
+
+class ProgressLine:
+    """A line on the terminal that tells how far something is; nothing when standard error is no terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._visible = sys.stderr.isatty() and not quiet
+        self._start = time.monotonic()
+        self._drawn = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since it began; never 0."""
+        return max(time.monotonic() - self._start, 1e-6)
+
+    def draw(self, text: Callable[[], str]) -> None:
+        """Redraw, not too often."""
+        now = time.monotonic()
+        if self._visible and now - self._drawn >= REDRAW_S:
+            self._drawn = now
+            print(f"\r\x1b[K{text()}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self._visible:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

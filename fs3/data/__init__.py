@@ -11,6 +11,7 @@ from fs3.data.dataset import Batch, Dataset
 from fs3.data.ffrecord import FFRecordDataset
 from fs3.data.files import FileDataset
 from fs3.data.formats import open_dataset
+from fs3.data.packing import pack
 from fs3.data.parquet import ParquetDataset
 from fs3.data.records import RecordDataset, RecordWriter
 from fs3.data.sampler import StatefulDistributedSampler
@@ -27,4 +28,5 @@ __all__ = [
     "StatefulDistributedSampler",
     "TarDataset",
     "open_dataset",
+    "pack",
 ]

@@ -140,6 +140,11 @@ class Dataset(ABC):
         """The shards, in the order of their samples."""
         return list(self._paths)
 
+    def counts(self) -> list[int]:
+        """The samples of each of the paths."""
+        counted: list[int] = np.diff(self._ends, prepend=0).tolist()
+        return counted
+
     def _locate(self, indices: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard and number in it, of each. Raises IndexError."""
         wanted = np.asarray(indices, np.int64).reshape(-1)
@@ -316,6 +321,11 @@ class IndexedDataset(SpanDataset):
         """Read all indexes now, so that forked workers share their memory; the bytes that they take."""
         self._need(range(len(self._paths)))
         return sum(index.nbytes for index in self._indexes.values())
+
+    def lengths(self) -> NDArray[Any]:
+        """The bytes of every sample."""
+        self.load_indexes()
+        return np.concatenate([self._indexes[shard].lengths for shard in range(len(self._paths))])
 
     def index(self, shard: int) -> Index:
         """The index of a shard."""

@@ -12,7 +12,7 @@ from fs3.data.ffrecord import FFRecordDataset
 from fs3.data.files import FileDataset
 from fs3.data.parquet import ParquetDataset
 from fs3.data.records import RecordDataset
-from fs3.data.store import Source, locate
+from fs3.data.store import Source, Store, locate
 from fs3.data.tar import TarDataset
 from fs3.v1.frame_pb2 import Code
 
@@ -28,16 +28,22 @@ def open_dataset(
     """
     store, paths = locate(source, fs, token)
     try:
-        names: list[str] = []
-        directories = False
-        for path in paths:
-            if store.is_directory(path):
-                directories = True
-                names += store.names(path)
-            else:
-                names.append(path)
+        kind = kind_of(store, paths)
     finally:
         store.close()
+    return kind(source, fs=fs, token=token, **options)
+
+
+def kind_of(store: Store, paths: Sequence[str]) -> type[Dataset]:
+    """The class for shards at these paths."""
+    names: list[str] = []
+    directories = False
+    for path in paths:
+        if store.is_directory(path):
+            directories = True
+            names += store.names(path)
+        else:
+            names.append(path)
     kinds = [kind for kind in KINDS if any(name.endswith(kind.suffixes) for name in names)]
     if len(kinds) > 1:
         found = " and ".join(kind.suffixes[0] for kind in kinds)
@@ -45,5 +51,4 @@ def open_dataset(
     if not kinds and not directories:
         known = ", ".join(suffix for kind in KINDS for suffix in kind.suffixes)
         raise error(Code.CODE_INVALID_ARGUMENT, f"{', '.join(paths)} is no shard: its name should end in {known}")
-    chosen = kinds[0] if kinds else FileDataset
-    return chosen(source, fs=fs, token=token, **options)
+    return kinds[0] if kinds else FileDataset

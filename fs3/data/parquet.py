@@ -75,8 +75,8 @@ class ParquetDataset(Dataset):
             self._footer(path, bytes(tail))
             for path, tail in zip(self._paths, self._tails(sizes, [FOOTER_BYTES] * len(sizes)), strict=True)
         ]
-        for path, footer in zip(self._paths, self._footers, strict=True):
-            unknown = sorted(set(self._columns or ()) - set(footer.schema.to_arrow_schema().names))
+        for number, path in enumerate(self._paths):
+            unknown = sorted(set(self._columns or ()) - set(self.column_names(number)))
             if unknown:
                 raise wrong(path, f"it has no column {unknown[0]!r}")
         # Rows before each row group, and behind the last.
@@ -85,6 +85,10 @@ class ParquetDataset(Dataset):
             for footer in self._footers
         ]
         return [len(rows) - 1 if self._unit == "row_group" else int(rows[-1]) for rows in self._rows]
+
+    def column_names(self, shard: int) -> list[str]:
+        """The columns of a file."""
+        return list(self._footers[shard].schema.to_arrow_schema().names)
 
     def _tails(self, sizes: list[int], lengths: list[int]) -> list[memoryview]:
         """The ends of all files, whole footers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from fs3.data.index import (
     make_keys,
     pack_index,
     unpack_index,
+    wrong,
 )
 from fs3.data.store import Store, locate, published, read_whole
 from fs3.v1.frame_pb2 import Code
@@ -37,6 +39,8 @@ BUFFER_BYTES = 8 << 20
 # Records of this size and more begin at a block of the cluster's checksums: they are read without copying any part.
 ALIGNED_BYTES = 32 << 10
 SMALL_ALIGNMENT = 8
+# A shard of a directory that was packed: part-00003-of-00012.fs3r
+_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d+)-of-(?P<total>\d+)" + re.escape(SUFFIX))
 
 
 class RecordWriter:
@@ -225,6 +229,15 @@ class RecordDataset(IndexedDataset):
 
     suffixes = (SUFFIX,)
 
+    def _expand(self, given: list[str]) -> list[str]:
+        for path in given:
+            missing = missing_shards(self._store.names(path)) if self._store.is_directory(path) else []
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                why = f"{missing[0]}{more} is missing: run `fs3 data pack` again until it ends, or name the shards"
+                raise wrong(path, why)
+        return super()._expand(given)
+
     def _scan(self) -> Sequence[int]:
         self._reset()
         self._headers = read_headers(self._store, self._paths)
@@ -236,3 +249,22 @@ class RecordDataset(IndexedDataset):
     def metadata(self, shard: int = 0) -> dict[str, Any]:
         """What the writer of a shard kept with it."""
         return self.index(shard).metadata
+
+
+def missing_shards(names: Sequence[str]) -> list[str]:
+    """The shards that packing has not finished, by the names of those that are there."""
+    there: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if found := _NAME.fullmatch(name):
+            there.setdefault((found["prefix"], found["total"]), set()).add(int(found["number"]))
+    return [
+        shard_name(prefix, number, int(total))
+        for (prefix, total), numbers in sorted(there.items())
+        for number in range(int(total))
+        if number not in numbers
+    ]
+
+
+def shard_name(prefix: str, number: int, total: int) -> str:
+    """The name of one of `total` shards."""
+    return f"{prefix}-{number:05d}-of-{total:05d}{SUFFIX}"

@@ -23,6 +23,8 @@ from fs3.v1.frame_pb2 import Code
 SCHEME = "fs3://"
 # Files that are kept open for reading; the one used longest ago makes room.
 OPEN_FILES_MAX = 1024
+# Those of a local store count against the process' limit of descriptors.
+LOCAL_FILES_MAX = 128
 
 H = TypeVar("H")
 Read = tuple[str, int, memoryview]
@@ -245,7 +247,7 @@ class LocalOutput:
 class LocalStore:
     """The local file system, for comparing and for mounts: one `preadv` after the other."""
 
-    def __init__(self, *, open_files_max: int = OPEN_FILES_MAX) -> None:
+    def __init__(self, *, open_files_max: int = LOCAL_FILES_MAX) -> None:
         self._open_files_max = open_files_max
         self._turn = threading.Lock()
         self._pid = os.getpid()
@@ -375,18 +377,29 @@ def expand(store: Store, paths: Sequence[str], suffixes: tuple[str, ...]) -> lis
     """
     found: list[str] = []
     for path in paths:
-        directory, name = split(path)
-        if any(mark in name for mark in "*?["):
-            matching = [n for n in store.names(directory) if fnmatch.fnmatchcase(n, name)]
-        elif store.is_directory(path):
-            directory = path
-            matching = [n for n in store.names(path) if n.endswith(suffixes) and not n.startswith(".")]
+        if not is_pattern(path) and store.is_directory(path):
+            shards = [join(path, n) for n in store.names(path) if n.endswith(suffixes) and not n.startswith(".")]
+            if not shards:
+                raise error(Code.CODE_NOT_FOUND, f"{path} has no shard ({', '.join(suffixes)})")
+            found += shards
         else:
-            found.append(path)
-            continue
-        if not matching:
-            raise error(Code.CODE_NOT_FOUND, f"{path} has no shard ({', '.join(suffixes)})")
-        found += [join(directory, n) for n in matching]
+            found += matching(store, path)
+    return found
+
+
+def is_pattern(path: str) -> bool:
+    """Whether the last name is a pattern, of ``*``, ``?`` and ``[``."""
+    return any(mark in split(path)[1] for mark in "*?[")
+
+
+def matching(store: Store, path: str) -> list[str]:
+    """What a pattern of the last name matches, or the path itself. Raises NOT_FOUND when nothing matches."""
+    if not is_pattern(path):
+        return [path]
+    directory, name = split(path)
+    found = [join(directory, n) for n in store.names(directory) if fnmatch.fnmatchcase(n, name)]
+    if not found:
+        raise error(Code.CODE_NOT_FOUND, f"nothing matches {path}")
     return found
 
 

@@ -6,7 +6,7 @@ import io
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -94,6 +94,11 @@ class TarDataset(IndexedDataset):
         found = dict(zip(stored, self._read(stored), strict=True)) | self._scanned
         return [found[n] for n in shards]
 
+    def fields(self) -> tuple[str, ...]:
+        """The fields of all shards, in the order in which they come first."""
+        self.load_indexes()
+        return tuple(dict.fromkeys(name for n in range(len(self._paths)) for name in self._indexes[n].fields))
+
     def _fields(self, shard: int, row: int) -> list[tuple[str, int, int]] | None:
         index = self._indexes[shard]
         return super()._fields(shard, row) or [(index.fields[0], 0, int(index.lengths[row]))]
@@ -105,6 +110,35 @@ def build_index(store: Store, path: str) -> Index:
     (index,) = scan(store, [path])
     save(store, path, status, index)
     return index
+
+
+def index_shards(
+    store: Store,
+    paths: Sequence[str],
+    *,
+    jobs: int = SCANS,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Leave indexes beside shards that have none that fits (`force`: beside all); which got one.
+
+    `progress` is called with the number of shards done.
+    """
+
+    def work(path: str) -> str | None:
+        if not force and is_indexed(store, path):
+            return None
+        build_index(store, path)
+        return path
+
+    made = []
+    with ThreadPoolExecutor(jobs, thread_name_prefix="fs3-tar") as pool:
+        for number, path in enumerate(pool.map(work, paths), 1):
+            if path is not None:
+                made.append(path)
+            if progress is not None:
+                progress(number)
+    return made
 
 
 def is_indexed(store: Store, path: str) -> bool:

@@ -64,7 +64,7 @@ def test_every_worker_reads_its_batches(
     dataset, batches = loader(
         fs,
         sampler=StatefulDistributedSampler(SAMPLES, 2, 1, seed=4),
-        num_workers=2 if start else 0,
+        num_workers={None: 0, "fork": 2, "spawn": 1}[start],
         multiprocessing_context=start,
     )
     expected = list(StatefulDistributedSampler(SAMPLES, 2, 1, seed=4))

@@ -61,8 +61,11 @@ def test_shards_are_named_by_pattern_or_one_by_one(tmp_path: Path, shards: list[
         assert [bytes(sample) for sample in dataset] == shards[40:]
     with RecordDataset([tmp_path / "part-2.fs3r", tmp_path / "part-0.fs3r"]) as dataset:
         assert [bytes(sample) for sample in dataset] == shards[40:] + shards[:40]
-    with pytest.raises(FileNotFoundError, match="has no shard"):
+    with pytest.raises(FileNotFoundError, match="nothing matches"):
         RecordDataset(f"{tmp_path}/other-*")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no shard \(\.fs3r\)"):
+        RecordDataset(tmp_path / "empty")
     with pytest.raises(FileNotFoundError):
         RecordDataset(tmp_path / "none.fs3r")
     with pytest.raises(OSError, match="no record file"):
