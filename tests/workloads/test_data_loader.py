@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,3 +144,13 @@ def test_a_shard_that_was_replaced_is_noticed(fs: FileSystem) -> None:
     except OSError as e:
         found = e.filename
     assert found in ([b"one", b"two"], "/replaced/a.fs3r")
+
+
+def test_the_benchmark_runs(fs: FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    dataloader = importlib.import_module("dataloader")
+    samples, large = dataloader.figures(fs, 30 << 20, turns=1, warming=0, pids=[], say=lambda _: None)
+    assert samples.bytes == 256 * dataloader.SAMPLE_BYTES
+    assert large.bytes == 30 << 20
+    assert samples.mb_per_s > 0
+    assert not fs.exists("/samples")
