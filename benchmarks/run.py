@@ -53,6 +53,7 @@ class Row:
     against: str
     floor: float
     peer: Measured | None = None
+    peer_name: str = "native"
     daemon_cpu_s_per_gib: float = 0.0
     """Of the cost, what the mount daemon used."""
 
@@ -89,7 +90,7 @@ class Row:
         if self.figure.write_amplification:
             compared = f"{self.figure.write_amplification:.1f} bytes to disk per byte"
         if self.peer is not None:
-            compared = f"{reached:.2f} × native, in turn with it"
+            compared = f"{reached:.2f} × {self.peer_name}, in turn with it"
         relative = self.against or self.peer is not None
         floor = f"{self.floor:g}" + ("" if relative else " MB/s" if self.figure.bytes else "/s")
         return [self.name, self.rate, cost, compared, floor, "NO" if self.missed(limits) else "yes" if reached else "-"]
@@ -134,7 +135,8 @@ def measure_data(cluster: LocalCluster, size: int) -> list[Row]:
     """The dataloader's row."""
     with fs3.connect(cluster.url, token=cluster.token) as fs:
         samples, large = dataloader.figures(fs, size, turns=TIMES, warming=WARMING, pids=cluster.pids(), say=say)
-    return [Row(f"random 100 KiB samples, batches of {dataloader.BATCH}, dataset", samples, "", 0.6, large)]
+    name = f"random 100 KiB samples, batches of {dataloader.BATCH}, dataset"
+    return [Row(name, samples, "", 0.6, large, "large reads")]
 
 
 def wait_collected(cluster: LocalCluster) -> None:
@@ -229,6 +231,24 @@ def measure_ring(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int
     ]
 
 
+def measure_checkpoints(cluster: LocalCluster, directory: Path, size: int) -> list[Row]:
+    """PyTorch's DCP on fs3, in turn with large I/O and with DCP's own files on the disk; nothing without PyTorch."""
+    try:
+        import checkpoints
+    except ImportError as e:
+        say(f"checkpoints are not measured: {e}")
+        return []
+    with fs3.connect(cluster.url, token=cluster.token) as fs:
+        found = checkpoints.figures(fs, directory, size, turns=TIMES, warming=1, pids=cluster.pids(), say=say)
+    local = "DCP on the local disk"
+    return [
+        Row("checkpoint save, DCP", found["save"], "", 0.6, found["write"], "large writes"),
+        Row("checkpoint load, DCP", found["load"], "", 0.6, found["read"], "large reads"),
+        Row("checkpoint save, replicated, beside local", found["save"], "", 0.0, found["local save"], local),
+        Row("checkpoint load, replicated, beside local", found["load"], "", 0.0, found["local load"], local),
+    ]
+
+
 def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str, Measured], list[Row]]:
     """All measurements, on a cluster in `directory`; the limits before, between and after."""
     limits: list[dict[str, Measured]] = []
@@ -244,7 +264,9 @@ def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str,
     mounted = False
     try:
         cluster.up()
-        rows = measure_native(cluster, size, files) + measure_data(cluster, size)
+        rows = measure_native(cluster, size, files)
+        rows += measure_data(cluster, size)
+        rows += measure_checkpoints(cluster, directory, size)
         measure_limits()
         options = MountOptions(pid_file=str(pid_file), log_file=str(directory / "mount.log"))
         mount(cluster.url, str(mountpoint), token=cluster.token, options=options)

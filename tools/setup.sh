@@ -12,6 +12,11 @@ command -v fusermount3 >/dev/null || need+=(fuse3)
 command -v rsync >/dev/null || need+=(rsync)
 command -v git >/dev/null || need+=(git)
 command -v column >/dev/null || need+=(bsdextrautils)
+if [ "$lock" = requirements-workloads.lock ]; then
+    command -v ip >/dev/null || need+=(iproute2)
+    command -v nft >/dev/null || need+=(nftables)
+    command -v setfacl >/dev/null || need+=(acl)
+fi
 python=$(command -v python3.11 || command -v python3 || true)
 if [ -z "$python" ]; then
     need+=(python3 python3-venv)

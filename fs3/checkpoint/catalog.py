@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # What is younger may be about to be claimed.
 YOUNG_S = 5.0
 # Of the reads of a verification, in all.
-VERIFY_BYTES = 4 * CRC_BYTES
+VERIFY_BYTES = 16 * CRC_BYTES
 
 Progress = Callable[[int], None]
 

@@ -22,7 +22,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fs3 import native
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
 
@@ -30,8 +29,8 @@ FORMAT = 1
 SUMMARY = "checkpoint.json"
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"
-# An item longer than this has a CRC for each part of this length, so that it can be verified with little memory.
-CRC_BYTES = 16 << 20
+# An item longer than this has a CRC for each part of it, to be verified with little memory. Part of the format.
+CRC_BYTES = 4 << 20
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[0-9a-f]{16}")
 
@@ -114,11 +113,6 @@ def parse_sums(data: bytes) -> dict[str, list[Sums]]:
         }
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{CHECKSUMS} is not in its format") from e
-
-
-def crcs_of(data: memoryview) -> tuple[int, ...]:
-    """CRC32C of every CRC_BYTES of `data`, flat bytes."""
-    return tuple(native.crc32c(data[at : at + CRC_BYTES]) for at in range(0, len(data), CRC_BYTES))
 
 
 def split(path: str) -> tuple[str, str]:

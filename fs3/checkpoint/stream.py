@@ -11,9 +11,10 @@ from fs3.checkpoint.claim import Claim
 from fs3.client import FileSystem
 from fs3.client.file import RawFile
 
-# What one call writes, about; and calls under way at a time, so that the next is there when one ends.
-BATCH_BYTES = 32 << 20
-BATCHES_MAX = 2
+# What one call writes, about, and calls under way at a time: together more than the client has in flight, and little
+# enough that memory which was just read is still in the processor's cache when it is sent.
+BATCH_BYTES = 8 << 20
+BATCHES_MAX = 3
 
 
 class ChunkStream:

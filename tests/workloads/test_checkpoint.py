@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import posixpath
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -309,7 +310,10 @@ def test_commands_list_verify_and_delete(
     monkeypatch.setenv("FS3_CLUSTER", str(shared_cluster.directory))
     for name in ("a", "b"):
         checkpoint.save({"x": torch.ones(MIB)}, fs, f"{home}/{name}")
-    fs.makedirs(manifest.temporary(f"{home}/c"))
+    young = manifest.temporary(f"{home}/c")
+    fs.makedirs(young)
+    # However slow this machine is.
+    fs.utime(young, (time.time() + 1000,) * 2)
     listed = json.loads(fs3_command("checkpoint", "list", home, "--json").stdout)
     assert [(found["path"], found["length"]) for found in listed["checkpoints"]] == [
         (f"{home}/a", 4 * MIB),
@@ -329,6 +333,15 @@ def test_commands_list_verify_and_delete(
     (left,) = catalog.unfinished(fs, home)
     fs.utime(left.path, (0, 0))
     assert fs3_command("checkpoint", "clean", home).stdout == f"{left.path}\n"
+
+
+def test_the_benchmark_runs(fs: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import checkpoints
+
+    found = checkpoints.figures(fs, tmp_path, 48 * MIB, turns=1, warming=0, pids=[], say=lambda _: None)
+    assert all(figure.mb_per_s > 0 for figure in found.values())
+    assert set(found) == {"write", "save", "read", "load", "local save", "local load"}
 
 
 def test_a_checkpoint_of_a_newer_format_is_not_taken_for_one(fs: FileSystem, home: str) -> None:

@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from fs3 import native
 from fs3.checkpoint import manifest
 from fs3.checkpoint.manifest import StoredItem, Summary, Sums
 from fs3.core.errors import Fs3Error
@@ -41,13 +40,6 @@ def test_sums_are_listed_by_file_in_the_order_of_their_places() -> None:
     for wrong in (b"{}", b"[]", b'{"files": {"x": [[1]]}}', b'{"files": 3}'):
         with pytest.raises(ValueError, match=r"."):
             manifest.parse_sums(wrong)
-
-
-def test_long_items_have_a_crc_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "CRC_BYTES", 10)
-    data = bytes(range(25))
-    assert manifest.crcs_of(memoryview(data)) == tuple(native.crc32c(data[at : at + 10]) for at in (0, 10, 20))
-    assert manifest.crcs_of(memoryview(b"")) == ()
 
 
 def test_temporary_names_are_told_from_others() -> None:
