@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build workloads demo test lint test-rust test-python sim mutants bench bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build workloads demo test lint test-rust test-python sim mutants bench pictures bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -53,6 +53,9 @@ mutants: setup ## seeded bugs that the simulation must catch: make mutants, or N
 
 bench: workloads ## limits of this machine, then fs3, as ratios
 	@$(PY) benchmarks/run.py $(ARGS)
+
+pictures: workloads ## draw the figures of benchmarks/RESULTS.md for the documents
+	@$(PY) benchmarks/plot.py -o docs/pictures/throughput.svg
 
 bench-meta: build ## metadata with one and two services, durable and not; a million files in one tree
 	@$(PY) benchmarks/metadata.py $(ARGS)
