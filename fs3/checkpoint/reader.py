@@ -23,6 +23,8 @@ from fs3.client import FileSystem
 
 # Parts of a tensor that lie apart are read one by one from this length on; shorter ones with what is between them.
 RUN_BYTES_MIN = 16 << 10
+# Tensors shorter than this are read with their neighbours, and then copied.
+DIRECT_BYTES_MIN = 16 << 10
 
 
 class Fs3Reader(StorageReader):  # type: ignore[misc]
@@ -136,7 +138,7 @@ def _read_tensor(reads: Reads, item: ReadItem, stored: StoredItem, target: torch
     box = Box(stored, tuple(item.storage_offsets), tuple(item.lengths))
     fits = target.dtype == stored.dtype and target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
     runs = [target[index] for index in box.outer()] if fits and box.run_bytes >= RUN_BYTES_MIN else []
-    if fits and box.outer_count == 1 and target.is_contiguous():
+    if fits and box.outer_count == 1 and target.is_contiguous() and target.nbytes >= DIRECT_BYTES_MIN:
         reads.direct(stored.relative_path, box.offset(()), target)
     elif runs and runs[0].is_contiguous():
         for index, run in zip(box.outer(), runs, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import posixpath
@@ -39,6 +40,8 @@ from fs3.client import FileSystem
 from fs3.client.buffers import exported
 from fs3.core.errors import error
 from fs3.v1.frame_pb2 import Code
+
+log = logging.getLogger(__name__)
 
 # Items begin at multiples of this, so that what is read of them is aligned for every element type.
 ALIGN_BYTES = 64
@@ -146,7 +149,11 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
             raise
         self._let_go()
         if self._keep_last is not None:
-            catalog.retain(self._fs, split(self._path)[0], self._keep_last)
+            try:
+                catalog.retain(self._fs, split(self._path)[0], self._keep_last)
+            except OSError as e:
+                # The checkpoint is there: that older ones are, too, is no reason to stop a training job.
+                log.warning("%s is saved, but older ones could not be removed: %s", self._path, e)
 
     # ---- parts of it
 
@@ -171,8 +178,7 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
     def _begin(self) -> None:
         self.abort()
         directory, name = split(self._path)
-        if not self._overwrite and self._fs.lexists(self._path):
-            raise FileExistsError(f"{self._path} exists, and overwrite=False")
+        self._check_replaceable()
         self._fs.makedirs(directory, exist_ok=True)
         for left in catalog.unfinished(self._fs, directory):
             # Two jobs that save under one name are a mistake; the one that began last goes on.
@@ -183,6 +189,19 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
         self._fs.mkdir(self._directory)
         with self._fs.open(posixpath.join(self._directory, SUMMARY), "xb", buffering=0) as file:
             self._claim = Claim(self._fs, file.inode)
+
+    def _check_replaceable(self) -> None:
+        """Raise EXISTS for what may not be replaced: what is no checkpoint, and without `overwrite` one, too."""
+        try:
+            names = self._fs.listdir(self._path)
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            names = [self._path]
+        if names and not {SUMMARY, METADATA} & set(names):
+            raise error(Code.CODE_EXISTS, f"{self._path} exists and is no checkpoint: save under another name")
+        if not self._overwrite:
+            raise error(Code.CODE_EXISTS, f"{self._path} exists, and overwrite=False")
 
     def _let_go(self) -> None:
         claim, self._claim = self._claim, None
@@ -218,10 +237,7 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
         try:
             self._fs.rename(self._directory, self._path)
         except FileExistsError:
-            if not self._overwrite:
-                raise
-            if not self._fs.isdir(self._path):
-                raise error(Code.CODE_NOT_DIRECTORY, f"{self._path} exists and is no checkpoint") from None
+            self._check_replaceable()
             # In one step, so that at any moment there is a whole one; what was there goes under the temporary name.
             self._fs.exchange(self._directory, self._path)
             self._fs.rmtree(self._directory, ignore_errors=True)

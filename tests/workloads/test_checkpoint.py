@@ -163,6 +163,22 @@ def test_overwrite_can_be_refused(fs: FileSystem, home: str) -> None:
     assert fs.listdir(home) == ["a"]
 
 
+def test_what_is_no_checkpoint_is_never_replaced(fs: FileSystem, home: str) -> None:
+    fs.makedirs(f"{home}/notes")
+    for path in (f"{home}/notes/text", f"{home}/file"):
+        with fs.open(path, "w") as file:
+            file.write("precious")
+    for name in ("notes", "file"):
+        with pytest.raises(dcp.CheckpointException, match="is no checkpoint"):
+            checkpoint.save({"x": torch.zeros(4)}, fs, f"{home}/{name}")
+    assert fs.listdir(home) == ["file", "notes"]
+    assert fs.listdir(f"{home}/notes") == ["text"]
+    # An empty directory is taken.
+    fs.makedirs(f"{home}/empty")
+    checkpoint.save({"x": torch.zeros(4)}, fs, f"{home}/empty")
+    assert names(fs, home) == ["empty"]
+
+
 def test_the_newest_checkpoints_are_kept_and_nothing_else_is_touched(fs: FileSystem, home: str) -> None:
     fs.makedirs(f"{home}/notes")
     with fs.open(f"{home}/a-file", "w") as file:

@@ -63,6 +63,7 @@ def test_any_box_is_what_slicing_gives(seed: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reader_module, "STAGE_BYTES", 4096)
     monkeypatch.setattr(reads_module, "READS_MAX", 7)
     monkeypatch.setattr(reader_module, "RUN_BYTES_MIN", rng.choice([8, 64, 1 << 20]))
+    monkeypatch.setattr(reader_module, "DIRECT_BYTES_MIN", rng.choice([1, 100]))
     monkeypatch.setattr(reads_module, "SMALL_BYTES", rng.choice([1, 100]))
     shape = tuple(rng.randrange(1, 9) for _ in range(rng.randrange(5)))
     dtype = rng.choice([torch.float32, torch.int64, torch.int8])
