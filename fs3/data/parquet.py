@@ -156,7 +156,7 @@ class ParquetDataset(Dataset):
         about = self._footers[shard].row_group(group)
         spans: list[tuple[int, int]] = []
         for column in map(about.column, range(about.num_columns)):
-            if self._columns is not None and column.path_in_schema.split(".")[0] not in self._columns:
+            if not self._is_wanted(column.path_in_schema):
                 continue
             start = column.data_page_offset
             if column.dictionary_page_offset:
@@ -169,6 +169,10 @@ class ParquetDataset(Dataset):
             else:
                 joined.append((start, end))
         return joined
+
+    def _is_wanted(self, leaf: str) -> bool:
+        """Whether what is stored as `leaf` is (a part of) a column that was asked for."""
+        return self._columns is None or any(leaf == name or leaf.startswith(f"{name}.") for name in self._columns)
 
     def _decoded(self, shard: int, group: int, parts: list[tuple[int, memoryview]]) -> Any:
         arrow, parquet = _pyarrow()

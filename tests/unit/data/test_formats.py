@@ -196,6 +196,12 @@ def test_only_the_bytes_of_the_columns_are_read(tmp_path: Path, table: pa.Table)
         assert sum(asked) < 2000
 
 
+def test_names_of_columns_may_have_dots(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a.b": [1], "a": [2], "ab": [3]}), tmp_path / "a.parquet")
+    with ParquetDataset(tmp_path, columns=["a.b"]) as dataset:
+        assert dataset[0] == {"a.b": 1}
+
+
 def test_long_footers_are_read_whole(tmp_path: Path) -> None:
     wide = pa.table({f"column {n}": [n] for n in range(1500)})
     pq.write_table(wide, tmp_path / "a.parquet")
