@@ -29,6 +29,7 @@ PYTHON: dict[str, set[str]] = {
     "data": {"core", "client", "native", "v1"},
     "fuse": {"core", "client", "native", "v1"},
     "tracing": {"core", "native", "v1"},
+    "kvcache": {"core", "client", "native", "v1"},
     "testing": {"core", "kv", "rpc", "mgmtd", "meta", "storage", "client", "fuse", "native", "v1"},
     "cli": {
         "checkpoint",
@@ -66,7 +67,8 @@ RUST: dict[str, set[str]] = {
     "fs3-chain": {"fs3-core", "fs3-proto"},
     "fs3-io": {"fs3-core", "fs3-proto", "fs3-chunk", "fs3-rt"},
     "fs3-net": {"fs3-core", "fs3-proto", "fs3-rt", "fs3-verbs"},
-    "fs3-storage": {"fs3-core", "fs3-proto", "fs3-rt", "fs3-chunk", "fs3-chain", "fs3-io", "fs3-net"},
+    "fs3-kv": {"fs3-core"},
+    "fs3-storage": {"fs3-core", "fs3-proto", "fs3-rt", "fs3-chunk", "fs3-chain", "fs3-io", "fs3-kv", "fs3-net"},
     "fs3-bench": {"fs3-core"},
     "fs3-rt": {"fs3-core"},
     "fs3-verbs": set(),

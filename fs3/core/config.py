@@ -217,6 +217,8 @@ class StorageConfig(ServiceConfig):
     frame_port: int = 0
     """0: choose a free one."""
     read_cache_bytes: int = 512 << 20
+    kv_memory_bytes: int = 1 << 30
+    """Memory that key-value caches may use on the node; 0: it keeps none."""
     durable_writes: bool = False
     """Acknowledge every write only after it is on stable storage."""
     scrub_bytes_per_s: int = 16 << 20
@@ -240,7 +242,9 @@ class StorageConfig(ServiceConfig):
             raise _invalid("disks names the same directory twice")
         if self.transport not in TRANSPORTS:
             raise _invalid(f"transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
-        _at_least(self, read_cache_bytes=0, scrub_bytes_per_s=0, scrub_interval_s=1, resync_bytes_per_s=0)
+        _at_least(
+            self, read_cache_bytes=0, kv_memory_bytes=0, scrub_bytes_per_s=0, scrub_interval_s=1, resync_bytes_per_s=0
+        )
 
 
 def _need(values: tuple[str, ...], key: str) -> None:

@@ -51,6 +51,7 @@ def engine_config(
             "frame_port": config.frame_port,
             "disks": [{"path": d.path, "uuid_hex": d.uuid.hex()} for d in disks],
             "read_cache_bytes": config.read_cache_bytes,
+            "kv_memory_bytes": config.kv_memory_bytes,
             "durable_writes": config.durable_writes,
             "scrub_bytes_per_s": config.scrub_bytes_per_s,
             "scrub_interval_s": config.scrub_interval_s,

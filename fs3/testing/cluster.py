@@ -63,6 +63,7 @@ class ClusterSpec:
     kv_durable: bool = True
     kv: str = ""
     read_cache_bytes: int = 512 << 20
+    kv_memory_bytes: int = 1 << 30
     resync_bytes_per_s: int = 256 << 20
 
     def check(self) -> None:
@@ -344,6 +345,7 @@ class LocalCluster:
             "data_dir": str(service.directory),
             "disks": [str(service.directory / "disk-1")],
             "read_cache_bytes": self.spec.read_cache_bytes,
+            "kv_memory_bytes": self.spec.kv_memory_bytes,
             "resync_bytes_per_s": self.spec.resync_bytes_per_s,
         }
 

@@ -108,6 +108,13 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_STORAGE_SCRUB: _Method.ValueType  # 523
     METHOD_STORAGE_CHECK: _Method.ValueType  # 524
     METHOD_STORAGE_PUNCH: _Method.ValueType  # 525
+    METHOD_STORAGE_KV_GET: _Method.ValueType  # 530
+    """The key-value cache; nothing of it touches chunks."""
+    METHOD_STORAGE_KV_PUT: _Method.ValueType  # 531
+    METHOD_STORAGE_KV_REMOVE: _Method.ValueType  # 532
+    METHOD_STORAGE_KV_LIST: _Method.ValueType  # 533
+    METHOD_STORAGE_KV_STAT: _Method.ValueType  # 534
+    METHOD_STORAGE_KV_EVICT: _Method.ValueType  # 535
 
 class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
 
@@ -174,6 +181,13 @@ METHOD_STORAGE_STATUS: Method.ValueType  # 522
 METHOD_STORAGE_SCRUB: Method.ValueType  # 523
 METHOD_STORAGE_CHECK: Method.ValueType  # 524
 METHOD_STORAGE_PUNCH: Method.ValueType  # 525
+METHOD_STORAGE_KV_GET: Method.ValueType  # 530
+"""The key-value cache; nothing of it touches chunks."""
+METHOD_STORAGE_KV_PUT: Method.ValueType  # 531
+METHOD_STORAGE_KV_REMOVE: Method.ValueType  # 532
+METHOD_STORAGE_KV_LIST: Method.ValueType  # 533
+METHOD_STORAGE_KV_STAT: Method.ValueType  # 534
+METHOD_STORAGE_KV_EVICT: Method.ValueType  # 535
 Global___Method: _TypeAlias = Method  # noqa: Y015
 
 class _Code:

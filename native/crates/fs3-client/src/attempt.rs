@@ -238,7 +238,7 @@ struct Length {
 }
 
 /// Lengths of the pieces of the payload, for [`Sink`].
-fn lengths(body: &[u8]) -> Result<Vec<usize>> {
+pub(crate) fn lengths(body: &[u8]) -> Result<Vec<usize>> {
     Ok(decode::<Lengths>(body)?.results.iter().map(|result| result.length as usize).collect())
 }
 

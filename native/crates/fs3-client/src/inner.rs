@@ -55,6 +55,7 @@ pub(crate) struct Inner {
     pub counters: Counters,
     pub runtime: fs3_rt::Handle,
     sequence: AtomicU64,
+    kv_sequence: AtomicU64,
     sessions: AtomicUsize,
     session_opened: Notify,
     refreshing: Mutex<()>,
@@ -98,6 +99,7 @@ impl Inner {
             counters: Counters::default(),
             runtime: fs3_rt::Handle::current(),
             sequence: AtomicU64::new(0),
+            kv_sequence: AtomicU64::new(0),
             sessions: AtomicUsize::new(0),
             session_opened: Notify::new(),
             refreshing: Mutex::new(()),
@@ -135,6 +137,11 @@ impl Inner {
     pub fn op_id(&self) -> Option<OpId> {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         Some(OpId { client_id: bytes::Bytes::copy_from_slice(&self.id.0), sequence, resent: false })
+    }
+
+    /// The number of a new put or removal in the key-value cache, above all before.
+    pub fn kv_sequence(&self) -> u64 {
+        self.kv_sequence.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// A metadata call with failover. The request carries its OpId, so every try is the same operation.

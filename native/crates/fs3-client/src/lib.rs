@@ -16,6 +16,7 @@ mod holds;
 mod holes;
 mod inner;
 mod inode;
+mod kv;
 mod latency;
 mod loan;
 mod locks;
@@ -40,6 +41,7 @@ pub use fs3_proto::v1::{
     LockType, Method, PathAt, Routing, StatfsResponse as Statfs, XattrBit,
 };
 pub use inode::content_version;
+pub use kv::{KvCache, KvCalls, KvEntry, KvGot, KvKeep, KvLatency, KvPage, KvSettings, KvSpace};
 pub use locks::{Granted, KeptAlive};
 pub use types::{
     CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp, at_child, at_inode,

@@ -8,6 +8,7 @@ mod buffer;
 mod client;
 mod errors;
 mod file;
+mod kv;
 mod locks;
 mod logging;
 mod mount;
@@ -46,6 +47,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<buffer::RegisteredMemory>()?;
     module.add_class::<client::Client>()?;
     module.add_class::<file::File>()?;
+    module.add_class::<kv::KvCache>()?;
     module.add_class::<locks::Locks>()?;
     module.add_class::<records::Attr>()?;
     module.add_class::<records::Layout>()?;

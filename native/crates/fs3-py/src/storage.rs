@@ -24,6 +24,7 @@ struct Config {
     frame_port: u16,
     disks: Vec<Disk>,
     read_cache_bytes: usize,
+    kv_memory_bytes: u64,
     durable_writes: bool,
     scrub_bytes_per_s: u64,
     scrub_interval_s: u64,
@@ -62,6 +63,7 @@ impl Config {
             frame_port: self.frame_port,
             disks: disks.collect::<PyResult<_>>()?,
             read_cache_bytes: self.read_cache_bytes,
+            kv_memory_bytes: self.kv_memory_bytes,
             durable_writes: self.durable_writes,
             healing: Healing {
                 scrub_bytes_per_s: self.scrub_bytes_per_s,

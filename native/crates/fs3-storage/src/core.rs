@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 
 use crate::disks::TargetDisks;
 use crate::engine::Healing;
+use crate::kv::KvStore;
 use crate::pace::{Foreground, Pace};
 use crate::routing::RoutingState;
 use crate::target::Target;
@@ -85,6 +86,7 @@ pub(crate) struct Core {
     pub connections: OnceLock<Connections>,
     pub pool: BufferPool,
     pub options: StoreOptions,
+    pub kv: KvStore,
     pub counters: Counters,
     /// Checks that clients may still ask for.
     pub checks: Semaphore,
@@ -104,14 +106,15 @@ pub(crate) struct Core {
 }
 
 impl Core {
+    /// On the runtime that is to do the node's work.
     pub fn new(
         node_id: u32,
         disks: Box<dyn TargetDisks>,
         peers: Peers,
         pool: BufferPool,
         options: StoreOptions,
+        kv: KvStore,
         healing: Healing,
-        handle: Handle,
     ) -> Arc<Self> {
         Arc::new(Self {
             node_id,
@@ -120,6 +123,7 @@ impl Core {
             connections: OnceLock::new(),
             pool,
             options,
+            kv,
             counters: Counters::default(),
             checks: Semaphore::new(crate::CHECKS_IN_FLIGHT_MAX),
             healing,
@@ -127,7 +131,7 @@ impl Core {
             foreground: Foreground::default(),
             scrub_now: tokio::sync::watch::Sender::new(0),
             disk_states: Mutex::default(),
-            handle,
+            handle: Handle::current(),
             routing: RwLock::default(),
             applying: Mutex::default(),
             targets: RwLock::default(),
@@ -254,6 +258,8 @@ impl Core {
         if self.healing.scrub_bytes_per_s > 0 {
             self.spawn(target.clone().scrub());
         }
+        // Of its former life nothing may be found.
+        target.forget_cached();
         target.drive(Event::Lease { serve_until_ns: self.serve_until_ns.load(Ordering::SeqCst) });
         target.reroute();
         self.targets.write().insert(target.id, Slot::Open(target));

@@ -1,7 +1,7 @@
 //! The engine as the control plane sees it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use fs3_core::{BufferPool, Code, Error, Result};
@@ -13,6 +13,7 @@ use prost::Message;
 
 use crate::core::{Core, Slot};
 use crate::disks::{Disks, TargetDisks};
+use crate::kv::{KvStore, SWEEP_EVERY};
 use crate::routing::RoutingState;
 use crate::service::StorageService;
 use crate::{CONNECTIONS_PER_PEER, PAYLOAD_BYTES_HELD_MAX};
@@ -50,6 +51,8 @@ pub struct EngineConfig {
     pub disks: Vec<DiskConfig>,
     /// Bytes of verified file data kept in memory.
     pub read_cache_bytes: usize,
+    /// Bytes of memory for the key-value cache; 0: the node keeps none.
+    pub kv_memory_bytes: u64,
     /// Every write survives power loss before it is acknowledged.
     pub durable_writes: bool,
     /// Work behind the clients' requests.
@@ -137,8 +140,8 @@ impl StorageEngine {
             Peers::new(hello, CONNECTIONS_PER_PEER),
             pool,
             options,
+            KvStore::new(config.kv_memory_bytes),
             config.healing,
-            fs3_rt::Handle::current(),
         );
         let policy = HelloPolicy {
             cluster_id: config.cluster_id,
@@ -152,6 +155,9 @@ impl StorageEngine {
         let server = Server::bind(&address, policy, service).await?;
         let frame_port = server.local_addr().port();
         core.connections.get_or_init(|| server.connections());
+        if core.kv.is_on() {
+            core.spawn(sweep_kv(Arc::downgrade(&core)));
+        }
         Ok(Self { core, frame_port, running: Mutex::new(Some(Running { server, runtime: None })) })
     }
 
@@ -220,6 +226,17 @@ impl StorageEngine {
         });
         runtime.shutdown_timeout(STOP_PATIENCE);
         self.core.clear();
+    }
+}
+
+/// Forget expired entries of the key-value cache, as long as there is an engine.
+async fn sweep_kv(core: Weak<Core>) {
+    loop {
+        fs3_rt::sleep(SWEEP_EVERY).await;
+        match core.upgrade() {
+            Some(core) => core.kv.sweep(),
+            None => return,
+        }
     }
 }
 

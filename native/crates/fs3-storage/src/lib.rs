@@ -9,6 +9,7 @@ mod core;
 mod disks;
 mod engine;
 mod forward;
+mod kv;
 mod methods;
 mod pace;
 mod repair;
@@ -61,5 +62,11 @@ pub const SLOW_DISK_MS: u64 = 100;
 pub const READ_OPS_MAX: usize = 4096;
 /// Chunks listed by one request.
 pub const LIST_CHUNKS_MAX: u32 = 8192;
+/// Operations of one request to the key-value cache.
+pub const KV_OPS_MAX: usize = 4096;
+/// Longest key of the key-value cache, with what clients put before it, in bytes.
+pub const KV_KEY_BYTES_MAX: usize = 8 << 10;
+/// Keys listed by one request.
+pub const KV_LIST_MAX: u32 = 4096;
 /// Connections to each peer.
 pub const CONNECTIONS_PER_PEER: usize = 4;

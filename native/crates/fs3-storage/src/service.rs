@@ -13,8 +13,11 @@ use crate::methods;
 pub(crate) struct StorageService(pub Arc<Core>);
 
 impl Service for StorageService {
-    fn payload_buffer(&self, _method: Method, bytes: usize) -> Option<RegionMut> {
-        self.0.pool.get(bytes)
+    fn payload_buffer(&self, method: Method, bytes: usize) -> Option<RegionMut> {
+        match method {
+            Method::StorageKvPut => self.0.kv.payload_buffer(bytes),
+            _ => self.0.pool.get(bytes),
+        }
     }
 
     async fn handle(&self, request: Request) -> Result<Response> {
@@ -33,6 +36,12 @@ impl Service for StorageService {
             Method::StorageStatus => Ok(Response::new(&core.status())),
             Method::StorageCheck => methods::check::check(core, request).await,
             Method::StorageScrub => methods::query::scrub(core),
+            Method::StorageKvGet => methods::kv::get(core, &request),
+            Method::StorageKvPut => methods::kv::put(core, request).await,
+            Method::StorageKvRemove => methods::kv::remove(core, &request),
+            Method::StorageKvList => methods::kv::list(core, &request),
+            Method::StorageKvStat => methods::kv::stat(core, &request),
+            Method::StorageKvEvict => methods::kv::evict(core, &request),
             other => {
                 let message = format!("a storage node does not serve {}", other.as_str_name());
                 Err(Error::new(Code::Unimplemented, message))

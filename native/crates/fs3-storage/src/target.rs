@@ -106,6 +106,12 @@ impl Target {
         Self::begin(self.id, self.chain_id, store, core, upkeep, self.setbacks() + 1, life)
     }
 
+    /// Forget this target's part of the key-value cache. To be called when nothing is admitted any more: what comes later
+    /// finds another epoch.
+    pub fn forget_cached(&self) {
+        self.core.kv.with(|cache, now_ms| cache.clear_target(self.id, now_ms));
+    }
+
     /// How many lives have ended early, one after the other, when this one ends now.
     pub fn setbacks(&self) -> u32 {
         if self.began.elapsed() < LIFE_EXPECTED { self.setbacks } else { 0 }
@@ -444,7 +450,11 @@ impl Target {
         };
         tracing::info!(target_id = self.id, ?view, "chain changed");
         let (chain_version, syncs) = (view.chain_version, view.successors.iter().any(|s| s.syncing));
+        let serves = view.role == Role::Serving;
         self.drive(Event::Routing(view));
+        if !serves {
+            self.forget_cached();
+        }
         self.retry_repairs();
         if syncs {
             self.core.spawn(self.clone().resync(chain_version));

@@ -65,6 +65,7 @@ fn a_failed_sync_takes_all_targets_of_the_disk_offline_and_says_why() {
         frame_port: 0,
         disks: Vec::new(),
         read_cache_bytes: 1 << 20,
+        kv_memory_bytes: 16 << 20,
         durable_writes: false,
         healing: Healing::default(),
         transport: fs3_net::Transport::tcp(),

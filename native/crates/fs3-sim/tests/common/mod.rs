@@ -315,6 +315,7 @@ fn config(node: usize) -> EngineConfig {
         frame_port: 7000,
         disks: Vec::new(),
         read_cache_bytes: 1 << 20,
+        kv_memory_bytes: 16 << 20,
         durable_writes: false,
         healing: Healing::default(),
         transport: fs3_net::Transport::tcp(),

@@ -108,6 +108,7 @@ impl Cluster {
             frame_port: 0,
             disks: vec![DiskConfig { path: self.dir(node).to_owned(), uuid: [node as u8 + 1; 16] }],
             read_cache_bytes: 1 << 20,
+            kv_memory_bytes: 16 << 20,
             durable_writes: false,
             healing: self.healing,
             transport: fs3_net::Transport::tcp(),

@@ -1,0 +1,250 @@
+//! Puts: each piece to all its replicas at once, and told as stored when all have it.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, Result, crc32c};
+use fs3_net::Sink;
+use fs3_proto::v1::{KvPutOp, KvPutRequest, KvPutResponse, Method};
+use fs3_rt::{Instant, JoinSet};
+use prost::Message;
+
+use super::Shared;
+use super::space::{Address, healthy};
+
+/// Values below this size share requests; storage keeps the memory that a larger one arrived in.
+const SHARE_BYTES_MAX: usize = 32 << 10;
+/// Bytes and entries of a request that values share.
+const BATCH_BYTES_MAX: usize = 256 << 10;
+const BATCH_OPS_MAX: usize = 256;
+/// Times an entry is sent again because it was damaged on the way.
+const RESENDS_MAX: usize = 3;
+/// How long to wait for a routing that fits the server's.
+const ROUTING_PAUSE: Duration = Duration::from_millis(20);
+
+/// One entry to be kept.
+struct Piece {
+    value: usize,
+    address: Address,
+    data: Region,
+    total: u64,
+    sequence: u64,
+    crcs: OnceLock<Bytes>,
+}
+
+impl Piece {
+    fn crcs(&self) -> Bytes {
+        self.crcs.get_or_init(|| packed_crcs(&self.data)).clone()
+    }
+}
+
+/// One entry for one of its replicas.
+struct Send {
+    piece: Arc<Piece>,
+    node_id: u32,
+    chain_id: u32,
+    chain_version: u64,
+    target_id: u64,
+}
+
+/// Keep values; whether each is kept by all its replicas.
+pub(super) async fn put(shared: &Arc<Shared>, items: Vec<(Bytes, Region)>) -> Vec<bool> {
+    let deadline = shared.deadline();
+    let chunk = shared.space.chunk_bytes as usize;
+    let mut stored = vec![true; items.len()];
+    let (mut firsts, mut others) = (Vec::with_capacity(items.len()), Vec::new());
+    for (value, (key, data)) in items.into_iter().enumerate() {
+        let address = shared.address(&key);
+        let (total, sequence) = (data.len() as u64, shared.inner().kv_sequence());
+        let piece = |address: Address, data: Region| {
+            Arc::new(Piece { value, address, data, total, sequence, crcs: OnceLock::new() })
+        };
+        for number in 1..data.len().div_ceil(chunk) {
+            let part = data.slice(number * chunk, chunk.min(data.len() - number * chunk));
+            others.push(piece(address.of_piece(&shared.space, number as u32), part));
+        }
+        let first = data.slice(0, data.len().min(chunk));
+        firsts.push(piece(address, first));
+    }
+    // The first piece says that the value is there, so it comes last.
+    store(shared, others, &mut stored, deadline).await;
+    firsts.retain(|piece| stored[piece.value]);
+    store(shared, firsts, &mut stored, deadline).await;
+    stored
+}
+
+/// Have pieces kept by all their replicas; values of which one is not are marked.
+async fn store(shared: &Arc<Shared>, pieces: Vec<Arc<Piece>>, stored: &mut [bool], deadline: Instant) {
+    let mut left = pieces;
+    let mut resends = 0;
+    while !left.is_empty() {
+        let version = shared.inner().view().version();
+        let Planned { requests, homeless } = plan(shared, std::mem::take(&mut left));
+        homeless.iter().for_each(|value| stored[*value] = false);
+        let (mut newer, mut damaged) = (None, false);
+        for (send, result) in send_all(shared, requests, deadline).await {
+            let Err(error) = result else { continue };
+            let again = match error.code {
+                Code::StaleChain => {
+                    newer = newer.max(Some(error.routing_version));
+                    true
+                }
+                Code::PayloadChecksum => {
+                    damaged = true;
+                    resends < RESENDS_MAX
+                }
+                _ => false,
+            };
+            note(shared, &send, &error);
+            if again && Instant::now() < deadline {
+                // All replicas again: those of the chain may be others now.
+                if !left.iter().any(|piece| Arc::ptr_eq(piece, &send.piece)) {
+                    left.push(send.piece);
+                }
+            } else {
+                stored[send.piece.value] = false;
+            }
+        }
+        resends += usize::from(damaged);
+        left.retain(|piece| stored[piece.value]);
+        if let Some(newer) = newer.filter(|_| !left.is_empty()) {
+            shared.inner().wait_routing(version, newer, ROUTING_PAUSE).await;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Planned {
+    requests: Vec<Vec<Send>>,
+    /// Values that not all replicas can keep now.
+    homeless: Vec<usize>,
+}
+
+/// Who is to keep the pieces, in requests: small ones for the same node together.
+fn plan(shared: &Shared, pieces: Vec<Arc<Piece>>) -> Planned {
+    let (inner, view) = (shared.inner(), shared.inner().view());
+    let mut planned = Planned::default();
+    let mut open: Vec<(u32, usize, Vec<Send>)> = Vec::new();
+    for piece in pieces {
+        let chain = shared.space.chain(&view, piece.address.hash);
+        let chain = chain.filter(|chain| {
+            let group = shared.space.group(chain);
+            !group.is_empty() && group.iter().all(|replica| healthy(inner, chain, replica))
+        });
+        let Some(chain) = chain else {
+            planned.homeless.push(piece.value);
+            continue;
+        };
+        for replica in shared.space.group(chain) {
+            let send = Send {
+                piece: piece.clone(),
+                node_id: replica.node_id,
+                chain_id: chain.id,
+                chain_version: chain.version,
+                target_id: replica.target_id,
+            };
+            let bytes = piece.data.len();
+            if bytes >= SHARE_BYTES_MAX {
+                planned.requests.push(vec![send]);
+                continue;
+            }
+            match open.iter_mut().find(|(node_id, ..)| *node_id == replica.node_id) {
+                Some((_, sum, sends)) if *sum + bytes <= BATCH_BYTES_MAX && sends.len() < BATCH_OPS_MAX => {
+                    *sum += bytes;
+                    sends.push(send);
+                }
+                Some((_, sum, sends)) => {
+                    *sum = bytes;
+                    planned.requests.push(std::mem::replace(sends, vec![send]));
+                }
+                None => open.push((replica.node_id, bytes, vec![send])),
+            }
+        }
+    }
+    planned.requests.extend(open.into_iter().map(|(_, _, sends)| sends));
+    planned
+}
+
+type Sent = (Send, Result<()>);
+
+async fn send_all(shared: &Arc<Shared>, mut requests: Vec<Vec<Send>>, deadline: Instant) -> Vec<Sent> {
+    if requests.len() <= 1 {
+        return match requests.pop() {
+            Some(sends) => send(shared.clone(), sends, deadline).await,
+            None => Vec::new(),
+        };
+    }
+    let mut tasks = JoinSet::new();
+    for sends in requests {
+        tasks.spawn(send(shared.clone(), sends, deadline));
+    }
+    tasks.join_all().await.into_iter().flatten().collect()
+}
+
+/// One request to one node.
+async fn send(shared: Arc<Shared>, sends: Vec<Send>, deadline: Instant) -> Vec<Sent> {
+    match exchange(&shared, &sends, deadline).await {
+        Ok(results) => sends.into_iter().zip(results).collect(),
+        Err(error) => sends.into_iter().map(|send| (send, Err(error.clone()))).collect(),
+    }
+}
+
+async fn exchange(shared: &Shared, sends: &[Send], deadline: Instant) -> Result<Vec<Result<()>>> {
+    let inner = shared.inner();
+    let bytes = sends.iter().map(|send| send.piece.data.len()).sum();
+    let _budget = inner.reserve(&inner.write_budget, bytes, inner.config.write_bytes_in_flight, deadline).await?;
+    let ops = sends.iter().map(Send::to_wire).collect();
+    let payload = sends.iter().map(|send| send.piece.data.clone()).filter(|data| !data.is_empty()).collect();
+    let request = KvPutRequest { namespace: Some(shared.namespace()), ops };
+    let view = inner.view();
+    let address = view.address(sends[0].node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
+    let reply = inner.wire.transfer(address, Method::StorageKvPut, request, payload, Sink::none(), deadline).await?;
+    let response = KvPutResponse::decode(reply.body)
+        .map_err(|e| Error::new(Code::Protocol, format!("an answer of the cache cannot be read: {e}")))?;
+    if response.results.len() != sends.len() {
+        return Err(Error::new(Code::Protocol, "storage answered another number of puts than asked"));
+    }
+    let routing_version = response.routing_version;
+    let results = response.results.into_iter().map(|result| match result.code {
+        0 => Ok(()),
+        code => Err(Error::new(Code::from_wire(code as u16), result.message).with_routing(routing_version)),
+    });
+    Ok(results.collect())
+}
+
+impl Send {
+    fn to_wire(&self) -> KvPutOp {
+        KvPutOp {
+            chain_id: self.chain_id,
+            chain_version: self.chain_version,
+            target_id: self.target_id,
+            address: self.piece.address.wire(),
+            key: self.piece.address.key.clone(),
+            piece: self.piece.address.piece,
+            length: self.piece.data.len() as u32,
+            total: self.piece.total,
+            sequence: self.piece.sequence,
+            crcs: self.piece.crcs(),
+        }
+    }
+}
+
+/// Remember a failure, so that the target is left alone for a while.
+fn note(shared: &Shared, send: &Send, error: &Error) {
+    tracing::debug!(target = send.target_id, %error, "a put into the cache failed");
+    if error.code != Code::StaleChain {
+        shared.calls.failed();
+    }
+    if matches!(error.code, Code::Unavailable | Code::Timeout | Code::NotServing | Code::NotSupported) {
+        shared.inner().health.failed(send.target_id, send.chain_version, Instant::now());
+    }
+}
+
+fn packed_crcs(data: &[u8]) -> Bytes {
+    let mut packed = Vec::with_capacity(4 * data.len().div_ceil(CRC_BLOCK_BYTES));
+    for block in data.chunks(CRC_BLOCK_BYTES) {
+        packed.extend_from_slice(&crc32c(block).to_le_bytes());
+    }
+    packed.into()
+}
