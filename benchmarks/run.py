@@ -132,9 +132,11 @@ def measure_native(cluster: LocalCluster, size: int, files: int) -> list[Row]:
 
 
 def measure_data(cluster: LocalCluster, size: int) -> list[Row]:
-    """The dataloader's row."""
+    """The dataloader's row. Samples and large file have half of `size` each: the servers' caches hold both."""
     with fs3.connect(cluster.url, token=cluster.token) as fs:
-        samples, large = dataloader.figures(fs, size, turns=TIMES, warming=WARMING, pids=cluster.pids(), say=say)
+        samples, large = dataloader.figures(
+            fs, size // 2, turns=TIMES, warming=2 * WARMING, pids=cluster.pids(), say=say
+        )
     name = f"random 100 KiB samples, batches of {dataloader.BATCH}, dataset"
     return [Row(name, samples, "", 0.6, large, "large reads")]
 
