@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CARGO := cargo --locked
 
-.PHONY: help setup build workloads demo test lint test-rust test-python sim mutants bench pictures bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-fdb need-fdb proto lock clean
+.PHONY: help setup build workloads demo test lint test-rust test-python sim mutants bench pictures bench-meta profile kill-campaign control-kill-campaign posix-diff fsx torture torture-apps soak test-rdma test-connectors test-fdb need-fdb proto lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
@@ -84,6 +84,9 @@ soak: build ## mixed work on a mount, memory, descriptors and threads of all pro
 
 torture: build ## writers and readers under kill -9, partitions, bad disks, power cuts: make torture CYCLES=… MINUTES=… SEED=…
 	@$(PY) -m tests.torture $(if $(CYCLES),--cycles $(CYCLES)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test-connectors: workloads ## connectors of the KV cache against the real SGLang, LMCache and vLLM, which are fetched (400 MB)
+	@tools/test_connectors.sh $(VENV)
 
 test-rdma: build ## tests over real RDMA verbs, in a kernel with soft-RoCE and soft-iWARP that it builds once
 	@$(PY) -m tests.rdma

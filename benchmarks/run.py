@@ -1,7 +1,8 @@
 """Limits of this machine, then fs3 on it, as ratios measured in one run. `make bench` runs it.
 
 Starts a cluster of its own (three replicas, durable metadata, checksums verified) in a temporary directory, warms it,
-measures, stops it. `--json FILE` keeps the figures, `--markdown` prints the table of `benchmarks/RESULTS.md`.
+measures, stops it. `--only kv`: the KV cache beside its peers alone. `--json FILE` keeps the figures, `--markdown`
+prints the tables of `benchmarks/RESULTS.md`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import dataloader
+import kvcache
 import passthrough
 
 import fs3
@@ -32,6 +34,8 @@ from fs3.v1.storage_pb2 import EngineStatus
 
 # Of the rows of measure.storage, in their order: ratios, and overwrites per second.
 STORAGE_FLOORS = (0.6, 0.4, 0.25, 0.3, 2000.0)
+# What `--only` can choose: everything about files, and the KV cache.
+PARTS = ("files", "kv")
 # How often each thing is measured; the median counts.
 TIMES = 3
 # Passes before that, so that memory and blocks were used before.
@@ -290,20 +294,25 @@ def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str,
     return found, rows
 
 
-def show(limits: dict[str, Measured], rows: list[Row], markdown: bool) -> None:
-    """Print both tables."""
-    measured = []
-    for name, m in limits.items():
-        cost = f"{m.cpu_s_per_gib:.2f} CPU-s/GiB" if m.bytes else f"p50 {m.p50_us:.0f} µs" if m.p50_us else "-"
-        measured.append([name, f"{m.mb_per_s:,.0f} MB/s" if m.bytes else f"{m.per_s:,.0f}/s", cost])
-    for header, table in ((["limit", "rate", "cost"], measured), (HEADER, [r.cells(limits) for r in rows])):
-        widths = [max(len(r[i]) for r in [header, *table]) for i in range(len(header))]
-        lines = [[c.ljust(w) for c, w in zip(r, widths, strict=True)] for r in [header, *table]]
+def show(tables: Iterable[list[list[str]]], markdown: bool) -> None:
+    """Print tables, each with its header first."""
+    for table in tables:
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in table]
         if markdown:
             lines.insert(1, ["-" * w for w in widths])
         for line in lines:
             print("| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip())
         print()
+
+
+def tables_of(limits: dict[str, Measured], rows: list[Row]) -> list[list[list[str]]]:
+    """The limits, and fs3 against them."""
+    measured = [["limit", "rate", "cost"]]
+    for name, m in limits.items():
+        cost = f"{m.cpu_s_per_gib:.2f} CPU-s/GiB" if m.bytes else f"p50 {m.p50_us:.0f} µs" if m.p50_us else "-"
+        measured.append([name, f"{m.mb_per_s:,.0f} MB/s" if m.bytes else f"{m.per_s:,.0f}/s", cost])
+    return [measured, [HEADER, *(r.cells(limits) for r in rows)]]
 
 
 def _rounded(ratio: float | None) -> float | None:
@@ -316,25 +325,37 @@ def main() -> int:
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large files")
     parser.add_argument("--files", type=int, default=4000, help="number of small files")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter measurements of the limits")
+    parser.add_argument("--only", choices=PARTS, help="this part alone")
     parser.add_argument("--dir", help="where to work")
     parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="fs3-bench-", dir=arguments.dir))
+    size, parts = arguments.size_mib * MIB, [arguments.only] if arguments.only else PARTS
+    tables: list[list[list[str]]] = []
+    record: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {measure.cores()} cores, Linux {platform.release()}",
+    }
+    missed = False
     try:
-        limits, rows = run(directory, arguments.size_mib * MIB, arguments.files, arguments.scale)
+        if "files" in parts:
+            limits, rows = run(directory, size, arguments.files, arguments.scale)
+            tables += tables_of(limits, rows)
+            record["limits"] = {name: m.record() for name, m in limits.items()}
+            record["fs3"] = {r.name: {**r.figure.record(), "ratio": _rounded(r.reached(limits))} for r in rows}
+            missed |= any(row.missed(limits) for row in rows)
+        if "kv" in parts:
+            kv_rows = kvcache.run(directory, size // 4)
+            tables.append(kvcache.table(kv_rows))
+            record["kv"] = kvcache.record(kv_rows)
+            missed |= any(row.missed() for row in kv_rows)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    show(limits, rows, arguments.markdown)
+    show(tables, arguments.markdown)
     if arguments.json:
-        record = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {measure.cores()} cores, Linux {platform.release()}",
-            "limits": {name: m.record() for name, m in limits.items()},
-            "fs3": {row.name: {**row.figure.record(), "ratio": _rounded(row.reached(limits))} for row in rows},
-        }
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
-    return 1 if any(row.missed(limits) for row in rows) else 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

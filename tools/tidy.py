@@ -42,6 +42,7 @@ PYTHON: dict[str, set[str]] = {
         "client",
         "data",
         "fuse",
+        "kvcache",
         "native",
         "testing",
         "tracing",

@@ -37,6 +37,7 @@ COMMANDS = {
     "cp": "copy",
     "data": "data",
     "checkpoint": "checkpoint",
+    "kv": "kv",
     "doctor": "doctor",
     "admin": "admin",
     "rdma": "rdma",

@@ -31,7 +31,7 @@ SMALL_FILE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Measured:
-    """What a measurement did in `seconds`, and what it cost. `p50_us` is 0 where latency was not measured.
+    """What a measurement did in `seconds`, and what it cost. `p50_us` and `p99_us` are 0 where they were not measured.
 
     `write_amplification`: bytes written to disks per byte and replica, 0 where it was not measured.
     """
@@ -42,6 +42,7 @@ class Measured:
     cpu_seconds: float
     p50_us: float = 0.0
     write_amplification: float = 0.0
+    p99_us: float = 0.0
 
     @property
     def mb_per_s(self) -> float:
@@ -71,6 +72,8 @@ class Measured:
             result |= {"per_s": round(self.per_s, 1)}
         if self.p50_us:
             result["p50_us"] = round(self.p50_us, 1)
+        if self.p99_us:
+            result["p99_us"] = round(self.p99_us, 1)
         if self.write_amplification:
             result["write_amplification"] = round(self.write_amplification, 2)
         return result
@@ -98,9 +101,9 @@ class Meter:
         self.seconds += time.perf_counter() - self._start[0]
         self.cpu_seconds += self._cpu() - self._start[1]
 
-    def result(self, *, bytes_: int = 0, operations: int = 0, p50_us: float = 0.0) -> Measured:
+    def result(self, *, bytes_: int = 0, operations: int = 0, p50_us: float = 0.0, p99_us: float = 0.0) -> Measured:
         """The measurement, with what was done in the counted parts."""
-        return Measured(bytes_, operations, self.seconds, self.cpu_seconds, p50_us)
+        return Measured(bytes_, operations, self.seconds, self.cpu_seconds, p50_us, p99_us=p99_us)
 
 
 def middle(found: Iterable[Measured]) -> Measured:
