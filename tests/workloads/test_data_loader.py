@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import fs3
 from fs3.client import FileSystem
 from fs3.data import RecordDataset, RecordWriter, StatefulDistributedSampler
+from fs3.data.store import ClusterStore
 from fs3.testing.cluster import LocalCluster
 
 SAMPLES, SHARDS = 300, 3
@@ -144,6 +145,22 @@ def test_a_shard_that_was_replaced_is_noticed(fs: FileSystem) -> None:
     except OSError as e:
         found = e.filename
     assert found in ([b"one", b"two"], "/replaced/a.fs3r")
+
+
+def test_few_files_stay_open_however_many_a_batch_reads(fs: FileSystem) -> None:
+    fs.makedirs("/many")
+    for number in range(7):
+        with fs.open(f"/many/{number}", "wb") as file:
+            file.write(bytes([number]) * 10)
+    store = ClusterStore(fs, open_files_max=2)
+    for _ in range(2):
+        views = [memoryview(bytearray(10)) for _ in range(7)]
+        assert store.read([(f"/many/{n}", 0, view) for n, view in enumerate(views)]) == [10] * 7
+        assert [view[9] for view in views] == list(range(7))
+        assert len(store._handles) == 2
+    with pytest.raises(FileNotFoundError, match="/many/none"):
+        store.read([("/many/none", 0, memoryview(bytearray(1)))])
+    store.close()
 
 
 def test_the_benchmark_runs(fs: FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
