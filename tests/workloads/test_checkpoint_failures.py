@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import posixpath
+import random
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ HOME = "/ckpt"
 JOB_S = 120.0
 # A killed client is forgotten after this.
 SESSION_MS = 3000
+KILLS = 12
 
 
 @pytest.fixture
@@ -99,6 +101,17 @@ def test_a_job_killed_while_saving_leaves_the_former_checkpoint_and_no_broken_on
     wait_until(lambda: not catalog.unfinished(fs, HOME)[0].in_use, timeout_s=JOB_S, what="the end of the job's claim")
     checkpoint.save(state, fs, f"{HOME}/step-4")
     assert fs.listdir(HOME) == ["step-1", "step-2", "step-4"]
+
+
+def test_jobs_killed_at_any_moment_leave_whole_checkpoints_only(quick_cluster: LocalCluster, fs: FileSystem) -> None:
+    seed = random.randrange(1 << 30)
+    with job(quick_cluster, "kill_saves", HOME, str(KILLS), str(seed), stderr=subprocess.PIPE) as running:
+        _, errors = running.communicate(timeout=JOB_S)
+    assert running.returncode == 0, f"seed {seed}: {errors}"
+    wait_until(lambda: not any(left.in_use for left in catalog.unfinished(fs, HOME)), timeout_s=JOB_S, what="the end")
+    checkpoint.clean(fs, HOME)
+    assert [found.name for found in checkpoint.list_checkpoints(fs, HOME)]
+    assert fs.listdir(HOME) == sorted(found.name for found in checkpoint.list_checkpoints(fs, HOME))
 
 
 class Killing(dcp.DefaultSavePlanner):
