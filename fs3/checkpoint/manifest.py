@@ -41,7 +41,7 @@ class StoredItem:
 
     `offset` and `length` are bytes in the file `relative_path` of the checkpoint. A tensor is its elements in C order,
     of `dtype` (a ``torch.dtype``) and `shape`; both are None for what was serialized by the planner. `crcs`: CRC32C of
-    every CRC_BYTES.
+    every CRC_BYTES. DCP's metadata has it pickled under this name, in this module: neither may change.
     """
 
     relative_path: str

@@ -83,7 +83,6 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
         split(self._path)
         self._overwrite = overwrite
         self._keep_last = keep_last
-        self._coordinator = False
         self._claim: Claim | None = None
         self._directory = ""
         self._save_id = ""
@@ -106,7 +105,6 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
         """Raises ValueError without collectives."""
         if not use_collectives:
             raise ValueError("use_collectives=False: ranks must hear of each other to publish one checkpoint")
-        self._coordinator = is_coordinator
 
     def storage_meta(self) -> StorageMeta:
         """Ids of the checkpoint and of this save."""
@@ -183,12 +181,19 @@ class Fs3Writer(StorageWriter):  # type: ignore[misc]
         for left in catalog.unfinished(self._fs, directory):
             # Two jobs that save under one name are a mistake; the one that began last goes on.
             if left.name == name or not left.in_use:
-                catalog.remove(self._fs, left)
+                self._remove(left)
         self._directory = temporary(self._path)
         self._save_id = self._directory.rpartition("-")[2]
         self._fs.mkdir(self._directory)
         with self._fs.open(posixpath.join(self._directory, SUMMARY), "xb", buffering=0) as file:
             self._claim = Claim(self._fs, file.inode)
+
+    def _remove(self, left: catalog.Leftover) -> None:
+        try:
+            catalog.remove(self._fs, left)
+        except OSError as e:
+            # It may be another user's, and is in nobody's way.
+            log.warning("%s was left unfinished and could not be removed: %s", left.path, e)
 
     def _check_replaceable(self) -> None:
         """Raise EXISTS for what may not be replaced: what is no checkpoint, and without `overwrite` one, too."""
