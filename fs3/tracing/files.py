@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from fs3.core.errors import error
@@ -13,7 +14,7 @@ from fs3.v1.frame_pb2 import Code
 StrPath = str | os.PathLike[str]
 
 
-def write_trace(path: StrPath, header: dict[str, Any], events: list[dict[str, Any]]) -> None:
+def write_trace(path: StrPath, header: dict[str, Any], events: Iterable[dict[str, Any]]) -> None:
     """Write a trace, one event per line. Replaces the file at once."""
     target = os.fspath(path)
     partial = f"{target}.{os.getpid()}.part"
@@ -21,7 +22,10 @@ def write_trace(path: StrPath, header: dict[str, Any], events: list[dict[str, An
     try:
         with opening(partial, "wt", encoding="utf-8") as file:
             file.write(json.dumps(header, indent=1).removesuffix("\n}") + ',\n "traceEvents": [\n')
-            file.write(",\n".join(json.dumps(event) for event in events))
+            separator = ""
+            for event in events:
+                file.write(separator + json.dumps(event))
+                separator = ",\n"
             file.write("\n]}\n")
         os.replace(partial, target)
     except BaseException:

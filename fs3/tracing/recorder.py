@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from multiprocessing.util import Finalize
 from types import TracebackType
@@ -85,9 +84,8 @@ class Trace:
         taken = native.trace_stop()
         if taken is None:
             return False
-        began_wall_ns, operations, requests, dropped = taken
+        began_wall_ns, operations, requests, dropped, threads = taken
         base_ns = began_wall_ns // SECOND_NS * SECOND_NS
-        threads = {thread.native_id: thread.name for thread in threading.enumerate() if thread.native_id is not None}
         process = os.path.basename(sys.argv[0]) or "python"
         tracks = Tracks(os.getpid(), process, threads, began_wall_ns - base_ns)
         header: dict[str, Any] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fs3 import native
@@ -61,81 +61,82 @@ class Tracks:
 
     def __init__(self, pid: int, process: str, threads: Mapping[int, str], offset_ns: int) -> None:
         self._pid = pid
+        self._process = process
         self._threads = threads
         self._offset_ns = offset_ns
-        self._events: list[Event] = [self._named("process_name", 0, process)]
         self._next = FIRST_TRACK
+        self._arrows = 0
         # Where each operation is shown.
         self._shown: dict[int, int] = {}
 
     def make(
         self, operations: Sequence[native.TracedOperation], requests: Sequence[native.TracedRequest]
-    ) -> list[Event]:
-        """All events. What began when the trace had not, or had no room, is not among them; its requests may be."""
-        self._on_threads([o for o in operations if not o.background])
-        self._awaited([o for o in operations if o.background])
-        self._by_service(requests)
-        return self._events
+    ) -> Iterator[Event]:
+        """All events. Of operations that the trace has not, because they have not ended, requests may be among them."""
+        yield self._named("process_name", 0, self._process)
+        yield from self._on_threads([o for o in operations if not o.background])
+        yield from self._awaited([o for o in operations if o.background])
+        yield from self._by_service(requests)
 
-    def _on_threads(self, operations: Sequence[native.TracedOperation]) -> None:
+    def _on_threads(self, operations: Sequence[native.TracedOperation]) -> Iterator[Event]:
         for thread in sorted({o.thread for o in operations}):
-            self._events.append(self._named("thread_name", thread, self._threads.get(thread, f"thread {thread}")))
+            yield self._named("thread_name", thread, self._name(thread))
         for operation in operations:
-            self._operation(operation, operation.thread)
+            yield self._operation(operation, operation.thread)
 
-    def _awaited(self, operations: Sequence[native.TracedOperation]) -> None:
+    def _awaited(self, operations: Sequence[native.TracedOperation]) -> Iterator[Event]:
         by_thread: dict[int, list[native.TracedOperation]] = defaultdict(list)
         for operation in operations:
             by_thread[operation.thread].append(operation)
         for thread, some in sorted(by_thread.items()):
-            name = self._threads.get(thread, f"thread {thread}")
-            for number, lane in enumerate(lanes(some), 1):
-                track = self._track(f"fs3 awaited by {name} #{number}")
+            for track, named, lane in self._lanes(f"fs3 awaited by {self._name(thread)}", some):
+                yield from named
                 for operation in lane:
-                    self._operation(operation, track)
+                    yield self._operation(operation, track)
 
-    def _by_service(self, requests: Sequence[native.TracedRequest]) -> None:
+    def _by_service(self, requests: Sequence[native.TracedRequest]) -> Iterator[Event]:
         by_service: dict[str, list[native.TracedRequest]] = defaultdict(list)
         for request in requests:
             by_service[_service(request)].append(request)
-        arrows = 0
         for service, some in sorted(by_service.items()):
-            for number, lane in enumerate(lanes(some), 1):
-                track = self._track(f"fs3 {service} #{number}")
+            for track, named, lane in self._lanes(f"fs3 {service}", some):
+                yield from named
                 for request in lane:
-                    arrows += 1
-                    self._request(request, track, arrows)
+                    yield from self._request(request, track)
 
-    def _operation(self, operation: native.TracedOperation, track: int) -> None:
+    def _lanes(self, name: str, items: Sequence[T]) -> Iterator[tuple[int, list[Event], list[T]]]:
+        """The tracks that it takes for `items`, the events that name each, and what is on it."""
+        for number, lane in enumerate(lanes(items), 1):
+            track, self._next = self._next, self._next + 1
+            order = {"ph": "M", "name": "thread_sort_index", "pid": self._pid, "tid": track}
+            named = self._named("thread_name", track, f"{name} #{number}")
+            yield track, [named, order | {"args": {"sort_index": track}}], lane
+
+    def _operation(self, operation: native.TracedOperation, track: int) -> Event:
         self._shown[operation.number] = track
         name = "fs3." + operation.name.removeprefix("METHOD_META_").lower()
-        self._complete(operation, name, "fs3", track, _operation_arguments(operation))
+        return self._complete(operation, name, "fs3", track, _operation_arguments(operation))
 
-    def _request(self, request: native.TracedRequest, track: int, arrow: int) -> None:
-        self._complete(request, _method(request.method), "fs3.request", track, _request_arguments(request))
+    def _request(self, request: native.TracedRequest, track: int) -> Iterator[Event]:
+        yield self._complete(request, _method(request.method), "fs3.request", track, _request_arguments(request))
         source = self._shown.get(request.operation)
         if source is None:
             return
-        number = (self._pid << ARROW_BITS) | (arrow & ((1 << ARROW_BITS) - 1))
-        for phase, at in (("s", source), ("f", track)):
-            event = self._event(phase, "request", "fs3.flow", at, request.start_ns) | {"id": number}
-            self._events.append(event | {"bp": "e"} if phase == "f" else event)
+        self._arrows += 1
+        arrow = {"id": (self._pid << ARROW_BITS) | (self._arrows & ((1 << ARROW_BITS) - 1))}
+        yield self._event("s", "request", "fs3.flow", source, request.start_ns) | arrow
+        yield self._event("f", "request", "fs3.flow", track, request.start_ns) | arrow | {"bp": "e"}
 
-    def _complete(self, item: Timed, name: str, category: str, track: int, arguments: dict[str, Any]) -> None:
+    def _complete(self, item: Timed, name: str, category: str, track: int, arguments: dict[str, Any]) -> Event:
         event = self._event("X", name, category, track, item.start_ns)
-        self._events.append(event | {"dur": item.duration_ns / 1000, "args": arguments})
+        return event | {"dur": item.duration_ns / 1000, "args": arguments}
 
     def _event(self, phase: str, name: str, category: str, track: int, at_ns: int) -> Event:
         ts = (self._offset_ns + at_ns) / 1000
         return {"ph": phase, "name": name, "cat": category, "pid": self._pid, "tid": track, "ts": ts}
 
-    def _track(self, name: str) -> int:
-        track, self._next = self._next, self._next + 1
-        self._events.append(self._named("thread_name", track, name))
-        self._events.append(
-            {"ph": "M", "name": "thread_sort_index", "pid": self._pid, "tid": track, "args": {"sort_index": track}}
-        )
-        return track
+    def _name(self, thread: int) -> str:
+        return self._threads.get(thread, f"thread {thread}")
 
     def _named(self, what: str, track: int, name: str) -> Event:
         return {"ph": "M", "name": what, "pid": self._pid, "tid": track, "args": {"name": name}}
@@ -158,7 +159,7 @@ def _operation_arguments(operation: native.TracedOperation) -> dict[str, Any]:
         arguments["path"] = os.fsdecode(operation.path)
     if operation.inode > ROOT_INODE:
         arguments["inode"] = operation.inode
-    for name in ("offset", "count", "bytes"):
+    for name in ("offset", "count", "hits", "bytes"):
         value = getattr(operation, name)
         if value is not None:
             arguments[name] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import fs3
+import fs3.kvcache
 from fs3.testing.cluster import LocalCluster
 from fs3.tracing.files import read_trace
 
@@ -117,7 +119,7 @@ def test_threads_and_awaited_calls_have_their_own_tracks(
         async with await fs3.connect_async(shared_cluster.url, token=shared_cluster.token) as other:
             await asyncio.gather(*(other.stat("/traced/file") for _ in range(8)))
 
-    with ThreadPoolExecutor(3, thread_name_prefix="loader") as pool, fs3.trace(out):
+    with fs3.trace(out), ThreadPoolExecutor(3, thread_name_prefix="loader") as pool:
         threads = set(pool.map(lambda _: stat(), range(3)))
         asyncio.run(gather())
     events, names = complete(out), track_names(out)
@@ -130,6 +132,51 @@ def test_threads_and_awaited_calls_have_their_own_tracks(
     for track in {e["tid"] for e in awaited}:
         shown = sorted((e for e in awaited if e["tid"] == track), key=lambda e: float(e["ts"]))
         assert all(end(a) <= b["ts"] for a, b in pairwise(shown))
+
+
+def test_batches_of_the_key_value_cache_say_what_was_found(fs: fs3.FileSystem, tmp_path: Path) -> None:
+    out = tmp_path / "trace.json"
+    keys = [f"key-{number}" for number in range(8)]
+    with fs3.kvcache.open(fs, "/traced/cache", capacity=16 << 20) as cache, fs3.trace(out):
+        assert all(cache.put_batch(keys, [b"value"] * len(keys)))
+        assert cache.get_batch([*keys, "none"])[-1] is None
+    put, get = complete(out)
+    assert (put["name"], get["name"]) == ("fs3.kv_put_batch", "fs3.kv_get_batch")
+    assert put["args"] | {"count": 8, "hits": 8, "bytes": 40} == put["args"]
+    assert get["args"] | {"count": 9, "hits": 8, "bytes": 40} == get["args"]
+    for operation, name, chunks in ((put, "storage.kv_put", 8), (get, "storage.kv_get", 9)):
+        requests = [e for e in complete(out, "fs3.request") if e["name"] == name]
+        assert {e["args"]["operation"] for e in requests} == {operation["args"]["operation"]}
+        assert all(within(e, operation) and e["args"]["node"] for e in requests)
+        assert sum(e["args"]["chunks"] for e in requests) >= chunks
+
+
+def test_a_read_from_a_node_that_hangs_shows_the_second_request_that_answered(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    out = tmp_path / "trace.json"
+    with fs3.connect(cluster.url, token=cluster.token) as fs:
+        with fs.open("/file", "wb", chunk_bytes=64 << 10) as file:
+            file.write(bytes(FILE_BYTES))
+        with fs.open("/file", "rb", buffering=0) as file:
+            cluster.kill("storage-1", signal.SIGSTOP)
+            try:
+                with fs3.trace(out):
+                    # One chunk after the other: a third of them are read from the node first.
+                    for offset in range(0, FILE_BYTES, 64 << 10):
+                        assert file.pread_into(bytearray(10), offset) == 10
+            finally:
+                cluster.kill("storage-1", signal.SIGCONT)
+    requests = complete(out, "fs3.request")
+    hedges = [e for e in requests if "hedge" in e["args"]]
+    assert hedges
+    for hedge in hedges:
+        pair = [e for e in requests if e["args"]["operation"] == hedge["args"]["operation"]]
+        if "error" not in hedge["args"]:
+            first = next(e for e in pair if "hedge" not in e["args"])
+            assert first["args"]["node"] != hedge["args"]["node"]
+            assert first["ts"] < hedge["ts"]
+    assert any(e["args"].get("error") == "given up" for e in requests)
 
 
 def test_memory_is_bounded_and_the_file_says_what_is_missing(fs: fs3.FileSystem, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def operation(number: int, start_ns: int, duration_ns: int, **others: Any) -> An
         "background": False,
         "finished": True,
         "bytes": 3,
+        "hits": None,
         "error": None,
     }
     return SimpleNamespace(**fields | others, number=number, start_ns=start_ns, duration_ns=duration_ns)
@@ -49,7 +50,7 @@ def request(number: int, start_ns: int, duration_ns: int, **others: Any) -> Any:
 
 
 def made(operations: list[Any], requests: list[Any]) -> list[dict[str, Any]]:
-    return Tracks(17, "train.py", {THREAD: "MainThread"}, 1_000).make(operations, requests)
+    return list(Tracks(17, "train.py", {THREAD: "MainThread"}, 1_000).make(operations, requests))
 
 
 def names(events: list[dict[str, Any]]) -> dict[int, str]:

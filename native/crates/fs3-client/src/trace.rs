@@ -119,6 +119,8 @@ pub struct Detail {
 pub struct Outcome {
     /// Bytes that were read or written.
     pub bytes: Option<u64>,
+    /// Of several things at once, how many were there, or were kept.
+    pub hits: Option<u64>,
     /// Why it failed.
     pub error: Option<Code>,
 }
@@ -126,7 +128,7 @@ pub struct Outcome {
 impl Outcome {
     /// Of something that moves no bytes.
     pub fn plain<T>(result: &Result<T>) -> Self {
-        Self { bytes: None, error: result.as_ref().err().map(|error| error.code) }
+        Self { error: result.as_ref().err().map(|error| error.code), ..Self::default() }
     }
 
     /// Of one that returns how many bytes it moved.
@@ -138,7 +140,8 @@ impl Outcome {
     pub fn summed<'a>(results: impl IntoIterator<Item = &'a Result<usize>>) -> Self {
         let sum = |sum: Self, result| {
             let one = Self::counted(result);
-            Self { bytes: Some(sum.bytes.unwrap_or(0) + one.bytes.unwrap_or(0)), error: sum.error.or(one.error) }
+            let bytes = Some(sum.bytes.unwrap_or(0) + one.bytes.unwrap_or(0));
+            Self { bytes, error: sum.error.or(one.error), hits: None }
         };
         results.into_iter().fold(Self::default(), sum)
     }

@@ -273,8 +273,8 @@ impl Client {
         let at = paths.iter().map(|path| at(inode, path, follow)).collect();
         let shown = trace::on_paths("open_many", inode, &paths);
         let failed = |results: &Vec<Result<_>>| Outcome {
-            bytes: None,
             error: results.iter().find_map(|one| Outcome::plain(one).error),
+            ..Outcome::default()
         };
         let work = shown.run(async move { client.open_many(&caller, at).await }, failed);
         Ok(Operation::with(work, move |py, files| {

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_client::{KvCache as Cache, KvGot, KvKeep, KvSettings, KvSpace, Region, RegionMut};
+use fs3_client::trace::Outcome;
+use fs3_client::{KvCache as Cache, KvGot, KvKeep, KvSettings, KvSpace, Region, RegionMut, Result};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
@@ -13,6 +14,7 @@ use crate::client::Client;
 use crate::errors::{to_object, to_python};
 use crate::operation::Operation;
 use crate::runtime::Owned;
+use crate::trace;
 
 /// An open namespace of the key-value cache. Thread-safe.
 #[pyclass(frozen, module = "fs3._native")]
@@ -61,7 +63,10 @@ impl KvCache {
         let (key, value) = (Bytes::copy_from_slice(key), readable(value)?);
         let kept = value.clone();
         // The buffer goes back where the interpreter is at hand.
-        let work = async move { cache.put(vec![(key, value)]).await.map(|stored| (stored, kept)) };
+        let shown = trace::on_cache("kv_put", &cache, 1);
+        let work = shown.run(async move { cache.put(vec![(key, value)]).await.map(|stored| (stored, kept)) }, |done| {
+            stored(done, |kept: &Region| kept.len())
+        });
         Ok(Operation::new(work, |_, (stored, _kept): (Vec<bool>, Region)| Ok(stored[0])))
     }
 
@@ -72,23 +77,27 @@ impl KvCache {
         let values = values.iter().map(readable).collect::<PyResult<Vec<_>>>()?;
         let kept = values.clone();
         let items = keys.into_iter().map(Bytes::from).zip(values).collect();
-        let work = async move { cache.put(items).await.map(|stored| (stored, kept)) };
+        let shown = trace::on_cache("kv_put_batch", &cache, kept.len());
+        let work = shown.run(async move { cache.put(items).await.map(|stored| (stored, kept)) }, |done| {
+            stored(done, |kept: &Vec<Region>| kept.iter().map(|value| value.len()).sum())
+        });
         Ok(Operation::new(work, |_, (stored, _kept): (Vec<bool>, Vec<Region>)| Ok(stored)))
     }
 
     /// One value, or None.
     fn get(&self, key: &[u8]) -> PyResult<Operation> {
         let (cache, key) = (self.native()?, Bytes::copy_from_slice(key));
-        Ok(Operation::new(async move { cache.get(vec![key]).await }, |py, values| {
-            Ok(values[0].as_ref().map(|value| PyBytes::new(py, value).unbind()))
-        }))
+        let work = trace::on_cache("kv_get", &cache, 1).run(async move { cache.get(vec![key]).await }, values_got);
+        Ok(Operation::new(work, |py, values| Ok(values[0].as_ref().map(|value| PyBytes::new(py, value).unbind()))))
     }
 
     /// Many values; None for each that is not there.
     fn get_many(&self, keys: Vec<Vec<u8>>) -> PyResult<Operation> {
         let cache = self.native()?;
+        let shown = trace::on_cache("kv_get_batch", &cache, keys.len());
         let keys = keys.into_iter().map(Bytes::from).collect();
-        Ok(Operation::new(async move { cache.get(keys).await }, |py, values| {
+        let work = shown.run(async move { cache.get(keys).await }, values_got);
+        Ok(Operation::new(work, |py, values| {
             let value = |value: Option<Region>| value.map(|value| PyBytes::new(py, &value).unbind());
             Ok(values.into_iter().map(value).collect::<Vec<_>>())
         }))
@@ -98,7 +107,8 @@ impl KvCache {
     fn get_into(&self, key: &[u8], buffer: &Bound<'_, PyAny>) -> PyResult<Operation> {
         let cache = self.native()?;
         let item = (Bytes::copy_from_slice(key), writable(buffer)?);
-        Ok(Operation::new(async move { cache.get_into(vec![item]).await }, |_, got| Ok(count(&got[0]))))
+        let work = trace::on_cache("kv_get", &cache, 1).run(async move { cache.get_into(vec![item]).await }, got_into);
+        Ok(Operation::new(work, |_, got| Ok(count(&got[0]))))
     }
 
     /// Many values, each into its memory, as `get_into`.
@@ -106,24 +116,31 @@ impl KvCache {
         let cache = self.native()?;
         same_length(keys.len(), buffers.len())?;
         let buffers = buffers.iter().map(writable).collect::<PyResult<Vec<_>>>()?;
+        let shown = trace::on_cache("kv_get_batch", &cache, keys.len());
         let items = keys.into_iter().map(Bytes::from).zip(buffers).collect();
-        Ok(Operation::new(async move { cache.get_into(items).await }, |_, got| {
-            Ok(got.iter().map(count).collect::<Vec<_>>())
-        }))
+        let work = shown.run(async move { cache.get_into(items).await }, got_into);
+        Ok(Operation::new(work, |_, got| Ok(got.iter().map(count).collect::<Vec<_>>())))
     }
 
     /// Whether each is there.
     fn exists(&self, keys: Vec<Vec<u8>>) -> PyResult<Operation> {
         let cache = self.native()?;
+        let shown = trace::on_cache("kv_exists", &cache, keys.len());
         let keys = keys.into_iter().map(Bytes::from).collect();
-        Ok(Operation::new(async move { cache.exists(keys).await }, |_, found| Ok(found)))
+        let work = shown.run(async move { cache.exists(keys).await }, |found| {
+            let hits = found.as_ref().ok().map(|found| found.iter().filter(|there| **there).count() as u64);
+            Outcome { hits, ..Outcome::plain(found) }
+        });
+        Ok(Operation::new(work, |_, found| Ok(found)))
     }
 
     /// Forget many; for each whether it was there, or the error.
     fn remove(&self, keys: Vec<Vec<u8>>) -> PyResult<Operation> {
         let cache = self.native()?;
+        let shown = trace::on_cache("kv_remove", &cache, keys.len());
         let keys = keys.into_iter().map(Bytes::from).collect();
-        Ok(Operation::new(async move { cache.remove(keys).await }, |py, removed| {
+        let work = shown.run(async move { cache.remove(keys).await }, Outcome::plain);
+        Ok(Operation::new(work, |py, removed| {
             let mut list = Vec::with_capacity(removed.len());
             for result in removed {
                 list.push(match result {
@@ -186,6 +203,29 @@ impl KvCache {
         let keep = keep_bytes.map_or(KvKeep::Part(keep_part), KvKeep::Bytes);
         Ok(Operation::new(async move { cache.evict(keep).await }, |_, gone| Ok(gone)))
     }
+}
+
+/// For traces: what a put did, and how many bytes it had.
+fn stored<T>(done: &Result<(Vec<bool>, T)>, bytes: impl FnOnce(&T) -> usize) -> Outcome {
+    let Ok((stored, values)) = done else { return Outcome::plain(done) };
+    let hits = stored.iter().filter(|stored| **stored).count() as u64;
+    Outcome { bytes: Some(bytes(values) as u64), hits: Some(hits), error: None }
+}
+
+/// For traces: what a get found.
+fn values_got(done: &Result<Vec<Option<Region>>>) -> Outcome {
+    let Ok(values) = done else { return Outcome::plain(done) };
+    found(values.iter().flatten().map(|value| value.len()))
+}
+
+/// For traces: what a get into memory found.
+fn got_into(done: &Result<Vec<(KvGot, RegionMut)>>) -> Outcome {
+    let Ok(got) = done else { return Outcome::plain(done) };
+    found(got.iter().filter_map(|(got, _)| if let KvGot::Hit(bytes) = got { Some(*bytes) } else { None }))
+}
+
+fn found(lengths: impl Iterator<Item = usize> + Clone) -> Outcome {
+    Outcome { hits: Some(lengths.clone().count() as u64), bytes: Some(lengths.sum::<usize>() as u64), error: None }
 }
 
 fn count((got, _buffer): &(KvGot, RegionMut)) -> Option<i64> {

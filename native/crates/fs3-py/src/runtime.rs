@@ -1,5 +1,6 @@
 //! The one tokio runtime of the process, started when first needed, and again in a forked child.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
@@ -21,6 +22,8 @@ pub struct Process {
     pub runtime: Runtime,
     /// See `operation::deliveries`.
     pub deliveries: OnceLock<Mutex<Sender<Delivery>>>,
+    /// Names of threads, of those that did something while a trace was taken.
+    pub thread_names: Mutex<BTreeMap<i32, String>>,
 }
 
 /// Counts forks on the way from the first process to this one.
@@ -53,7 +56,12 @@ pub fn process() -> PyResult<&'static Process> {
         .enable_all()
         .build()
         .map_err(|e| PyRuntimeError::new_err(format!("cannot start threads: {e}")))?;
-    let new = Box::into_raw(Box::new(Process { number: process_number(), runtime, deliveries: OnceLock::new() }));
+    let new = Box::into_raw(Box::new(Process {
+        number: process_number(),
+        runtime,
+        deliveries: OnceLock::new(),
+        thread_names: Mutex::default(),
+    }));
     match CURRENT.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire) {
         // SAFETY: as above.
         Ok(_) => Ok(unsafe { &*new }),

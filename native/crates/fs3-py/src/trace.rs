@@ -1,10 +1,13 @@
 //! Traces: what is noted of operations, and what Python gets of it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use fs3_client::OpenFile;
 use fs3_client::trace::{self, Event, Outcome, Shown, Subject, What};
+use fs3_client::{KvCache, OpenFile};
 use pyo3::prelude::*;
+
+use crate::runtime::process;
 
 /// The inode of the root directory.
 const ROOT: u64 = 1;
@@ -14,26 +17,50 @@ pub fn shown_path(inode: u64, path: &[u8]) -> Arc<[u8]> {
     if inode == ROOT && !path.starts_with(b"/") { [b"/", path].concat().into() } else { path.into() }
 }
 
+/// An operation that this thread asks for; the trace learns the thread's name.
+fn shown(subject: impl FnOnce() -> Subject) -> Shown {
+    trace::shown(|| {
+        note_thread();
+        subject()
+    })
+}
+
+fn note_thread() {
+    // SAFETY: it always succeeds.
+    let thread = unsafe { libc::gettid() };
+    let Ok(process) = process() else { return };
+    if process.thread_names.lock().contains_key(&thread) {
+        return;
+    }
+    // Without the lock: another thread may hold it and want the interpreter.
+    let name = Python::attach(|py| {
+        py.import("threading")?.call_method0("current_thread")?.getattr("name")?.extract::<String>()
+    });
+    if let Ok(name) = name {
+        process.thread_names.lock().insert(thread, name);
+    }
+}
+
 /// An operation on a path.
 pub fn on_path(name: &'static str, inode: u64, path: &[u8]) -> Shown {
-    trace::shown(|| Subject { name, path: shown_path(inode, path), inode, ..Subject::default() })
+    shown(|| Subject { name, path: shown_path(inode, path), inode, ..Subject::default() })
 }
 
 /// An operation on `count` paths.
 pub fn on_paths(name: &'static str, inode: u64, paths: &[Vec<u8>]) -> Shown {
     let count = Some(paths.len() as u64);
     let path = || if let [path] = paths { shown_path(inode, path) } else { Arc::default() };
-    trace::shown(|| Subject { name, path: path(), inode, count, ..Subject::default() })
+    shown(|| Subject { name, path: path(), inode, count, ..Subject::default() })
 }
 
 /// An operation on an open file.
 pub fn on_file(name: &'static str, file: &OpenFile, path: &Arc<[u8]>, offset: Option<u64>) -> Shown {
-    trace::shown(|| Subject { name, path: path.clone(), inode: file.inode(), offset, ..Subject::default() })
+    shown(|| Subject { name, path: path.clone(), inode: file.inode(), offset, ..Subject::default() })
 }
 
 /// An operation on ranges of open files: (file, its path, offset) each.
 pub fn on_ranges(name: &'static str, ranges: impl FnOnce() -> Vec<(Arc<OpenFile>, Arc<[u8]>, u64)>) -> Shown {
-    trace::shown(|| {
+    shown(|| {
         let ranges = ranges();
         let count = Some(ranges.len() as u64);
         let subject = Subject { name, count, ..Subject::default() };
@@ -45,6 +72,12 @@ pub fn on_ranges(name: &'static str, ranges: impl FnOnce() -> Vec<(Arc<OpenFile>
             _ => subject,
         }
     })
+}
+
+/// An operation on `count` keys of a namespace of the key-value cache.
+pub fn on_cache(name: &'static str, cache: &KvCache, count: usize) -> Shown {
+    let count = Some(count as u64);
+    shown(|| Subject { name, inode: cache.space().id, count, ..Subject::default() })
 }
 
 /// What a trace has of one operation. Times are nanoseconds, those of beginnings since the trace began.
@@ -62,6 +95,7 @@ pub struct TracedOperation {
     background: bool,
     finished: bool,
     bytes: Option<u64>,
+    hits: Option<u64>,
     error: Option<u16>,
 }
 
@@ -87,21 +121,28 @@ pub struct TracedRequest {
 /// Begin to note operations and requests of all clients of this process, the newest `events_max` of them; False when that is
 /// done already.
 #[pyfunction]
-pub fn trace_start(events_max: usize) -> bool {
-    trace::start(events_max)
+pub fn trace_start(events_max: usize) -> PyResult<bool> {
+    let began = trace::start(events_max);
+    if began {
+        process()?.thread_names.lock().clear();
+    }
+    Ok(began)
 }
 
-/// End that: when it began (nanoseconds since 1970), operations and requests in the order in which they ended, and how many
-/// more there were before. None when nothing is noted.
+/// When a trace began (nanoseconds since 1970), operations and requests in the order in which they ended, how many more
+/// there were before, and names of threads.
+type Traced = (i64, Vec<Py<TracedOperation>>, Vec<Py<TracedRequest>>, u64, BTreeMap<i32, String>);
+
+/// End that. None when nothing is noted.
 #[pyfunction]
-#[allow(clippy::type_complexity)]
-pub fn trace_stop(py: Python<'_>) -> PyResult<Option<(i64, Vec<Py<TracedOperation>>, Vec<Py<TracedRequest>>, u64)>> {
+pub fn trace_stop(py: Python<'_>) -> PyResult<Option<Traced>> {
     let Some(trace) = trace::stop() else { return Ok(None) };
     let (mut operations, mut requests) = (Vec::new(), Vec::new());
     for event in trace.events {
         convert(py, event, &mut operations, &mut requests)?;
     }
-    Ok(Some((trace.began_wall_ns, operations, requests, trace.dropped)))
+    let names = std::mem::take(&mut *process()?.thread_names.lock());
+    Ok(Some((trace.began_wall_ns, operations, requests, trace.dropped, names)))
 }
 
 fn convert(
@@ -112,7 +153,7 @@ fn convert(
 ) -> PyResult<()> {
     let (start_ns, duration_ns) = (event.start.as_nanos() as u64, event.duration.as_nanos() as u64);
     let finished = event.outcome.is_some();
-    let Outcome { bytes, error } = event.outcome.unwrap_or_default();
+    let Outcome { bytes, hits, error } = event.outcome.unwrap_or_default();
     let error = error.map(|code| code as u16);
     match event.what {
         What::Operation { subject, background } => {
@@ -131,6 +172,7 @@ fn convert(
                 background,
                 finished,
                 bytes,
+                hits,
                 error,
             };
             operations.push(Py::new(py, operation)?);

@@ -14,6 +14,7 @@ use super::Shared;
 use super::space::{Address, healthy};
 use crate::attempt::{lengths, verify};
 use crate::loan::Loan;
+use crate::trace;
 
 /// Entries of one request.
 const BATCH_OPS_MAX: usize = 256;
@@ -275,7 +276,7 @@ async fn ask_all(shared: &Arc<Shared>, mut batches: Vec<Batch>, probe: bool, dea
     }
     let mut tasks = JoinSet::new();
     for batch in batches {
-        tasks.spawn(ask(shared.clone(), batch, probe, deadline));
+        tasks.spawn(trace::inherit(ask(shared.clone(), batch, probe, deadline)));
     }
     tasks.join_all().await.into_iter().flatten().collect()
 }
@@ -316,7 +317,9 @@ async fn exchange(
     let view = inner.view();
     let node_id = batch.wants[0].1.node_id;
     let address = view.address(node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
-    let reply = inner.wire.transfer(address, Method::StorageKvGet, request, Vec::new(), sink, deadline).await?;
+    let detail = trace::Detail { node_id, chunks: batch.wants.len() as u32, ..Default::default() };
+    let call = inner.wire.transfer(address, Method::StorageKvGet, request, Vec::new(), sink, deadline);
+    let reply = trace::detailed(detail, call).await?;
     let response = KvGetResponse::decode(reply.body)
         .map_err(|e| Error::new(Code::Protocol, format!("an answer of the cache cannot be read: {e}")))?;
     if response.results.len() != batch.wants.len() {

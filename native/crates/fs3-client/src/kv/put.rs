@@ -12,6 +12,7 @@ use prost::Message;
 
 use super::Shared;
 use super::space::{Address, healthy};
+use crate::trace;
 
 /// Values below this size share requests; storage keeps the memory that a larger one arrived in.
 const SHARE_BYTES_MAX: usize = 32 << 10;
@@ -177,7 +178,7 @@ async fn send_all(shared: &Arc<Shared>, mut requests: Vec<Vec<Send>>, deadline: 
     }
     let mut tasks = JoinSet::new();
     for sends in requests {
-        tasks.spawn(send(shared.clone(), sends, deadline));
+        tasks.spawn(trace::inherit(send(shared.clone(), sends, deadline)));
     }
     tasks.join_all().await.into_iter().flatten().collect()
 }
@@ -199,7 +200,9 @@ async fn exchange(shared: &Shared, sends: &[Send], deadline: Instant) -> Result<
     let request = KvPutRequest { namespace: Some(shared.namespace()), ops };
     let view = inner.view();
     let address = view.address(sends[0].node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
-    let reply = inner.wire.transfer(address, Method::StorageKvPut, request, payload, Sink::none(), deadline).await?;
+    let detail = trace::Detail { node_id: sends[0].node_id, chunks: sends.len() as u32, ..Default::default() };
+    let call = inner.wire.transfer(address, Method::StorageKvPut, request, payload, Sink::none(), deadline);
+    let reply = trace::detailed(detail, call).await?;
     let response = KvPutResponse::decode(reply.body)
         .map_err(|e| Error::new(Code::Protocol, format!("an answer of the cache cannot be read: {e}")))?;
     if response.results.len() != sends.len() {

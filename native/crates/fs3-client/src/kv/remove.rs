@@ -11,6 +11,7 @@ use prost::Message;
 
 use super::Shared;
 use super::space::Address;
+use crate::trace;
 
 /// Keys that are being removed at a time.
 const REMOVING_MAX: usize = 64;
@@ -29,7 +30,7 @@ pub(super) async fn remove(shared: &Arc<Shared>, keys: Vec<Bytes>) -> Vec<Result
             && let Some((number, key)) = waiting.next()
         {
             let shared = shared.clone();
-            tasks.spawn(async move { (number, remove_value(&shared, &key, deadline).await) });
+            tasks.spawn(trace::inherit(async move { (number, remove_value(&shared, &key, deadline).await) }));
         }
         match tasks.join_next().await {
             Some(Ok((number, result))) => results[number] = result,
