@@ -13,16 +13,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import redis as redis_py
+from redis._parsers import Encoder
+from redis.connection import ConnectionPool, PythonRespSerializer
 
 START_S_MAX = 10.0
 HEADER_BYTES_MAX = 4096
 # Of a message that is sent, buffers that one system call takes.
 SEND_BUFFERS_MAX = 512
+# From here on redis-py packs a put faster by itself than hiredis does.
+LARGE_PUT_BYTES = 256 << 10
 
 
 class Unavailable(Exception):
@@ -125,27 +129,37 @@ class _Connection:
 
 
 class RedisPy:
-    """redis by its usual client."""
+    """redis by its usual client, redis-py with hiredis; its own code packs large puts, as it is faster at them."""
 
     name = "redis"
 
     def __init__(self, port: int, pid: int) -> None:
+        if not redis_py.utils.HIREDIS_AVAILABLE:
+            raise Unavailable("hiredis is missing, without which redis-py is slow: make workloads")
         self.pids = [pid]
-        self.connection = redis_py.Redis(port=port)
+        packer = PythonRespSerializer(6000, Encoder("utf-8", "strict", False).encode)
+        self._small = redis_py.Redis(port=port)
+        self._large = redis_py.Redis(connection_pool=ConnectionPool(port=port, command_packer=packer))
 
     def put(self, keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
         """`set`, or `mset` for several."""
+        client = self._large if sum(map(len, values)) >= LARGE_PUT_BYTES else self._small
         if len(keys) == 1:
-            self.connection.set(keys[0], values[0])
+            client.set(keys[0], values[0])
         else:
-            self.connection.mset(dict(zip(keys, values, strict=True)))
+            client.mset(dict(zip(keys, values, strict=True)))
 
     def get(self, keys: Sequence[bytes], targets: Sequence[memoryview]) -> Sequence[bytes]:
         """`get`, or `mget` for several."""
-        found = [self.connection.get(keys[0])] if len(keys) == 1 else self.connection.mget(keys)
+        found = [self._small.get(keys[0])] if len(keys) == 1 else self._small.mget(keys)
         if None in found:
             raise KeyError(keys[found.index(None)])
         return found
+
+    def close(self) -> None:
+        """End the connections."""
+        self._small.close()
+        self._large.close()
 
 
 class Redis:
@@ -155,7 +169,7 @@ class Redis:
 
     def __init__(self, port: int, pid: int) -> None:
         self.pids = [pid]
-        self.connection = _Connection(port)
+        self._connection = _Connection(port)
 
     def put(self, keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
         """SET, or MSET for several."""
@@ -165,21 +179,25 @@ class Redis:
         ]
         for key, value in zip(keys, values, strict=True):
             parts += [_bulk(key) + b"$%d\r\n" % len(value), value, b"\r\n"]
-        self.connection.send(parts)
-        if (answer := self.connection.line()) != b"+OK":
+        self._connection.send(parts)
+        if (answer := self._connection.line()) != b"+OK":
             raise OSError(answer.decode())
 
     def get(self, keys: Sequence[bytes], targets: Sequence[memoryview]) -> Sequence[memoryview]:
         """GET, or MGET for several."""
         command = b"GET" if len(keys) == 1 else b"MGET"
-        self.connection.send([b"*%d\r\n" % (1 + len(keys)), b"".join(map(_bulk, [command, *keys]))])
+        self._connection.send([b"*%d\r\n" % (1 + len(keys)), b"".join(map(_bulk, [command, *keys]))])
         if len(keys) > 1:
-            self.connection.line()
+            self._connection.line()
         for key, target in zip(keys, targets, strict=True):
-            if self.connection.line() != b"$%d" % len(target):
+            if self._connection.line() != b"$%d" % len(target):
                 raise KeyError(key)
-            self.connection.value(target)
+            self._connection.value(target)
         return targets
+
+    def close(self) -> None:
+        """End the connection."""
+        self._connection.close()
 
 
 def _bulk(text: bytes) -> bytes:
@@ -193,28 +211,32 @@ class Memcached:
 
     def __init__(self, port: int, pid: int) -> None:
         self.pids = [pid]
-        self.connection = _Connection(port)
+        self._connection = _Connection(port)
 
     def put(self, keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
         """A `set` for each, all sent before the answers are read."""
         parts: list[bytes | memoryview] = []
         for key, value in zip(keys, values, strict=True):
             parts += [b"set %s 0 0 %d\r\n" % (key, len(value)), value, b"\r\n"]
-        self.connection.send(parts)
+        self._connection.send(parts)
         for _ in keys:
-            if (answer := self.connection.line()) != b"STORED":
+            if (answer := self._connection.line()) != b"STORED":
                 raise OSError(answer.decode())
 
     def get(self, keys: Sequence[bytes], targets: Sequence[memoryview]) -> Sequence[memoryview]:
         """One `get` for all."""
-        self.connection.send([b"get %s\r\n" % b" ".join(keys)])
+        self._connection.send([b"get %s\r\n" % b" ".join(keys)])
         for key, target in zip(keys, targets, strict=True):
-            if self.connection.line() != b"VALUE %s 0 %d" % (key, len(target)):
+            if self._connection.line() != b"VALUE %s 0 %d" % (key, len(target)):
                 raise KeyError(key)
-            self.connection.value(target)
-        if self.connection.line() != b"END":
+            self._connection.value(target)
+        if self._connection.line() != b"END":
             raise OSError("more values than asked for")
         return targets
+
+    def close(self) -> None:
+        """End the connection."""
+        self._connection.close()
 
 
 def _program(name: str, package: str) -> str:
@@ -265,13 +287,9 @@ def redis(memory_mib: int) -> Iterator[list[Store]]:
     options = (
         f"--port {port} --bind 127.0.0.1 --appendonly no --maxmemory {memory_mib}mb --maxmemory-policy allkeys-lru"
     )
-    with _served([_program("redis-server", "redis-server"), *options.split(), "--save", ""], port) as pid:
-        usual, raw = RedisPy(port, pid), Redis(port, pid)
-        try:
-            yield [usual, raw]
-        finally:
-            usual.connection.close()
-            raw.connection.close()
+    command = [_program("redis-server", "redis-server"), *options.split(), "--save", ""]
+    with _served(command, port) as pid, closing(RedisPy(port, pid)) as usual, closing(Redis(port, pid)) as raw:
+        yield [usual, raw]
 
 
 @contextmanager
@@ -279,9 +297,6 @@ def memcached(memory_mib: int) -> Iterator[list[Store]]:
     """A client of a memcached of its own. Raises Unavailable."""
     port = _free_port()
     options = f"-l 127.0.0.1 -p {port} -U 0 -t 2 -I 8m -m {memory_mib} -u {'root' if os.geteuid() == 0 else 'nobody'}"
-    with _served([_program("memcached", "memcached"), *options.split()], port) as pid:
-        peer = Memcached(port, pid)
-        try:
-            yield [peer]
-        finally:
-            peer.connection.close()
+    command = [_program("memcached", "memcached"), *options.split()]
+    with _served(command, port) as pid, closing(Memcached(port, pid)) as peer:
+        yield [peer]

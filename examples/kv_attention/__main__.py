@@ -109,7 +109,9 @@ def run(cache: fs3.kvcache.KVCache, arguments: argparse.Namespace) -> None:
             f"{1000 * without_s:.0f} ms without, {1000 * with_s:.0f} ms with the cache; logits are equal"
         )
     stats = cache.stats().client
-    print(f"pages: {stats.hits} hits, {stats.misses} misses; get p50 {1e6 * stats.get_p50_s:.0f} µs")
+    print(
+        f"pages: {stats.hits} hits, {stats.misses} misses; a batch of gets took {1e3 * stats.get_p50_s:.1f} ms (median)"
+    )
 
 
 def main() -> None:
