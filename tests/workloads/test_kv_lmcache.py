@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,54 @@ def test_chunks_of_another_form_never_match(options: dict[str, Any], changed: di
         await other.close()
 
     asyncio.run(work())
+
+
+@pytest.mark.skipif(not INSTALLED, reason="LMCache is not installed; see make test-connectors")
+def test_the_remote_backend_of_lmcache_itself_works_on_it(options: dict[str, Any]) -> None:
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.config import LMCacheEngineConfig
+    from lmcache.v1.memory_allocators.host_memory_allocator import HostMemoryAllocator
+    from lmcache.v1.metadata import LMCacheMetadata
+    from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
+    from lmcache.v1.storage_backend.remote_backend import RemoteBackend
+
+    where = {"module_path": "fs3.kvcache.connectors.lmcache", "class_name": "Fs3ConnectorAdapter", **options}
+    config = LMCacheEngineConfig.from_defaults(
+        chunk_size=256,
+        local_cpu=False,
+        remote_serde="naive",
+        remote_storage_plugins=["fs3"],
+        extra_config={f"remote_storage_plugin.fs3.{name}": value for name, value in where.items()},
+    )
+    metadata = LMCacheMetadata("llama/tiny", 1, 1, 0, 0, torch.bfloat16, (4, 2, 256, 8, 64))
+    memory = LocalCPUBackend(config, metadata, "cpu", memory_allocator=HostMemoryAllocator(64 << 20))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        backend = RemoteBackend(config, metadata, loop, memory, "cpu", plugin_name="fs3")
+        keys = [CacheEngineKey("llama/tiny", 1, 0, number, torch.bfloat16) for number in range(4)]
+        (shape,) = metadata.get_shapes()
+        chunks = [memory.allocate([shape], [torch.bfloat16], MemoryFormat.KV_2LTD) for _ in keys[:3]]
+        for chunk in chunks:
+            chunk.tensor.copy_(torch.randn(shape))
+        for key, chunk in zip(keys, chunks, strict=False):
+            backend.submit_put_task(key, chunk).result(WAIT_S)
+        assert backend.batched_contains(keys) == 3
+        found = backend.batched_get_blocking(keys)
+        assert [torch.equal(got.tensor, chunk.tensor) for got, chunk in zip(found, chunks, strict=False)] == [True] * 3
+        assert found[3] is None
+        assert backend.remove(keys[0])
+        assert not backend.contains(keys[0])
+        # LMCache counts references; what is not given back is leaked memory of its own.
+        assert [chunk.get_ref_count() for chunk in (*chunks, *found[:3])] == [1] * 6
+        for chunk in (*chunks, *found[:3]):
+            chunk.ref_count_down()
+        backend.close()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def test_bad_options_of_the_plugin_are_refused(options: dict[str, Any]) -> None:
