@@ -55,7 +55,7 @@ bench: workloads ## limits of this machine, then fs3, as ratios
 	@$(PY) benchmarks/run.py $(ARGS)
 
 pictures: workloads ## draw the figures of benchmarks/RESULTS.md for the documents
-	@$(PY) benchmarks/plot.py -o docs/pictures/throughput.svg
+	@$(PY) benchmarks/plot.py -o docs/pictures
 
 bench-meta: build ## metadata with one and two services, durable and not; a million files in one tree
 	@$(PY) benchmarks/metadata.py $(ARGS)

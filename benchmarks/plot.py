@@ -1,14 +1,16 @@
-"""Draw the figures of benchmarks/RESULTS.md, or of `make bench ARGS=--markdown`, beside their limits.
+"""Draw the figures of benchmarks/RESULTS.md, or of `make bench ARGS=--markdown`, as pictures for the documents.
 
-    python benchmarks/plot.py -o docs/pictures/throughput.svg
+    python benchmarks/plot.py -o docs/pictures
 
-The first table with the columns work, rate and ratio is drawn.
+throughput.svg: the first table with the columns work, rate and ratio, each rate beside its limit. kv.svg: the first
+table of the KV cache and its peers, if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +21,13 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fs3", "font.fam
 
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure as Figure2D  # noqa: E402
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 RATE = re.compile(r"([\d,]+)\s*(MB/s|/s)")
 RATIO = re.compile(r"([\d.]+) × (.+)")
+KV = "KV cache"
+KV_CELL = re.compile(r"([\d,]+) MB/s, ([\d,]+) / ([\d,]+) µs")
 # What limits are, in words.
 LIMITS = {
     "bare_chain": "a chain of disks and sockets without a file system",
@@ -31,7 +36,7 @@ LIMITS = {
     "ping_pong_32": "32 TCP ping-pongs",
     "passthrough_read": "passthrough_hp of libfuse on the local disk",
     "passthrough_random_read": "passthrough_hp of libfuse on the local disk",
-    "native, in turn with it": "the native client",
+    "native": "the native client",
 }
 FS3, LIMIT = "#4c78a8", "#d0d0d0"
 
@@ -47,23 +52,32 @@ class Figure:
     against: str
 
 
+def tables(markdown: str) -> Iterator[tuple[str, list[list[str]]]]:
+    """Every table with the heading above it; its rows, the header first."""
+    heading, rows = "", list[list[str]]()
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif rows:
+            yield heading, [rows[0], *rows[2:]]
+            rows = []
+        if line.startswith("#"):
+            heading = line.lstrip("# ").partition(";")[0]
+
+
 def figures(markdown: str) -> tuple[str, list[Figure]]:
-    """The heading above the table, and the rows that are compared with a limit."""
-    heading, found, inside = "", [], False
-    for line in markdown.splitlines():
-        if line.startswith("#") and not found:
-            heading = line.lstrip("# ")
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells[:2] == ["work", "rate"] and "ratio" in cells:
-            inside, place = True, cells.index("ratio")
-        elif not cells and inside:
-            break
-        elif inside and (rate := RATE.match(cells[1])) and (ratio := RATIO.match(cells[place])):
-            value = float(rate[1].replace(",", ""))
-            found.append(Figure(cells[0], value, rate[2], value / float(ratio[1]), ratio[2]))
-    if not found:
-        raise SystemExit("there is no table with the columns work, rate and ratio")
-    return heading, found
+    """The rows that are compared with a limit, and the heading above them."""
+    for heading, (header, *rows) in tables(markdown):
+        if header[:2] != ["work", "rate"] or "ratio" not in header:
+            continue
+        found = []
+        for cells in rows:
+            rate, ratio = RATE.match(cells[1]), RATIO.match(cells[header.index("ratio")])
+            if rate and ratio:
+                value, against = float(rate[1].replace(",", "")), ratio[2].removesuffix(", in turn with it")
+                found.append(Figure(cells[0], value, rate[2], value / float(ratio[1]), against))
+        return heading, found
+    raise SystemExit("there is no table with the columns work, rate and ratio")
 
 
 def panel(axes: Axes, rows: list[Figure], unit: str, logarithmic: bool) -> None:
@@ -85,7 +99,7 @@ def panel(axes: Axes, rows: list[Figure], unit: str, logarithmic: bool) -> None:
         axes.set_xlim(0, 1.9 * max(row.limit for row in rows))
 
 
-def draw(markdown: str, picture: Path) -> None:
+def draw_throughput(markdown: str, picture: Path) -> None:
     """Large I/O above, small I/O below."""
     heading, rows = figures(markdown)
     large, small = ([row for row in rows if row.unit == unit] for unit in ("MB/s", "/s"))
@@ -94,9 +108,39 @@ def draw(markdown: str, picture: Path) -> None:
     )
     panel(both[0], large, "MB/s, three replicas on loopback", logarithmic=False)
     panel(both[1], small, "operations per second (logarithmic)", logarithmic=True)
-    figure.suptitle(
-        f"fs3 (blue) and the limits of the machine in the same run (grey): {heading.partition(';')[0]}", fontsize=8
-    )
+    figure.suptitle(f"fs3 (blue) and the limits of the machine in the same run (grey): {heading}", fontsize=8)
+    save(figure, picture)
+
+
+def draw_kv(markdown: str, picture: Path) -> bool:
+    """Median time of a call to the KV cache and to its peers; whether there is such a table."""
+    heading, (header, *rows) = next((found for found in tables(markdown) if found[1][0][0] == KV), ("", [[""]]))
+    if not rows:
+        return False
+    stores = [name for name, cell in zip(header, rows[0], strict=True) if KV_CELL.match(cell)]
+    figure, axes = pyplot.subplots(figsize=(10, 0.9 + 0.16 * len(rows) * (len(stores) + 1)), layout="constrained")
+    for number, store in enumerate(stores):
+        for row, cells in enumerate(rows):
+            found = KV_CELL.match(cells[header.index(store)])
+            if not found:
+                continue
+            rate, p50, p99 = found.groups()
+            place, time_us = row * (len(stores) + 1) + number, float(p50.replace(",", ""))
+            axes.barh(place, time_us, color=FS3 if store == "fs3" else LIMIT)
+            axes.text(time_us, place, f" {store}: {p50} µs, p99 {p99} µs, {rate} MB/s", va="center", fontsize=7)
+    axes.set_yticks([row * (len(stores) + 1) + (len(stores) - 1) / 2 for row in range(len(rows))], [r[0] for r in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=20 * axes.get_xlim()[1])
+    axes.set_xlabel("median time of a call, µs (logarithmic)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"The KV cache and its peers in the same run: {heading}", fontsize=8)
+    save(figure, picture)
+    return True
+
+
+def save(figure: Figure2D, picture: Path) -> None:
+    """The same bytes each time."""
     figure.savefig(picture, metadata={"Date": None, "Creator": None})
 
 
@@ -104,9 +148,11 @@ def main() -> int:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, default=RESULTS, help="Markdown (default: RESULTS.md)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the picture, .svg")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory of the pictures")
     options = parser.parse_args()
-    draw(options.source.read_text(), options.output)
+    markdown = options.source.read_text()
+    draw_throughput(markdown, options.output / "throughput.svg")
+    draw_kv(markdown, options.output / "kv.svg")
     return 0
 
 

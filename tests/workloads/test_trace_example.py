@@ -73,12 +73,28 @@ def test_the_time_in_common_is_that_of_counting_instants(common_us: Overlap) -> 
 
 def test_the_picture_of_throughput_shows_what_the_results_say(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    run(ROOT / "benchmarks" / "plot.py", "-o", tmp_path / "throughput.svg")
+    run(ROOT / "benchmarks" / "plot.py", "-o", tmp_path)
     labels = re.compile(r"> ?([\d,]+, [\d.]+ × [^<]+)<")
     now = labels.findall((tmp_path / "throughput.svg").read_text())
     committed = labels.findall((ROOT / "docs" / "pictures" / "throughput.svg").read_text())
     assert len(now) > 5
     assert committed == now, "benchmarks/RESULTS.md has changed: run `make pictures`"
+
+
+def test_the_picture_of_the_key_value_cache_shows_every_store(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results.md").write_text(
+        "# Today; then\n\n| work | rate | ratio |\n| - | - | - |\n| large reads | 4,000 MB/s | 0.50 × ping_pong |\n"
+        "| small reads | 4,000/s | 0.50 × large reads, in turn with it |\n\n"
+        "| KV cache | fs3 | redis | × redis |\n| - | - | - | - |\n"
+        "| get 1 MiB | 2,345 MB/s, 321 / 1,234 µs, 0.50 s/GiB | 99 MB/s, 9,876 / 9,999 µs, 4.0 s/GiB | 23.69 |\n"
+    )
+    run(ROOT / "benchmarks" / "plot.py", tmp_path / "results.md", "-o", tmp_path)
+    drawn = (tmp_path / "kv.svg").read_text()
+    assert "fs3: 321 µs, p99 1,234 µs, 2,345 MB/s<" in drawn
+    assert "redis: 9,876 µs, p99 9,999 µs, 99 MB/s<" in drawn
+    assert "in the same run: Today<" in drawn
+    assert "0.50 × large reads<" in (tmp_path / "throughput.svg").read_text()
 
 
 def test_a_file_without_figures_is_refused(tmp_path: Path) -> None:
@@ -89,7 +105,7 @@ def test_a_file_without_figures_is_refused(tmp_path: Path) -> None:
         str(ROOT / "benchmarks" / "plot.py"),
         str(tmp_path / "none.md"),
         "-o",
-        str(tmp_path / "x.svg"),
+        str(tmp_path),
     ]
     done = subprocess.run(plot, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
