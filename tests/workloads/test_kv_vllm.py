@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -58,16 +61,17 @@ def make(shared_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("FS3_TOKEN", shared_cluster.token)
     options, made = fresh_options(shared_cluster), []
 
-    def tier(primary: np.ndarray, **changed: Any) -> Fs3Tier:
+    def tier(primary: np.ndarray | memoryview, **changed: Any) -> Fs3Tier:
+        view = primary if isinstance(primary, memoryview) else memoryview(primary)
         configuration = {"type": "Fs3Tier", "module_path": "fs3.kvcache.connectors.vllm", **options}
         if INSTALLED:
             from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
-            found = SecondaryTierFactory.create_secondary_tier(configuration, memoryview(primary), spec(**changed))
+            found = SecondaryTierFactory.create_secondary_tier(configuration, view, spec(**changed))
         else:
             found = Fs3Tier(
                 offloading_spec=spec(**changed),
-                primary_kv_view=memoryview(primary),
+                primary_kv_view=view,
                 tier_type=configuration.pop("type"),
                 backpressure_detector=None,
                 **{name: value for name, value in configuration.items() if name != "module_path"},
@@ -163,6 +167,64 @@ def test_ranks_share_chunks_that_do_not_depend_on_them(make: Make) -> None:
     tier.submit_store(job(1, {1: 0}))
     assert finished(tier)[1].success
     assert looked_up(make(memory(), agnostic=True, rank=1), 1) == LookupResult.HIT
+
+
+@pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed; see make test-connectors")
+def test_the_tiering_manager_of_vllm_itself_works_on_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its statistics import the whole engine, and are not asked for here.
+    metrics = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics"
+    for depth in range(2, len(metrics.split(".")) + 1):
+        name = ".".join(metrics.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __spec__=None))
+    from vllm.v1.kv_offload.base import ScheduleEndContext
+    from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+
+    class Region:
+        """The memory of the primary tier, which cannot be unmapped while somebody uses it."""
+
+        def __init__(self) -> None:
+            self.map = mmap.mmap(-1, CHUNKS * CHUNK_BYTES)
+            self.rows = np.frombuffer(self.map, np.int8).reshape(CHUNKS, CHUNK_BYTES)
+
+        def create_kv_memoryview(self) -> memoryview:
+            return memoryview(self.rows)
+
+        def cleanup(self) -> None:
+            del self.rows
+            self.map.close()
+
+    def engine() -> tuple[Region, Any]:
+        region = Region()
+        primary = CPUPrimaryTierOffloadingManager(CHUNKS, region)
+        return region, TieringOffloadingManager(primary, [make(primary.get_kv_memoryview())])
+
+    def step_until(done: Callable[[], bool], manager: Any) -> None:
+        ends_s = time.monotonic() + WAIT_S
+        while not done() and time.monotonic() < ends_s:
+            manager.on_schedule_end(ScheduleEndContext([REQUEST.req_id], []))
+            time.sleep(0.001)
+        assert done()
+
+    keys = [key(number) for number in range(4)]
+    written, first = engine()
+    first.on_new_request(REQUEST)
+    rows = first.prepare_store(keys, REQUEST).store_spec.block_ids
+    written.rows[rows] = memory()[:4]
+    first.complete_store(keys, REQUEST)
+    step_until(lambda: not first._jobs, first)
+    first.on_request_finished(REQUEST)
+
+    # Another engine, whose memory has nothing, gets them from the tier.
+    read, second = engine()
+    second.on_new_request(REQUEST)
+    step_until(lambda: {second.lookup(one, REQUEST) for one in keys} == {LookupResult.HIT}, second)
+    assert second.lookup(key(99), REQUEST) != LookupResult.HIT
+    assert (read.rows[second.prepare_load(keys, REQUEST).block_ids] == memory()[:4]).all()
+    second.complete_load(keys, REQUEST)
+    second.on_request_finished(REQUEST)
+    for region, manager in ((written, first), (read, second)):
+        manager.shutdown()
+        assert region.map.closed
 
 
 def test_jobs_outside_of_the_primary_tier_are_refused(make: Make) -> None:

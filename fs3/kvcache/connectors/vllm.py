@@ -109,6 +109,8 @@ class Fs3Tier(SecondaryTierManager):  # type: ignore[misc]
         self._lookups.shutdown()
         self._threads.shutdown(wait=True)
         self._cache.close()
+        # vLLM unmaps the memory next.
+        self._memory.release()
 
     def _submit(self, job: TransferJob, work: Work) -> None:
         chunks = [int(chunk) * self._chunk_bytes for chunk in job.chunk_ids]
