@@ -15,7 +15,11 @@ pub(crate) const SWEEP_EVERY: Duration = Duration::from_secs(1);
 const SWEEP_STEPS: u32 = 4096;
 /// Goes of one sweep; the rest comes with the next one.
 const SWEEP_ROUNDS: u32 = 16;
-/// Below this size a value is copied out of its payload, if that would keep much more memory than it needs.
+/// Memory of the pool comes in powers of two from here on.
+const PAGE_BYTES: usize = 4096;
+/// A value gets such memory if this part of it (1/8) is left over at most, else exactly what it needs.
+const SPARE_PARTS: usize = 8;
+/// From this size on a value keeps the memory it came in, whatever is left over.
 const COPY_BYTES_MAX: usize = 128 << 10;
 
 /// Entries of all targets of a node. Thread-safe. `None` of `cache`: the node keeps none.
@@ -58,12 +62,17 @@ impl KvStore {
         })
     }
 
-    /// A value to keep: the memory it came in, or where that is much larger a copy. `alone`: nobody else uses the payload.
+    /// A value to keep: in the memory it came in, if nobody else uses that (`alone`) and little of it is left over; else
+    /// in other memory.
     pub fn value(&self, data: Region, crcs: bytes::Bytes, alone: bool) -> Value {
-        let held = data.len().next_power_of_two().max(4096);
-        let fits = alone && held - data.len() <= held / 8;
-        if fits || (alone && data.len() >= COPY_BYTES_MAX) {
+        let held = data.len().next_power_of_two().max(PAGE_BYTES);
+        let fits = held - data.len() <= held / SPARE_PARTS;
+        if alone && (fits || data.len() >= COPY_BYTES_MAX) {
             return Value { data, crcs, held_bytes: held as u64 };
+        }
+        if let Some(mut room) = fits.then(|| self.pool.get(data.len())).flatten() {
+            room.copy_from_slice(&data);
+            return Value { data: room.freeze(), crcs, held_bytes: held as u64 };
         }
         let data = Region::from_vec(data.to_vec());
         Value { held_bytes: data.len() as u64, data, crcs }

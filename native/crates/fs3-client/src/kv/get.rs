@@ -7,11 +7,11 @@ use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_net::Sink;
 use fs3_proto::v1::{KvGetOp, KvGetRequest, KvGetResponse, KvGetResult, Method};
-use fs3_rt::{Instant, JoinSet};
+use fs3_rt::Instant;
 use prost::Message;
 
-use super::Shared;
 use super::space::{Address, healthy};
+use super::{Shared, together};
 use crate::attempt::{lengths, verify};
 use crate::loan::Loan;
 use crate::trace;
@@ -267,18 +267,9 @@ impl Batch {
 
 type Asked = (Want, Result<Option<Found>>);
 
-async fn ask_all(shared: &Arc<Shared>, mut batches: Vec<Batch>, probe: bool, deadline: Instant) -> Vec<Asked> {
-    if batches.len() <= 1 {
-        return match batches.pop() {
-            Some(batch) => ask(shared.clone(), batch, probe, deadline).await,
-            None => Vec::new(),
-        };
-    }
-    let mut tasks = JoinSet::new();
-    for batch in batches {
-        tasks.spawn(trace::inherit(ask(shared.clone(), batch, probe, deadline)));
-    }
-    tasks.join_all().await.into_iter().flatten().collect()
+async fn ask_all(shared: &Arc<Shared>, batches: Vec<Batch>, probe: bool, deadline: Instant) -> Vec<Asked> {
+    let request = |batch: Batch| (batch.bytes, ask(shared.clone(), batch, probe, deadline));
+    together::run(batches.into_iter().map(request).collect()).await
 }
 
 /// One request to one node.

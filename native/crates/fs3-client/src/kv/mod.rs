@@ -11,6 +11,7 @@ mod put;
 mod remove;
 mod space;
 mod stats;
+mod together;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

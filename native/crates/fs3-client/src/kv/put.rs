@@ -7,17 +7,18 @@ use bytes::Bytes;
 use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, Result, crc32c};
 use fs3_net::Sink;
 use fs3_proto::v1::{KvPutOp, KvPutRequest, KvPutResponse, Method};
-use fs3_rt::{Instant, JoinSet};
+use fs3_rt::Instant;
 use prost::Message;
 
-use super::Shared;
 use super::space::{Address, healthy};
+use super::{Shared, together};
 use crate::trace;
 
-/// Values below this size share requests; storage keeps the memory that a larger one arrived in.
-const SHARE_BYTES_MAX: usize = 32 << 10;
+/// Values below this size share requests: storage copies them, which costs less than more requests. It keeps the memory
+/// that a larger one arrived in.
+const SHARE_BYTES_MAX: usize = 128 << 10;
 /// Bytes and entries of a request that values share.
-const BATCH_BYTES_MAX: usize = 256 << 10;
+const BATCH_BYTES_MAX: usize = 512 << 10;
 const BATCH_OPS_MAX: usize = 256;
 /// Times an entry is sent again because it was damaged on the way.
 const RESENDS_MAX: usize = 3;
@@ -169,18 +170,10 @@ fn plan(shared: &Shared, pieces: Vec<Arc<Piece>>) -> Planned {
 
 type Sent = (Send, Result<()>);
 
-async fn send_all(shared: &Arc<Shared>, mut requests: Vec<Vec<Send>>, deadline: Instant) -> Vec<Sent> {
-    if requests.len() <= 1 {
-        return match requests.pop() {
-            Some(sends) => send(shared.clone(), sends, deadline).await,
-            None => Vec::new(),
-        };
-    }
-    let mut tasks = JoinSet::new();
-    for sends in requests {
-        tasks.spawn(trace::inherit(send(shared.clone(), sends, deadline)));
-    }
-    tasks.join_all().await.into_iter().flatten().collect()
+async fn send_all(shared: &Arc<Shared>, requests: Vec<Vec<Send>>, deadline: Instant) -> Vec<Sent> {
+    let bytes = |sends: &Vec<Send>| sends.iter().map(|send| send.piece.data.len()).sum();
+    let request = |sends: Vec<Send>| (bytes(&sends), send(shared.clone(), sends, deadline));
+    together::run(requests.into_iter().map(request).collect()).await
 }
 
 /// One request to one node.

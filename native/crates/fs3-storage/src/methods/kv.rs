@@ -20,7 +20,7 @@ use crate::{KV_KEY_BYTES_MAX, KV_LIST_MAX, KV_OPS_MAX};
 /// A frame's payload limit, shared by the ops of one request.
 const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
 /// Payloads from here on are checked on a task of their own, not on the receiving one.
-const INLINE_BYTES_MAX: usize = 64 << 10;
+const INLINE_BYTES_MAX: usize = 1 << 20;
 
 /// Whom an operation is addressed to, and which entry it is about.
 struct Address<'a> {
