@@ -119,8 +119,8 @@ class Index:
         return sum(a.nbytes for a in arrays if a is not None) + (len(self.keys.text) if self.keys else 0)
 
 
-def pack_index(index: Index) -> tuple[bytes, int, int]:
-    """The stored form of an index, with the bytes of keys and of metadata in it."""
+def pack_index(index: Index, offset: int, *, flags: int = 0) -> tuple[Header, bytes]:
+    """The stored form of an index that begins at byte `offset`, and the header that tells of it."""
     keys = bytes(index.keys.text) if index.keys else b""
     about: dict[str, Any] = {"fields": list(index.fields), "keys": index.keys is not None, "user": index.metadata}
     metadata = json.dumps(about, separators=(",", ":")).encode()
@@ -132,7 +132,18 @@ def pack_index(index: Index) -> tuple[bytes, int, int]:
     if index.keys:
         parts.append(index.keys.ends.astype("<u8").tobytes())
     parts += [keys, metadata]
-    return b"".join(parts), len(keys), len(metadata)
+    block = b"".join(parts)
+    header = Header(
+        records=len(index),
+        fields=len(index.fields),
+        index_offset=offset,
+        index_bytes=len(block),
+        keys_bytes=len(keys),
+        metadata_bytes=len(metadata),
+        index_crc32c=native.crc32c(block),
+        flags=flags,
+    )
+    return header, block
 
 
 def unpack_index(header: Header, block: memoryview, path: str) -> Index:

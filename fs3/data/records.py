@@ -164,19 +164,9 @@ class RecordWriter:
         self._open = False
         with self._stack:
             self._pad(BLOCK_BYTES)
-            offset = self.bytes
-            block, keys_bytes, metadata_bytes = pack_index(self._index())
+            header, block = pack_index(self._index(), self.bytes)
             self._append(memoryview(block))
             self._flush()
-            header = Header(
-                records=len(self),
-                fields=len(self._fields),
-                index_offset=offset,
-                index_bytes=len(block),
-                keys_bytes=keys_bytes,
-                metadata_bytes=metadata_bytes,
-                index_crc32c=native.crc32c(block),
-            )
             self._output.pwrite(header.pack(), 0)
 
     def _index(self) -> Index:

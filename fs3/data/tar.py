@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fs3 import native
 from fs3.client import FileSystem
 from fs3.data.dataset import IndexedDataset
 from fs3.data.index import (
@@ -21,7 +20,6 @@ from fs3.data.index import (
     HEADER_BYTES,
     MISSING,
     RECORD_BYTES_MAX,
-    Header,
     Index,
     make_keys,
     pack_index,
@@ -162,17 +160,7 @@ def save(store: Store, path: str, status: Status, index: Index) -> None:
         index.keys,
         {"source": _source(status)},
     )
-    block, keys_bytes, metadata_bytes = pack_index(stored)
-    header = Header(
-        records=len(index),
-        fields=len(index.fields),
-        index_offset=HEADER_BYTES,
-        index_bytes=len(block),
-        keys_bytes=keys_bytes,
-        metadata_bytes=metadata_bytes,
-        index_crc32c=native.crc32c(block),
-        flags=FLAG_BESIDE | FLAG_UNCHECKED,
-    )
+    header, block = pack_index(stored, HEADER_BYTES, flags=FLAG_BESIDE | FLAG_UNCHECKED)
     with published(store, path + INDEX_SUFFIX) as output:
         output.pwrite(header.pack() + block, 0)
 

@@ -255,7 +255,7 @@ def _check_same(namespace: Namespace, wanted: Wanted) -> None:
         raise error(
             Code.CODE_INVALID_ARGUMENT,
             f"the namespace exists with other settings: {', '.join(differing)}; leave them out, or change capacity and "
-            "ttl with configure()",
+            "ttl with configure(), or `fs3 kv set`",
         )
 
 

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fs3.client.fsspec import Fs3FileSystem
 from fs3.testing.cluster import LocalCluster
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+from tests.pages import run_examples
 
 
 def test_the_examples_run(
     shared_cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) > 9
-    # The page's cluster is the one that `fs3 up` makes.
-    (tmp_path / "fs3-cluster").symlink_to(shared_cluster.directory)
-    monkeypatch.chdir(tmp_path)
-    address = shared_cluster.url.removeprefix("fs3://").rstrip("/")
-    scope: dict[str, Any] = {}
     try:
-        for block in blocks:
-            exec(compile(block.replace("127.0.0.1:7000", address), str(PAGE), "exec"), scope)
+        assert run_examples("api", shared_cluster, tmp_path, monkeypatch) > 9
     finally:
-        if "fs" in scope:
-            scope["fs"].close()
         Fs3FileSystem.clear_instance_cache()
     assert capfd.readouterr().out == "[Errno 2] 'none' does not exist: '/data/none'\n"
     assert (tmp_path / "weights.local").stat().st_size == 4 << 20
