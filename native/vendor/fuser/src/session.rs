@@ -593,7 +593,8 @@ impl<FS: Filesystem> SessionEventLoop<'_, FS> {
                         ));
                     }
                 },
-                Err(nix::errno::Errno::ENODEV) => return Ok(Ended::Unmounted),
+                // The second comes to a thread that was taking a request when the mount ended.
+                Err(nix::errno::Errno::ENODEV | nix::errno::Errno::ECONNABORTED) => return Ok(Ended::Unmounted),
                 Err(err) => return Err(err.into()),
             }
         }
