@@ -39,16 +39,19 @@ fn rot_that_a_reader_meets_is_repaired_from_another_replica_without_leaving_the_
         wait_until("the repair", || reads_as(&c, node, 0, &data));
         // A repaired block is readable before it is counted.
         let count = |name| counter(&c, node, name);
-        let repairs = || (count("rotten_chunks"), count("repaired_chunks"), count("repaired_blocks"));
-        wait_until("the repair to be counted", || repairs() == (1, 1, 1));
+        let repairs = || (count("repaired_chunks"), count("repaired_blocks"));
+        wait_until("the repair to be counted", || repairs() == (1, 1));
+        // A reader that began before the repair's write may find it rotten once more.
+        assert!(count("rotten_chunks") >= 1);
         assert_eq!(count("unrepairable_blocks"), 0);
         assert!(count("checksum_errors") > 0);
         assert_eq!(c.status(node).unwrap().local_state, LocalState::Uptodate as u32);
     }
     c.assert_replicas_equal(&[0, 1, 2]);
     // It is on the disk, not only in memory.
+    let found = counter(&c, 1, "rotten_chunks");
     scrub(&c, 1);
-    assert_eq!(counter(&c, 1, "rotten_chunks"), 1);
+    assert_eq!(counter(&c, 1, "rotten_chunks"), found);
 }
 
 #[test]
