@@ -65,7 +65,9 @@ class Reads:
 
     def direct(self, path: str, offset: int, target: torch.Tensor) -> None:
         """Fill a contiguous tensor on the CPU from byte `offset` of a file."""
-        self._read(path, offset, memoryview(exported(target)).cast("B"))
+        if len(self._ops) >= READS_MAX:
+            self._run()
+        self._read(path, offset, target)
 
     def staged(self, wanted: Range) -> None:
         """Read a range by way of the buffer. Short ones wait for their neighbours."""
@@ -81,13 +83,12 @@ class Reads:
             self._stage_range(group)
         self._run()
 
-    def _read(self, path: str, offset: int, view: memoryview) -> None:
-        if len(self._ops) >= READS_MAX:
-            self._run()
-        self._ops.append((self._file(path), offset, view))
+    def _read(self, path: str, offset: int, target: torch.Tensor) -> None:
+        self._ops.append((self._file(path), offset, memoryview(exported(target)).cast("B")))
 
     def _stage_range(self, wanted: Range) -> None:
-        if self._staged + wanted.length > STAGE_BYTES:
+        # Before a part of the buffer is given to it: making the reads frees all of the buffer.
+        if len(self._ops) >= READS_MAX or self._staged + wanted.length > STAGE_BYTES:
             self._run()
         if wanted.length > STAGE_BYTES:
             buffer = torch.empty(wanted.length, dtype=torch.uint8)
@@ -96,7 +97,7 @@ class Reads:
                 self._stage = torch.empty(STAGE_BYTES, dtype=torch.uint8)
             buffer = self._stage[self._staged : self._staged + wanted.length]
             self._staged += -(-wanted.length // ALIGN_BYTES) * ALIGN_BYTES
-        self._read(wanted.path, wanted.offset, memoryview(exported(buffer)).cast("B"))
+        self._read(wanted.path, wanted.offset, buffer)
         self._consumers.append((wanted.consume, buffer))
 
     def _run(self) -> None:

@@ -94,6 +94,20 @@ def test_long_parts_are_read_alone_and_short_ones_with_what_is_between() -> None
     assert memory.calls == 2
 
 
+def test_staged_reads_keep_their_memory_when_many_have_been_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads_module, "READS_MAX", 3)
+    monkeypatch.setattr(reads_module, "SMALL_BYTES", 1)
+    data = torch.arange(200, dtype=torch.uint8)
+    got: list[bytes] = []
+    with Reads(cast(Any, Memory(data.numpy().tobytes())), "/") as reads:
+        for place in range(3):
+            reads.direct("file", place, torch.zeros(1, dtype=torch.uint8))
+        for place in (10, 20, 30):
+            reads.staged(Range("file", place, 2, lambda found: got.append(bytes(found.tolist()))))
+        reads.flush()
+    assert got == [bytes((10, 11)), bytes((20, 21)), bytes((30, 31))]
+
+
 def test_an_empty_part_reads_nothing() -> None:
     memory = Memory(b"")
     read(memory, StoredItem("file", 0, 0, (), torch.float32, (0, 4)), (0, 0), torch.zeros(0, 4))
