@@ -26,7 +26,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_hours_of_faults_leave_the_cluster_safe_and_it_heals() -> None:
-    done = command("--hours", "20", "--seconds", "40", "--json")
+    # The hours end it, the seconds only what hangs: fewer worlds need not have every kind of fault.
+    done = command("--hours", "20", "--seconds", "200", "--json")
     assert done.stdout, done.stderr
     summary = json.loads(done.stdout)
     assert not summary["failures"], json.dumps(summary["failures"], indent=1)
