@@ -250,7 +250,9 @@ impl<F: FileIo> Inode<F> {
         let again = state.placing.take().is_some_and(|placing| placing.again);
         state.placed += batch.bytes;
         if place.as_ref().ok() != batch.believed.as_ref() {
-            // Pages of other handles may be cut off, or end, where the kernel believes the appended bytes to be.
+            // Pages of other handles may be cut off, or end, where the kernel believes the appended bytes to be. It forgets them
+            // some time later: who opens the file before that must not keep them.
+            state.version = None;
             io.forget_pages(self.id);
         }
         match place {
