@@ -201,7 +201,7 @@ impl Core {
                 // It is being closed early at this moment; then it is opened again.
                 Accepted::NoWriter => tokio::task::yield_now().await,
                 Accepted::Full => {
-                    handle.inode.require_room(place, data.len() - done).await?;
+                    handle.inode.require_room(&self.io, place, data.len() - done).await?;
                     continue;
                 }
                 Accepted::Unplaced => {

@@ -292,7 +292,10 @@ impl<F: FileIo> Inode<F> {
     }
 
     /// Make sure that quotas allow a write of `bytes` bytes. Errors: QuotaExceeded.
-    pub async fn require_room(&self, place: Place, bytes: usize) -> Result<()> {
+    ///
+    /// What was accepted before is written first: only then does the service count it, also against other writers.
+    pub async fn require_room(self: &Arc<Self>, io: &Arc<Io<F>>, place: Place, bytes: usize) -> Result<()> {
+        self.flush(io).await;
         let (writer, end) = {
             let state = self.state.lock();
             let Some(writer) = state.writers.last().cloned() else { return Ok(()) };

@@ -343,10 +343,12 @@ async fn a_write_beyond_the_limit_is_taken_once_there_is_room() {
     file.room.store(8, Ordering::Relaxed);
     put(&inode, &io, Place::At(0), b"1234");
     assert!(matches!(inode.write(&io, END, b"5"), Accepted::Full));
-    inode.require_room(END, 4).await.unwrap();
+    assert_eq!(file.length(), 0, "it is kept here");
+    inode.require_room(&io, END, 4).await.unwrap();
+    assert_eq!(file.length(), 4, "what was accepted is written, and counted, before more is granted");
     put(&inode, &io, END, b"5678");
     assert!(matches!(inode.write(&io, Place::At(2), b"overlong"), Accepted::Full));
-    assert_eq!(inode.require_room(Place::At(2), 8).await.unwrap_err().code, Code::QuotaExceeded);
+    assert_eq!(inode.require_room(&io, Place::At(2), 8).await.unwrap_err().code, Code::QuotaExceeded);
     inode.place(&io).await;
     put(&inode, &io, Place::At(0), b"abcd");
     inode.flush(&io).await;
