@@ -131,6 +131,6 @@ def figures(directory: Path, *, size_bytes: int, files: int, times: int) -> dict
                 measure.mount_small_files(mountpoint / "small", jobs=jobs, operations=files, pids=pids)
                 for _ in range(times)
             ]
-            for label, name in (("create_write_close", "create"), ("stat", "stat")):
+            for label, name in (("create_write_close", "create"), ("stat", "stat"), ("unlink", "unlink")):
                 found[f"passthrough_{name}_{jobs}"] = measure.middle(f[label] for f in small)
         return found

@@ -36,13 +36,24 @@ from fs3.v1.storage_pb2 import EngineStatus
 STORAGE_FLOORS = (0.6, 0.4, 0.25, 0.3, 2000.0)
 # What `--only` can choose: everything about files, and the KV cache.
 PARTS = ("files", "kv")
-# How often each thing is measured; the median counts.
-TIMES = 3
 # Passes before that, so that memory and blocks were used before.
 WARMING = 2
+# Small reads through the ring, for each small file elsewhere: they are that much quicker.
+RING_READS_PER_FILE = 25
 # How long the removal of what was unlinked is waited for, and how often is looked.
 COLLECT_S_MAX = 120.0
 COLLECT_LOOK_S = 2.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much is measured: bytes of large files, number of small ones, how often each thing (the median counts)."""
+
+    size: int
+    files: int
+    times: int
+    scale: float
+    """Of the limits: below 1 they are measured for a shorter time."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +118,22 @@ def say(text: str) -> None:
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
-def measure_native(cluster: LocalCluster, size: int, files: int) -> list[Row]:
+def measure_native(cluster: LocalCluster, work: Work) -> list[Row]:
     """The native client's rows: storage, then metadata."""
     pids = cluster.pids()
     with fs3.connect(cluster.url, token=cluster.token) as fs:
         storage = measure.storage(
             fs,
             "/large",
-            total_bytes=size,
+            total_bytes=work.size,
             replicas=cluster.spec.replicas,
-            times=TIMES,
+            times=work.times,
             pids=pids,
             storage_pids=cluster.pids("storage"),
             report=say,
         )
         say("native metadata")
-        names = measure.native_metadata(fs, "/names", operations=files, in_flight=32, pids=pids)
+        names = measure.native_metadata(fs, "/names", operations=work.files, in_flight=32, pids=pids)
     rows = [
         Row(f"{name}, native", figure, STORAGE_LIMITS.get(name, ""), floor)
         for (name, figure), floor in zip(storage.items(), STORAGE_FLOORS, strict=True)
@@ -135,11 +146,11 @@ def measure_native(cluster: LocalCluster, size: int, files: int) -> list[Row]:
     ]
 
 
-def measure_data(cluster: LocalCluster, size: int) -> list[Row]:
-    """The dataloader's row. Samples and large file have half of `size` each: the servers' caches hold both."""
+def measure_data(cluster: LocalCluster, work: Work) -> list[Row]:
+    """The dataloader's row. Samples and large file have half of the size each: the servers' caches hold both."""
     with fs3.connect(cluster.url, token=cluster.token) as fs:
         samples, large = dataloader.figures(
-            fs, size // 2, turns=TIMES, warming=2 * WARMING, pids=cluster.pids(), say=say
+            fs, work.size // 2, turns=work.times, warming=2 * WARMING, pids=cluster.pids(), say=say
         )
     name = f"random 100 KiB samples, batches of {dataloader.BATCH}, dataset"
     return [Row(name, samples, "", 0.6, large, "large reads")]
@@ -158,17 +169,17 @@ def wait_collected(cluster: LocalCluster) -> None:
     say(f"chunks are still being removed after {COLLECT_S_MAX:.0f} s")
 
 
-def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int, files: int) -> list[Row]:
+def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, work: Work) -> list[Row]:
     """The mount's rows."""
-    pids = [*cluster.pids(), daemon]
+    pids, size, times = [*cluster.pids(), daemon], work.size, work.times
 
     def moved(move: Callable[..., Measured]) -> tuple[Measured, float]:
         """The median of some passes over a large file, and the daemon's CPU seconds per GiB in them."""
         for _ in range(WARMING):
             move(mountpoint / "file", size, pids=pids)
         before = process_cpu_seconds(daemon)
-        found = [move(mountpoint / "file", size, pids=pids) for _ in range(TIMES)]
-        return measure.middle(found), (process_cpu_seconds(daemon) - before) / (TIMES * size / measure.GIB)
+        found = [move(mountpoint / "file", size, pids=pids) for _ in range(times)]
+        return measure.middle(found), (process_cpu_seconds(daemon) - before) / (times * size / measure.GIB)
 
     say("writes through the mount")
     written, writing = moved(measure.mount_write)
@@ -176,35 +187,37 @@ def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, size: in
     read, reading = moved(measure.mount_read)
     say("random reads through the mount")
     scattered = [
-        measure.mount_random_read(mountpoint / "file", file_bytes=size, operations=2 * files, pids=pids)
-        for _ in range(TIMES)
+        measure.mount_random_read(mountpoint / "file", file_bytes=size, operations=2 * work.files, pids=pids)
+        for _ in range(times)
     ]
     rows = [
         Row("large reads, mount", read, "passthrough_read", 0.6, daemon_cpu_s_per_gib=reading),
         Row("large writes + fsync, mount", written, "bare_chain", 0.4, daemon_cpu_s_per_gib=writing),
         Row("random 4 KiB reads, direct, mount", measure.middle(scattered), "passthrough_random_read", 0.3),
     ]
-    for jobs, shared, floor in ((1, False, 0.0), (8, False, 700.0), (8, True, 700.0)):
+    # Jobs with directories of their own beside the same at the peer; in one directory, the rate alone.
+    for jobs, shared, floor in ((1, False, 0.15), (8, False, 0.15), (8, True, 700.0)):
         word = "1 job" if jobs == 1 else f"{jobs} jobs in one directory" if shared else f"{jobs} jobs"
         say(f"small files through the mount, {word}")
         home = mountpoint / "small"
         found = []
-        for _ in range(TIMES):
+        for _ in range(times):
             wait_collected(cluster)
-            found.append(measure.mount_small_files(home, jobs=jobs, operations=files, shared=shared, pids=pids))
-        for name, label, least in (
-            ("create + write 4 KiB + close", "create_write_close", floor),
-            ("stat", "stat", 0.0),
-            ("unlink", "unlink", 0.0),
+            found.append(measure.mount_small_files(home, jobs=jobs, operations=work.files, shared=shared, pids=pids))
+        for name, label, peer, least in (
+            ("create + write 4 KiB + close", "create_write_close", "create", floor),
+            ("stat", "stat", "stat", 0.0),
+            ("unlink", "unlink", "unlink", 0.0),
         ):
-            rows.append(Row(f"{name}, mount, {word}", measure.middle(f[label] for f in found), "", least))
+            against = "" if shared else f"passthrough_{peer}_{jobs}"
+            rows.append(Row(f"{name}, mount, {word}", measure.middle(f[label] for f in found), against, least))
     return rows
 
 
-def measure_ring(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int, operations: int) -> list[Row]:
+def measure_ring(cluster: LocalCluster, mountpoint: Path, daemon: int, work: Work) -> list[Row]:
     """Reads through the mount's ring, in turn with the same by the native client."""
     pids = [*cluster.pids(), daemon]
-    path, batch = mountpoint / "large", 256
+    path, batch, size, operations = mountpoint / "large", 256, work.size, RING_READS_PER_FILE * work.files
     figures: dict[str, list[tuple[Measured, Measured]]] = {"large": [], "small": []}
     with fs3.connect(cluster.url, token=cluster.token) as fs:
         ring_small = functools.partial(
@@ -220,7 +233,7 @@ def measure_ring(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int
             ),
             "small": (ring_small, native_small),
         }
-        for turn in range(TIMES):
+        for turn in range(work.times):
             say(f"reads through the ring and by the native client, turn {turn + 1}")
             for kind, (ring, native) in pairs.items():
                 # Both find in the servers' caches what a run before them left there.
@@ -237,7 +250,7 @@ def measure_ring(cluster: LocalCluster, mountpoint: Path, daemon: int, size: int
     ]
 
 
-def measure_checkpoints(cluster: LocalCluster, directory: Path, size: int) -> list[Row]:
+def measure_checkpoints(cluster: LocalCluster, directory: Path, work: Work) -> list[Row]:
     """PyTorch's DCP on fs3, in turn with large I/O and with DCP's own files on the disk; nothing without PyTorch."""
     try:
         import checkpoints
@@ -245,7 +258,8 @@ def measure_checkpoints(cluster: LocalCluster, directory: Path, size: int) -> li
         say(f"checkpoints are not measured: {e}")
         return []
     with fs3.connect(cluster.url, token=cluster.token) as fs:
-        found = checkpoints.figures(fs, directory, size, turns=TIMES, warming=1, pids=cluster.pids(), say=say)
+        pids = cluster.pids()
+        found = checkpoints.figures(fs, directory, work.size, turns=work.times, warming=1, pids=pids, say=say)
     local = "DCP on the local disk"
     return [
         Row("checkpoint save, DCP", found["save"], "", 0.6, found["write"], "large writes"),
@@ -255,13 +269,13 @@ def measure_checkpoints(cluster: LocalCluster, directory: Path, size: int) -> li
     ]
 
 
-def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str, Measured], list[Row]]:
+def run(directory: Path, work: Work) -> tuple[dict[str, Measured], list[Row]]:
     """All measurements, on a cluster in `directory`; the limits before, between and after."""
     limits: list[dict[str, Measured]] = []
 
     def measure_limits() -> None:
         say("limits of this machine")
-        limits.append(measure.limits(directory, scale=scale))
+        limits.append(measure.limits(directory, scale=work.scale))
 
     measure_limits()
     cluster = LocalCluster.create(directory / "cluster", ClusterSpec())
@@ -270,16 +284,16 @@ def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str,
     mounted = False
     try:
         cluster.up()
-        rows = measure_native(cluster, size, files)
-        rows += measure_data(cluster, size)
-        rows += measure_checkpoints(cluster, directory, size)
+        rows = measure_native(cluster, work)
+        rows += measure_data(cluster, work)
+        rows += measure_checkpoints(cluster, directory, work)
         measure_limits()
         options = MountOptions(pid_file=str(pid_file), log_file=str(directory / "mount.log"))
         mount(cluster.url, str(mountpoint), token=cluster.token, options=options)
         mounted = True
         daemon = json.loads(pid_file.read_text())["pid"]
-        rows += measure_mount(cluster, mountpoint, daemon, size, files)
-        rows += measure_ring(cluster, mountpoint, daemon, size, 100_000)
+        rows += measure_mount(cluster, mountpoint, daemon, work)
+        rows += measure_ring(cluster, mountpoint, daemon, work)
     finally:
         if mounted:
             umount(str(mountpoint), pid_file=str(pid_file))
@@ -288,7 +302,7 @@ def run(directory: Path, size: int, files: int, scale: float) -> tuple[dict[str,
     found = {name: measure.middle(found[name] for found in limits) for name in limits[0]}
     say("the mount's peer, passthrough_hp of libfuse")
     try:
-        found |= passthrough.figures(directory, size_bytes=size, files=files, times=TIMES)
+        found |= passthrough.figures(directory, size_bytes=work.size, files=work.files, times=work.times)
     except passthrough.Unavailable as e:
         say(f"it is not measured: {e}")
     return found, rows
@@ -325,13 +339,17 @@ def main() -> int:
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large files")
     parser.add_argument("--files", type=int, default=4000, help="number of small files")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter measurements of the limits")
+    parser.add_argument(
+        "--times", type=int, default=3, help="how often each thing is measured, of which the median counts"
+    )
     parser.add_argument("--only", choices=PARTS, help="this part alone")
     parser.add_argument("--dir", help="where to work")
     parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="fs3-bench-", dir=arguments.dir))
-    size, parts = arguments.size_mib * MIB, [arguments.only] if arguments.only else PARTS
+    work = Work(arguments.size_mib * MIB, arguments.files, arguments.times, arguments.scale)
+    parts = [arguments.only] if arguments.only else PARTS
     tables: list[list[list[str]]] = []
     record: dict[str, object] = {
         "date": time.strftime("%Y-%m-%d"),
@@ -340,13 +358,13 @@ def main() -> int:
     missed = False
     try:
         if "files" in parts:
-            limits, rows = run(directory, size, arguments.files, arguments.scale)
+            limits, rows = run(directory, work)
             tables += tables_of(limits, rows)
             record["limits"] = {name: m.record() for name, m in limits.items()}
             record["fs3"] = {r.name: {**r.figure.record(), "ratio": _rounded(r.reached(limits))} for r in rows}
             missed |= any(row.missed(limits) for row in rows)
         if "kv" in parts:
-            kv_rows = kvcache.run(directory, size // 4)
+            kv_rows = kvcache.run(directory, work.size // 4, work.times)
             tables.append(kvcache.table(kv_rows))
             record["kv"] = kvcache.record(kv_rows)
             missed |= any(row.missed() for row in kv_rows)
