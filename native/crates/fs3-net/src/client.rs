@@ -1,5 +1,7 @@
 use crate::REQUESTS_IN_FLIGHT_MAX;
+use crate::blocking;
 use crate::hello::Hello;
+use crate::incoming::Incoming;
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
 use crate::rdma::{Mode, RdmaLink, Ready};
 use crate::sim;
@@ -81,7 +83,7 @@ impl Connection {
     async fn connect_and_greet(addr: &str, hello: &Hello, timeout: Duration) -> Result<(Self, HelloResponse)> {
         if fs3_rt::is_simulated() {
             let (end, welcome) = sim::connect(addr, hello).await?;
-            let endpoint = end.start(|link| Arc::new(Caller { link, pending: Mutex::default() }));
+            let endpoint = end.start(|link| Arc::new(Caller::new(link)));
             return Ok((Self::new(endpoint), welcome));
         }
         let hello_request = hello.to_request(addr);
@@ -115,7 +117,7 @@ impl Connection {
         let body = ask(&socket, Method::Hello, hello_request, timeout).await?;
         let welcome = HelloResponse::decode(body)
             .map_err(|_| Error::new(Code::Protocol, format!("the hello of {addr} cannot be read")))?;
-        let caller = |link| Arc::new(Caller { link, pending: Mutex::default() });
+        let caller = |link| Arc::new(Caller::new(link));
         let connected = match &welcome.rdma_end {
             Some(end) => connect_rdma(&socket, hello, welcome.rdma_port, end, timeout).await,
             None => Err(Error::new(Code::Unavailable, "the server has no RDMA that this machine can reach")),
@@ -132,7 +134,7 @@ impl Connection {
             Err(error) if welcome.rdma_end.is_some() => hello.transport.avoid(addr, welcome.rdma_port, &error),
             Err(_) => {}
         }
-        let endpoint = TcpLink::start(socket, |link| caller(link));
+        let endpoint = TcpLink::start_shared(socket, |link| caller(link)).map_err(unreachable)?;
         Ok((Self::new(endpoint), welcome))
     }
 
@@ -178,6 +180,7 @@ impl Connection {
             // Of several tasks that run now, more may follow; a thread outside the runtime makes one call at a time.
             let more_may_follow = others && tokio::task::try_id().is_some();
             caller.link.send(message, if more_may_follow { Flush::Soon } else { Flush::Now });
+            caller.incoming.iter().for_each(blocking::wants);
             poll_fn(|cx| slot.poll(cx.waker())).await
         };
         match fs3_rt::timeout(timeout, waited).await {
@@ -348,7 +351,7 @@ struct CancelOnDrop<'a> {
 
 impl Drop for CancelOnDrop<'_> {
     fn drop(&mut self) {
-        self.caller.pending.lock().slots.remove(&self.id);
+        self.caller.take(self.id);
         let windows = self.slot.cancel();
         if !windows.is_empty() {
             self.caller.link.abandon(self.id, windows);
@@ -359,6 +362,8 @@ impl Drop for CancelOnDrop<'_> {
 /// The receiving side of a client connection.
 struct Caller {
     link: Arc<dyn Link>,
+    /// Where threads may receive.
+    incoming: Option<Arc<Incoming>>,
     pending: Mutex<Pending>,
 }
 
@@ -370,6 +375,10 @@ struct Pending {
 }
 
 impl Caller {
+    fn new(link: Arc<dyn Link>) -> Self {
+        Self { incoming: link.incoming(), link, pending: Mutex::default() }
+    }
+
     /// A fresh request id for the slot, and whether other calls are waiting.
     fn register(&self, slot: &Arc<Slot>) -> Result<(u64, bool)> {
         let mut pending = self.pending.lock();
@@ -379,7 +388,18 @@ impl Caller {
         pending.id_last += 1;
         let (id, others) = (pending.id_last, !pending.slots.is_empty());
         pending.slots.insert(id, slot.clone());
+        if let Some(incoming) = &self.incoming {
+            incoming.begin(blocking::is_blocking());
+        }
         Ok((id, others))
+    }
+
+    /// The call is over, if it was not.
+    fn take(&self, id: u64) {
+        let taken = self.pending.lock().slots.remove(&id);
+        if let (Some(_), Some(incoming)) = (taken, &self.incoming) {
+            incoming.end();
+        }
     }
 }
 
@@ -461,7 +481,7 @@ impl Endpoint for Caller {
     }
 
     fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: ReplyLanding) {
-        self.pending.lock().slots.remove(&header.request_id);
+        self.take(header.request_id);
         let Some(slot) = landing.slot else { return };
         slot.finish(|sink| match landing.plan {
             _ if header.status != 0 => Err(error_from_response(header.status, &body)),

@@ -8,8 +8,10 @@
 //! tasks of that runtime are fastest. Measured (`examples/netbench.rs`): large payloads want several connections and a
 //! runtime with as many workers as cores; many small calls want a current-thread runtime per core.
 
+mod blocking;
 mod client;
 mod hello;
+mod incoming;
 mod link;
 mod peers;
 mod rdma;
@@ -17,6 +19,7 @@ mod server;
 pub mod sim;
 mod tcp;
 
+pub use blocking::Waiter;
 pub use client::{Connection, Reply, Sink};
 pub use hello::{Hello, HelloPolicy, PeerInfo};
 pub use peers::Peers;

@@ -7,6 +7,7 @@
 //! seam changes.
 
 use crate::client::Slot;
+use crate::incoming::Incoming;
 use bytes::Bytes;
 use fs3_core::{Error, Region, RegionMut, Result};
 use fs3_proto::frame::Header;
@@ -63,6 +64,10 @@ pub(crate) trait Link: Send + Sync + 'static {
     fn close(&self);
     /// Whether the connection has ended.
     fn is_closed(&self) -> bool;
+    /// The receiving half, where threads that wait for answers may read.
+    fn incoming(&self) -> Option<Arc<Incoming>> {
+        None
+    }
     /// The device, when messages travel by RDMA.
     fn rdma_device(&self) -> Option<&str> {
         None

@@ -1,5 +1,6 @@
 //! The TCP transport: one socket, a task that reads it, a task that writes what could not be written at once.
 
+use crate::incoming::{Incoming, Reading};
 use crate::link::{Endpoint, Flush, Landing, Link, Outgoing, PIECES_MAX};
 use crate::{PEER_SILENT_MS_MAX, STALL_TIMEOUT_MS};
 use bytes::Bytes;
@@ -11,11 +12,13 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
@@ -49,6 +52,13 @@ impl Socket {
         socket.set_tcp_keepalive(&keepalive)?;
         // SAFETY: the stream owns its descriptor and keeps it until it is dropped, with the AsyncFd.
         Ok(Self { fd: unsafe { AsyncFd::register(stream)? } })
+    }
+
+    /// The same socket, of which the runtime only tells when it can be written to.
+    pub fn written_only(self) -> io::Result<Self> {
+        let stream = self.fd.into_inner();
+        // SAFETY: as above.
+        Ok(Self { fd: unsafe { AsyncFd::register_with_interest(stream, Interest::WRITABLE)? } })
     }
 
     async fn read_exact(&self, buf: &mut [u8]) -> io::Result<()> {
@@ -135,9 +145,18 @@ impl Socket {
     }
 }
 
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 /// A connection over TCP after its hello.
 pub(crate) struct TcpLink {
     socket: Socket,
+    incoming: Arc<Incoming>,
+    /// Whether threads may read: otherwise the task always does.
+    shared: bool,
     queue: Mutex<VecDeque<Outgoing>>,
     writer: Mutex<Writer>,
     /// There is something for the writing task to do.
@@ -162,7 +181,21 @@ impl TcpLink {
     /// Take over a socket after its hello and start its tasks on the current runtime. They end when the
     /// connection does.
     pub fn start<E: Endpoint>(socket: Socket, make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>) -> Arc<E> {
+        Self::run(socket, false, make_endpoint)
+    }
+
+    /// As [`TcpLink::start`], for a connection that also threads read which wait for answers.
+    pub fn start_shared<E: Endpoint>(
+        socket: Socket,
+        make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>,
+    ) -> io::Result<Arc<E>> {
+        Ok(Self::run(socket.written_only()?, true, make_endpoint))
+    }
+
+    fn run<E: Endpoint>(socket: Socket, shared: bool, make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>) -> Arc<E> {
         let link = Arc::new(Self {
+            incoming: Arc::new(Incoming::new(&socket)),
+            shared,
             socket,
             queue: Mutex::default(),
             writer: Mutex::default(),
@@ -171,18 +204,41 @@ impl TcpLink {
         });
         let endpoint = make_endpoint(link.clone());
         tokio::spawn(link.clone().run_writer());
+        let mut reader = Reader::new(link.clone());
+        let receiver = endpoint.clone();
+        let reading: Reading = Box::pin(async move { reader.run(&receiver).await });
         let guard = ClosedGuard { link, endpoint: endpoint.clone(), reason: None };
         tokio::spawn(async move {
             let mut guard = guard;
-            let mut reader = Reader::new(&guard.link);
-            let error = reader.run(&guard.endpoint).await;
-            if matches!(error.code, Code::MessageTooBig | Code::Protocol) {
+            let error = guard.link.receive(reading).await;
+            // The peer of a shared connection is a server, to which no last word is said.
+            if !shared && matches!(error.code, Code::MessageTooBig | Code::Protocol) {
                 guard.link.flush();
                 guard.link.socket.linger().await;
             }
             guard.reason = Some(error);
         });
         endpoint
+    }
+
+    /// Receive until the connection ends; why.
+    async fn receive(&self, mut reading: Reading) -> Error {
+        if self.shared {
+            return self.incoming.attend(reading, || self.socket.fd.get_ref().as_fd().try_clone_to_owned()).await;
+        }
+        poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(error) = self.incoming.receive(&mut reading, cx) {
+                    return Poll::Ready(error);
+                }
+                match self.socket.fd.poll_read_ready(cx) {
+                    Poll::Ready(Ok(mut guard)) => guard.clear_ready(),
+                    Poll::Ready(Err(error)) => return Poll::Ready(broken(&error)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await
     }
 
     async fn run_writer(self: Arc<Self>) {
@@ -261,10 +317,15 @@ impl Link for TcpLink {
         drop(dropped);
         self.socket.shutdown();
         self.wake_writer.notify_one();
+        self.incoming.wake_task();
     }
 
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
+    }
+
+    fn incoming(&self) -> Option<Arc<Incoming>> {
+        self.shared.then(|| self.incoming.clone())
     }
 }
 
@@ -323,13 +384,14 @@ struct ClosedGuard<E: Endpoint> {
 impl<E: Endpoint> Drop for ClosedGuard<E> {
     fn drop(&mut self) {
         self.link.close();
+        self.link.incoming.stop();
         let reason = self.reason.take().unwrap_or_else(|| Error::new(Code::Unavailable, "the connection was ended"));
         self.endpoint.closed(&reason);
     }
 }
 
-struct Reader<'a> {
-    link: &'a TcpLink,
+struct Reader {
+    link: Arc<TcpLink>,
     buf: Box<[u8]>,
     start: usize,
     end: usize,
@@ -339,8 +401,8 @@ struct Reader<'a> {
     last_progress: Instant,
 }
 
-impl<'a> Reader<'a> {
-    fn new(link: &'a TcpLink) -> Self {
+impl Reader {
+    fn new(link: Arc<TcpLink>) -> Self {
         let stall = Box::pin(tokio::time::sleep(Duration::from_millis(STALL_TIMEOUT_MS)));
         let buf = vec![0u8; READ_BUFFER_BYTES].into_boxed_slice();
         let last_progress = Instant::now();
@@ -465,7 +527,7 @@ impl<'a> Reader<'a> {
     ) -> Result<usize> {
         self.link.flush();
         loop {
-            let mut guard = self.readable(within_frame).await?;
+            self.readable(within_frame).await?;
             match io(self.link.socket.fd.get_ref(), &mut self.buf) {
                 Ok(Taken { bytes: 0, .. }) => {
                     return Err(Error::new(Code::Unavailable, "the peer closed the connection"));
@@ -473,23 +535,23 @@ impl<'a> Reader<'a> {
                 Ok(taken) => {
                     // A short read has emptied the socket: waiting for the next event saves a fruitless read.
                     if taken.bytes < taken.room {
-                        guard.clear_ready();
+                        self.link.incoming.emptied();
                     }
                     self.last_progress = Instant::now();
                     return Ok(taken.bytes);
                 }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => guard.clear_ready(),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.link.incoming.emptied(),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(broken(&e)),
             }
         }
     }
 
-    async fn readable(&mut self, within_frame: bool) -> Result<tokio::io::unix::AsyncFdReadyGuard<'a, TcpStream>> {
-        let link = self.link;
+    /// Wait until whoever polls this has seen that something may have come.
+    async fn readable(&mut self, within_frame: bool) -> Result<()> {
         poll_fn(|cx| {
-            if let Poll::Ready(guard) = link.socket.fd.poll_read_ready(cx) {
-                return Poll::Ready(guard.map_err(|e| broken(&e)));
+            if self.link.incoming.is_readable() {
+                return Poll::Ready(Ok(()));
             }
             while within_frame && self.stall.as_mut().poll(cx).is_ready() {
                 let due = self.last_progress + Duration::from_millis(STALL_TIMEOUT_MS);

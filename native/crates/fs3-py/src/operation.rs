@@ -1,5 +1,6 @@
 //! Work that was asked for and is not done: waited for by a thread or awaited by asyncio.
 
+use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::OnceLock;
@@ -8,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use fs3_core::Result;
+use fs3_net::Waiter;
 use parking_lot::Mutex;
 use pyo3::BoundObject;
 use pyo3::exceptions::PyRuntimeError;
@@ -77,14 +79,12 @@ impl Operation {
     /// Do it and return the result; other threads run meanwhile, and signal handlers within 100 ms.
     fn wait(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let mut work = self.take()?;
-        let runtime = runtime()?;
-        loop {
-            let step = || runtime.block_on(async { tokio::time::timeout(SIGNALS_EVERY, work.as_mut()).await });
-            match py.detach(step) {
-                Ok(finish) => return finish(py),
-                Err(_) => py.check_signals()?,
-            }
-        }
+        let runtime = runtime()?.handle();
+        let mut waiter = take_waiter()?;
+        let check = || Python::attach(|py| py.check_signals());
+        let done = py.detach(|| waiter.block_on(runtime, work.as_mut(), SIGNALS_EVERY, check));
+        WAITER.set(Some((process()?.number(), waiter)));
+        done?(py)
     }
 
     /// Do it in the background and complete a future of the running event loop. Cancelling the future gives up.
@@ -100,6 +100,18 @@ impl Operation {
         });
         future.call_method1("add_done_callback", (Cancel { task: task.abort_handle() },))?;
         future.call_method0("__await__")
+    }
+}
+
+thread_local! {
+    /// What this thread waits with, and the process it was made in. Taken out while the thread waits.
+    static WAITER: RefCell<Option<(u32, Waiter)>> = const { RefCell::new(None) };
+}
+
+fn take_waiter() -> PyResult<Waiter> {
+    match WAITER.take() {
+        Some((number, waiter)) if number == process()?.number() => Ok(waiter),
+        _ => Waiter::new().map_err(|e| PyRuntimeError::new_err(format!("a thread cannot wait: {e}"))),
     }
 }
 

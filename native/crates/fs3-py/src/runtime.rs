@@ -26,6 +26,13 @@ pub struct Process {
     pub thread_names: Mutex<BTreeMap<i32, String>>,
 }
 
+impl Process {
+    /// Which one it is, counted by forks.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+}
+
 /// Counts forks on the way from the first process to this one.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
