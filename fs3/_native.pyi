@@ -309,6 +309,7 @@ class KvCache:
         chains: int,
         chunk_bytes: int,
         replicas: int,
+        durable: bool,
         version: bytes,
         capacity_bytes: int,
         ttl_ms: int,

@@ -33,7 +33,7 @@ version_option = click.option("--version", default="", metavar="TEXT", help="The
 
 @click.group("kv")
 def kv_command() -> None:
-    """Namespaces of the KV cache: directories whose entries are in the memory of the storage services."""
+    """Namespaces of the KV cache: directories whose entries are in the memory of storage nodes, or on their disks."""
 
 
 def _where(directory: str, where: dict[str, Any]) -> RemotePath:
@@ -70,9 +70,16 @@ def _limit(text: str | None, parse: Any) -> Any:
 @click.option("--ttl", metavar="TIME", help="When entries expire, for example 12h.  [default: never]")
 @click.option("--replicas", type=click.IntRange(1, 16), help="Storage nodes that keep each value.  [default: 1]")
 @click.option("--chunk-size", metavar="SIZE", help="The largest piece of a value.  [default: DIR's]")
+@click.option("--durable", is_flag=True, help="Keep values on the disks, on all replicas of a chain, not in memory.")
 @cluster_options
 def create_command(
-    directory: str, capacity: str | None, ttl: str | None, replicas: int | None, chunk_size: str | None, **where: Any
+    directory: str,
+    capacity: str | None,
+    ttl: str | None,
+    replicas: int | None,
+    chunk_size: str | None,
+    durable: bool,
+    **where: Any,
 ) -> None:
     """Make DIR a namespace, and the directory itself if it is not there.
 
@@ -87,6 +94,7 @@ def create_command(
             ttl=None if ttl is None else parse_seconds(ttl),
             replicas=replicas,
             chunk_bytes=None if chunk_size is None else parse_bytes(chunk_size),
+            durable=durable,
         )
         cache.close()
 
@@ -117,7 +125,20 @@ def stat_command(directories: tuple[str, ...], as_json: bool, **where: Any) -> N
     if as_json:
         print_json(records)
         return
-    header = ["ENTRIES", "BYTES", "CAPACITY", "TTL", "REPLICAS", "HITS", "MISSES", "PUTS", "EVICTED", "EXPIRED", "PATH"]
+    header = [
+        "ENTRIES",
+        "BYTES",
+        "CAPACITY",
+        "TTL",
+        "REPLICAS",
+        "KIND",
+        "HITS",
+        "MISSES",
+        "PUTS",
+        "EVICTED",
+        "EXPIRED",
+        "PATH",
+    ]
     print_table(header, [_cells(record) for record in records])
     for record in records:
         if record["nodes_silent"]:
@@ -142,7 +163,9 @@ def _cells(record: dict[str, Any]) -> list[object]:
         human_bytes(record["bytes"]),
         "-" if record["capacity"] is None else human_bytes(record["capacity"]),
         "-" if record["ttl"] is None else format_seconds(record["ttl"]),
-        *(record[name] for name in ("replicas", "hits", "misses", "puts", "evicted", "expired", "path")),
+        record["replicas"],
+        "durable" if record["durable"] else "memory",
+        *(record[name] for name in ("hits", "misses", "puts", "evicted", "expired", "path")),
     ]
 
 

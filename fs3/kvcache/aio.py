@@ -29,11 +29,12 @@ async def open_async(
     ttl: float | None = None,
     replicas: int | None = None,
     chunk_bytes: int | None = None,
+    durable: bool | None = None,
     version: str | bytes = "",
     timeout: float = 1.0,
 ) -> AsyncKVCache:
     """Open a namespace; arguments and errors as for :func:`fs3.kvcache.open`."""
-    wanted = Wanted(create, capacity, ttl, replicas, chunk_bytes)
+    wanted = Wanted(create, capacity, ttl, replicas, chunk_bytes, durable)
     own = None if isinstance(fs, AsyncFileSystem | FileSystem) else await connect_async(fs)
     connection = (own or fs)._connection  # type: ignore[union-attr]
     try:

@@ -62,6 +62,7 @@ class Base:
             chains=known.chains,
             chunk_bytes=known.chunk_bytes,
             replicas=known.replicas,
+            durable=known.durable,
             version=self._version,
             capacity_bytes=known.capacity_bytes,
             ttl_ms=known.ttl_ms,

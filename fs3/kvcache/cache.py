@@ -12,8 +12,9 @@ from fs3.client.buffers import Readable, Writable
 from fs3.client.connection import Connection, connect_options
 from fs3.client.finish import finish
 from fs3.client.paths import StrPath, join
+from fs3.core.kv_namespaces import ATTRIBUTE
 from fs3.kvcache.base import LIST_PAGE, PREFIX_STEP, Base, Key, Target, entry, fitting, leading
-from fs3.kvcache.namespace import ATTRIBUTE, Namespace, Wanted, configuring, opening, run
+from fs3.kvcache.namespace import Namespace, Wanted, configuring, opening, run
 from fs3.kvcache.records import Entry, Evicted, Stats, stats_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def open(
     ttl: float | None = None,
     replicas: int | None = None,
     chunk_bytes: int | None = None,
+    durable: bool | None = None,
     version: str | bytes = "",
     timeout: float = 1.0,
 ) -> KVCache:
@@ -39,7 +41,7 @@ def open(
     that exists it must be what that has: `capacity`, bytes of values, each counted once (default: as much as the
     nodes have memory for); `ttl`, seconds after which entries expire (default: never); `replicas`, storage nodes
     that keep each value (1); `chunk_bytes`, the largest piece of a value, a power of two (default: that of the
-    directory).
+    directory); `durable`: keep entries on the disks, on all replicas of a chain, instead of in memory (False).
 
     `version` is part of every key: values put under another one are never found. `timeout`: how long an operation
     may take, in seconds; a node that does not answer in that time is a miss, and its values are not stored.
@@ -47,7 +49,7 @@ def open(
     Who may read the directory may get, who may write to it may put and remove. Raises FileNotFoundError, Denied,
     NOT_DIRECTORY, INVALID_ARGUMENT for other settings than it has, and ValueError.
     """
-    wanted = Wanted(create, capacity, ttl, replicas, chunk_bytes)
+    wanted = Wanted(create, capacity, ttl, replicas, chunk_bytes, durable)
     own = None if isinstance(fs, FileSystem) else connect(fs)
     connection = (own or fs)._connection  # type: ignore[union-attr]
     try:

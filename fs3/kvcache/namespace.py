@@ -18,12 +18,13 @@ from fs3.client.connection import Connection
 from fs3.client.finish import name_paths
 from fs3.client.paths import StrPath
 from fs3.core.errors import Fs3Error, error
+from fs3.core.kv_namespaces import ATTRIBUTE, FORMAT_DURABLE, FORMAT_MEMORY
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import FileType
 from fs3.v1.routing_pb2 import Routing
 
-ATTRIBUTE = b"user.fs3.kvcache"
-FORMAT = 1
+FORMATS = (FORMAT_MEMORY, FORMAT_DURABLE)
+CHUNK_BYTES_MAX = 64 << 20
 # A namespace has no more chains than leave each so many of its chunks: below that, evictions would depend on luck.
 CHUNKS_PER_CHAIN = 16
 CAPACITY_MAX = 1 << 62
@@ -50,14 +51,16 @@ class Namespace:
     """0: entries do not expire."""
     generation: int
     """Raised by every change."""
+    durable: bool = False
+    """Entries are chunks on the disks of their chain, which replicates them."""
     writable: bool = False
     """Whether the caller may write, when it was opened."""
 
     def attribute(self) -> bytes:
         """The value of the attribute."""
         fields = asdict(self)
-        del fields["inode"], fields["writable"]
-        return json.dumps({"format": FORMAT, **fields}).encode()
+        del fields["inode"], fields["writable"], fields["durable"]
+        return json.dumps({"format": FORMAT_DURABLE if self.durable else FORMAT_MEMORY, **fields}).encode()
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Wanted:
     ttl: float | None
     replicas: int | None
     chunk_bytes: int | None
+    durable: bool | None = None
 
     def __post_init__(self) -> None:
         if self.capacity is not None and not 0 < self.capacity <= CAPACITY_MAX:
@@ -77,6 +81,8 @@ class Wanted:
             raise ValueError(f"ttl must be a positive number of seconds, not {self.ttl}")
         if self.replicas is not None and not 1 <= self.replicas <= 16:
             raise ValueError(f"replicas must be 1 to 16, not {self.replicas}")
+        if self.durable and self.replicas is not None:
+            raise ValueError("a durable namespace has the replicas of the cluster's chains; leave replicas out")
 
     @property
     def ttl_ms(self) -> int | None:
@@ -173,9 +179,12 @@ def parse(inode: int, value: bytes) -> Namespace:
     try:
         fields = json.loads(value)
         version = fields.pop("format")
-        if version != FORMAT:
-            raise error(Code.CODE_NOT_SUPPORTED, f"the namespace has format {version}, this is fs3 for format {FORMAT}")
-        return Namespace(inode=inode, **{**fields, "table": tuple(fields["table"])})
+        if version not in FORMATS:
+            raise error(
+                Code.CODE_NOT_SUPPORTED, f"the namespace has format {version}, this is fs3 for up to {FORMATS[-1]}"
+            )
+        durable = version == FORMAT_DURABLE
+        return Namespace(inode=inode, durable=durable, **{**fields, "table": tuple(fields["table"])})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise error(Code.CODE_INTERNAL, f"the attribute {ATTRIBUTE.decode()} cannot be understood: {e}") from e
 
@@ -210,9 +219,15 @@ def _may_write(client: native.Client, inode: int, value: bytes) -> Steps[bool]:
 
 def _fresh(client: native.Client, attr: native.Attr, chunk_bytes: int, wanted: Wanted) -> Namespace:
     """A new namespace, with what new files of the directory would get: its table and chunk size, or the cluster's."""
-    table, count = _table(Routing.FromString(client.routing()), attr.layout)
+    routing = Routing.FromString(client.routing())
+    table, count = _table(routing, attr.layout)
     if attr.layout is not None and attr.layout.chunk_bytes:
         chunk_bytes = attr.layout.chunk_bytes
+    durable = bool(wanted.durable)
+    if durable and not wanted.chunk_bytes:
+        # A value of a chunk and its header are one piece then.
+        chunk_bytes = min(2 * chunk_bytes, CHUNK_BYTES_MAX)
+    replicas = max((len(chain.targets) for chain in routing.chains), default=1) if durable else wanted.replicas or 1
     capacity = wanted.capacity or 0
     enough = capacity // (CHUNKS_PER_CHAIN * chunk_bytes) if capacity else count
     return Namespace(
@@ -221,10 +236,11 @@ def _fresh(client: native.Client, attr: native.Attr, chunk_bytes: int, wanted: W
         first=attr.inode % count,
         chains=max(1, min(count, enough)),
         chunk_bytes=chunk_bytes,
-        replicas=wanted.replicas or 1,
+        replicas=replicas,
         capacity_bytes=capacity,
         ttl_ms=wanted.ttl_ms or 0,
         generation=1,
+        durable=durable,
     )
 
 
@@ -249,6 +265,7 @@ def _check_same(namespace: Namespace, wanted: Wanted) -> None:
         "ttl": (wanted.ttl_ms, namespace.ttl_ms),
         "replicas": (wanted.replicas, namespace.replicas),
         "chunk_bytes": (wanted.chunk_bytes, namespace.chunk_bytes),
+        "durable": (wanted.durable, namespace.durable),
     }
     differing = [f"{name} {given} (it has {has})" for name, (given, has) in pairs.items() if given not in (None, has)]
     if differing:

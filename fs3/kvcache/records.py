@@ -49,8 +49,8 @@ class ClientStats:
 class Stats:
     """A namespace: what its storage nodes counted since they started, and what they hold now.
 
-    Entries and bytes count each replica, and each piece of values larger than a chunk. ``hits`` and ``misses`` are
-    those of all clients, and count every replica that was asked.
+    Entries and bytes count each piece of values larger than a chunk, and each replica in memory; those of a durable
+    namespace count once. ``hits`` and ``misses`` are those of all clients, and count every replica that was asked.
     """
 
     hits: int
@@ -60,7 +60,7 @@ class Stats:
     evicted_capacity: int
     """Made room within the namespace's capacity."""
     evicted_memory: int
-    """Made room for others on their node."""
+    """Made room for others on their node: in its memory, or of a durable namespace on its disk."""
     evicted_asked: int
     expired: int
     collisions: int
@@ -75,6 +75,7 @@ class Stats:
     capacity: int | None
     ttl: float | None
     replicas: int
+    durable: bool
     client: ClientStats
 
     @property
@@ -112,5 +113,10 @@ def stats_of(namespace: Namespace, counters: Mapping[str, int], calls: Mapping[s
     client = ClientStats(**calls)
     ttl = namespace.ttl_ms / 1000 if namespace.ttl_ms else None
     return Stats(
-        **counted, capacity=namespace.capacity_bytes or None, ttl=ttl, replicas=namespace.replicas, client=client
+        **counted,
+        capacity=namespace.capacity_bytes or None,
+        ttl=ttl,
+        replicas=namespace.replicas,
+        durable=namespace.durable,
+        client=client,
     )

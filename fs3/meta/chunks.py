@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, Final, Protocol
 
+from fs3.core import kv_namespaces
 from fs3.core.layout import place_of, widest, width
 from fs3.v1.meta_pb2 import Layout
 
 LAST_INDEX: Final = 0xFFFF_FFFF
+# The space of chunk ids that files have.
+SPACE_FILES: Final = 0
 
 
 class ChunkStore(Protocol):
@@ -22,7 +25,9 @@ class ChunkStore(Protocol):
     def stripe(self, layout: Layout) -> list[int]:
         """Chain ids by position: chunk i is on ``stripe[place_of(layout, i)]``. Raises UNAVAILABLE, unknown table."""
 
-    async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float) -> int:
+    async def remove(
+        self, chain_id: int, inode: int, first_index: int, *, ends_s: float, space: int = SPACE_FILES
+    ) -> int:
         """Remove the chunks of `inode` from `first_index` on; returns how many there were."""
 
     async def truncate_chunk(
@@ -76,6 +81,12 @@ async def cut(
             store.truncate_chunk(chain_id, inode, last, chunk_bytes=layout.chunk_bytes, length=tail, ends_s=ends_s)
         )
     await _all(calls)
+
+
+async def cut_entries(store: ChunkStore, inode: int, layout: Layout, *, ends_s: float) -> None:
+    """Leave no entry of a namespace of the KV cache. Idempotent."""
+    chains = sorted(set(store.stripe(layout)))
+    await _all([store.remove(chain_id, inode, 0, ends_s=ends_s, space=kv_namespaces.SPACE) for chain_id in chains])
 
 
 async def end(store: ChunkStore, inode: int, layout: Layout, *, ends_s: float) -> int:

@@ -23,12 +23,13 @@ from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error, error
 from fs3.kv import retry
 from fs3.kv.api import KvError, KvStore, Transaction
-from fs3.meta import chunks, keys, model, scan, tree
+from fs3.meta import chunks, keys, kv_namespaces, model, scan, tree
 from fs3.meta.chunks import ChunkStore
 from fs3.meta.clock import monotonic_s
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
+from fs3.v1.meta_pb2 import Layout
 
 log = logging.getLogger("fs3.meta.gc")
 
@@ -261,9 +262,21 @@ class Collector:
             await chunks.cut(self._chunks, inode, record.attr.layout, 0, extent, ends_s=ends_s)
         return True
 
+    async def _cut_entries(self, inode: int) -> None:
+        """Remove what the directory has on storage as a namespace of the KV cache."""
+
+        async def find(tr: Transaction) -> Layout | None:
+            record = await tree.load(tr, inode)
+            return None if record is None else await kv_namespaces.layout(tr, record)
+
+        layout = await retry.run(self._store, find, idempotent=True)
+        if layout is not None:
+            await chunks.cut_entries(self._chunks, inode, layout, ends_s=monotonic_s(self._clock) + REMOVE_S)
+
     async def _expand(self, inode: int) -> bool:
         """Take a detached directory apart, CHILDREN_MAX entries in a transaction; True when it is gone."""
         self.wake()
+        await self._cut_entries(inode)
         for _ in range(EXPAND_PAGES_MAX):
             ctx = self._new_context()
 

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from fs3.core.clock import Clock
 from fs3.core.errors import Fs3Error, error
 from fs3.core.layout import chains_of
+from fs3.meta.chunks import SPACE_FILES
 from fs3.meta.clock import monotonic_s
 from fs3.meta.routing import RoutingHolder, backoff
 from fs3.v1.frame_pb2 import Code, Method
@@ -35,7 +36,6 @@ REQUEST_S_MAX: Final = 5.0
 BACKOFF_S_MIN: Final = 0.02
 BACKOFF_S_MAX: Final = 1.0
 LAST_INDEX: Final = 0xFFFF_FFFF
-SPACE_FILES: Final = 0
 
 _CHUNK_ID = struct.Struct(">IQI")
 
@@ -87,7 +87,9 @@ class StorageClient:
             )
         return chains_of(layout, table.chain_ids)
 
-    async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float) -> int:
+    async def remove(
+        self, chain_id: int, inode: int, first_index: int, *, ends_s: float, space: int = SPACE_FILES
+    ) -> int:
         """See ChunkStore."""
 
         def request(chain: Chain, target_id: int, writer: WriterId) -> RemoveRequest:
@@ -95,7 +97,7 @@ class StorageClient:
                 chain_id=chain_id,
                 chain_version=chain.version,
                 target_id=target_id,
-                space=SPACE_FILES,
+                space=space,
                 inode=inode,
                 first_index=first_index,
                 last_index=LAST_INDEX,

@@ -25,7 +25,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class ReadOp(_message.Message):
     """16 bytes on the wire and on disk, big-endian, so that byte order is (space, inode, index) order:
-    u32 space (0: files) | u64 inode | u32 chunk index.
+    u32 space (0: files, 1: entries of the key-value cache) | u64 inode | u32 chunk index.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -924,6 +924,7 @@ class KvNamespace(_message.Message):
     SHARE_BYTES_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """the inode of its directory"""
     share_bytes: _builtins.int
@@ -931,6 +932,10 @@ class KvNamespace(_message.Message):
     ttl_ms: _builtins.int
     """0: entries do not expire"""
     generation: _builtins.int
+    chunk_bytes: _builtins.int
+    """Of the kind that lives in the chunk store: entries are chunks of space 1, and go through their chain. What a put sends
+    begins with the entry's header (fs3-core/src/kv_entry.rs). 0: entries are in the memory of the nodes.
+    """
     def __init__(
         self,
         *,
@@ -938,10 +943,11 @@ class KvNamespace(_message.Message):
         share_bytes: _builtins.int = ...,
         ttl_ms: _builtins.int = ...,
         generation: _builtins.int = ...,
+        chunk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "id", b"id", "share_bytes", b"share_bytes", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "generation", b"generation", "id", b"id", "share_bytes", b"share_bytes", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -988,25 +994,31 @@ Global___KvGetOp: _TypeAlias = KvGetOp  # noqa: Y015
 
 @_typing.final
 class KvGetRequest(_message.Message):
+    """`durable`: the namespace, of the kind that lives in the chunk store."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     OPS_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.int
     probe: _builtins.bool
     @_builtins.property
     def ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvGetOp]: ...
+    @_builtins.property
+    def durable(self) -> Global___KvNamespace: ...
     def __init__(
         self,
         *,
         namespace: _builtins.int = ...,
         ops: _abc.Iterable[Global___KvGetOp] | None = ...,
         probe: _builtins.bool = ...,
+        durable: Global___KvNamespace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "ops", b"ops", "probe", b"probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "namespace", b"namespace", "ops", b"ops", "probe", b"probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1243,18 +1255,22 @@ class KvRemoveRequest(_message.Message):
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     OPS_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.int
     @_builtins.property
     def ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvRemoveOp]: ...
+    @_builtins.property
+    def durable(self) -> Global___KvNamespace: ...
     def __init__(
         self,
         *,
         namespace: _builtins.int = ...,
         ops: _abc.Iterable[Global___KvRemoveOp] | None = ...,
+        durable: Global___KvNamespace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "ops", b"ops"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "namespace", b"namespace", "ops", b"ops"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1321,10 +1337,13 @@ class KvListRequest(_message.Message):
     AFTER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.int
     after: _builtins.int
     limit: _builtins.int
     prefix: _builtins.bytes
+    @_builtins.property
+    def durable(self) -> Global___KvNamespace: ...
     def __init__(
         self,
         *,
@@ -1332,10 +1351,11 @@ class KvListRequest(_message.Message):
         after: _builtins.int = ...,
         limit: _builtins.int = ...,
         prefix: _builtins.bytes = ...,
+        durable: Global___KvNamespace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "limit", b"limit", "namespace", b"namespace", "prefix", b"prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "durable", b"durable", "limit", b"limit", "namespace", b"namespace", "prefix", b"prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1402,15 +1422,19 @@ class KvStatRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.int
+    @_builtins.property
+    def durable(self) -> Global___KvNamespace: ...
     def __init__(
         self,
         *,
         namespace: _builtins.int = ...,
+        durable: Global___KvNamespace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "namespace", b"namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

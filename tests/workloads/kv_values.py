@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import struct
 
+from fs3.kvcache import KVCache
+
 HEAD = struct.Struct("<QQ32s")
 
 
@@ -20,3 +22,19 @@ def version_of(key: bytes, value: bytes | bytearray | memoryview) -> int:
     version, size, _ = HEAD.unpack_from(value)
     assert bytes(value) == make(key, version, size), f"a wrong value for {key!r}"
     return int(version)
+
+
+def keys_of(count: int) -> list[bytes]:
+    """Some keys."""
+    return [b"page-%d" % number for number in range(count)]
+
+
+def put_all(cache: KVCache, keys: list[bytes], version: int, size: int) -> None:
+    """Put values of one version; all are to be stored."""
+    assert all(cache.put_batch(keys, [make(key, version, size) for key in keys]))
+
+
+def versions(cache: KVCache, keys: list[bytes]) -> list[int | None]:
+    """The version that each key has; no value may be wrong."""
+    found = cache.get_batch(keys)
+    return [None if value is None else version_of(key, value) for key, value in zip(keys, found, strict=True)]

@@ -20,6 +20,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "capacity": (int, str),
     "ttl": (int, float),
     "replicas": (int,),
+    "durable": (bool,),
     "timeout": (int, float),
 }
 
@@ -29,8 +30,8 @@ def open_cache(options: Mapping[str, Any], where: str) -> KVCache:
 
     `options`: `namespace`, the directory of the cache (needed); `url` of the cluster (else that of FS3_URL); and what
     :func:`fs3.kvcache.open` takes: `create`, `capacity` (bytes, or a text such as "100GiB"), `ttl` (seconds),
-    `replicas`, `timeout` (seconds). `where` names the place of the options, for errors. Raises ValueError for options
-    that are unknown, missing or of a wrong type, OSError when the namespace cannot be opened.
+    `replicas`, `durable`, `timeout` (seconds). `where` names the place of the options, for errors. Raises ValueError
+    for options that are unknown, missing or of a wrong type, OSError when the namespace cannot be opened.
     """
     for name, value in options.items():
         if name not in OPTIONS:

@@ -16,6 +16,7 @@ from fs3.core.errors import Fs3Error, error
 from fs3.core.layout import place_of
 from fs3.kv.api import Transaction
 from fs3.meta import keys, model, tree
+from fs3.meta.chunks import SPACE_FILES
 from fs3.meta.clock import monotonic_s
 from fs3.meta.context import OpContext
 from fs3.meta.fsck.audit import LOOKS, SUSPECTS_MAX, Audit
@@ -32,7 +33,6 @@ BATCH_CHUNKS: Final = 512
 CALL_S: Final = 30.0
 # With the pauses between them longer than a lease, so that a replica that failed is not asked any more.
 CHAIN_TURNS: Final = 8
-SPACE_FILES: Final = 0
 REPLICAS: Final = "replicas"
 LAYOUT: Final = "chunk-layout"
 EXTENT: Final = "chunk-extent"
@@ -56,7 +56,9 @@ class ChunkLister(Protocol):
     ) -> list[ChunkInfo]:
         """Chunks of a target whose ids are greater than `after`, in order; fewer than `limit` at the end only."""
 
-    async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float) -> int:
+    async def remove(
+        self, chain_id: int, inode: int, first_index: int, *, ends_s: float, space: int = SPACE_FILES
+    ) -> int:
         """See :class:`fs3.meta.chunks.ChunkStore`."""
 
 
@@ -89,7 +91,8 @@ class ChunkAudit:
     def __init__(self, audit: Audit, lister: ChunkLister) -> None:
         self._audit = audit
         self._lister = lister
-        self._orphans: dict[int, _Orphan] = {}
+        # By space and inode.
+        self._orphans: dict[tuple[int, int], _Orphan] = {}
         # By kind and chunk: a chain may be looked at more than once.
         self._suspects: dict[tuple[str, int, bytes], _Suspect] = {}
 
@@ -161,14 +164,12 @@ class ChunkAudit:
         records, written = await self._audit.read(lambda tr: _living(tr, inodes))
         for chunk_id, held in batch:
             space, ino, index = _ID.unpack(chunk_id)
-            if space != SPACE_FILES:
-                continue
             if (kind := differs(replicas, held)) is not None:
                 self._suspect(kind, chain_id, chunk_id, held)
             record = records.get(ino)
             if record is None:
-                self._orphan(ino, chain_id, held)
-            else:
+                self._orphan((space, ino), chain_id)
+            elif space == SPACE_FILES:
                 kind = self._misplaced(record, chain_id, index, next(iter(held.values())))
                 if kind is not None and not (kind == EXTENT and ino in written):
                     self._suspect(kind, chain_id, chunk_id, held)
@@ -178,13 +179,13 @@ class ChunkAudit:
     def _suspect(self, kind: str, chain_id: int, chunk_id: bytes, held: Held) -> None:
         self._suspects[kind, chain_id, chunk_id] = _Suspect(kind, chain_id, chunk_id, _frozen(held))
 
-    def _orphan(self, ino: int, chain_id: int, held: Held) -> None:
-        orphan = self._orphans.get(ino)
+    def _orphan(self, owner: tuple[int, int], chain_id: int) -> None:
+        orphan = self._orphans.get(owner)
         if orphan is None:
             if len(self._orphans) >= SUSPECTS_MAX:
                 self._audit.report.unsettled += 1
                 return
-            orphan = self._orphans[ino] = _Orphan(monotonic_s(self._audit.clock))
+            orphan = self._orphans[owner] = _Orphan(monotonic_s(self._audit.clock))
         orphan.chains.add(chain_id)
 
     def _misplaced(self, record: InodeRecord, chain_id: int, index: int, info: ChunkInfo) -> str | None:
@@ -270,47 +271,48 @@ class ChunkAudit:
             if not self._orphans:
                 return
             await self._audit.pause()
-            for ino in list(self._orphans):
+            for owner in list(self._orphans):
                 try:
-                    await self._recount(ino, self._orphans[ino])
+                    await self._recount(owner, self._orphans[owner])
                 except Fs3Error:
-                    del self._orphans[ino]
+                    del self._orphans[owner]
                     self._audit.report.unsettled += 1
         limits = await self._audit.read(handed_out)
-        for ino, orphan in sorted(self._orphans.items()):
-            await self._report_orphan(ino, orphan, foreign=not keys.is_handed_out(ino, *limits))
+        for (space, ino), orphan in sorted(self._orphans.items()):
+            await self._report_orphan(space, ino, orphan, foreign=not keys.is_handed_out(ino, *limits))
 
-    async def _recount(self, ino: int, orphan: _Orphan) -> None:
+    async def _recount(self, owner: tuple[int, int], orphan: _Orphan) -> None:
         """Count the chunks that are still there of an inode that is still gone, or forget it."""
         orphan.chunks = orphan.bytes = 0
+        space, ino = owner
         gone = await self._audit.read(lambda tr: tree.load(tr, ino)) is None
         for chain_id in orphan.chains if gone else ():
             replicas = self._lister.replicas(chain_id)
-            after = _before(_ID.pack(SPACE_FILES, ino, 0))
+            after = _before(_ID.pack(space, ino, 0))
             while replicas:
                 infos = await self._list(chain_id, replicas[-1], after, PAGE_CHUNKS)
-                own = [info for info in infos if _ID.unpack(info.chunk_id)[1] == ino]
+                own = [info for info in infos if _ID.unpack(info.chunk_id)[:2] == owner]
                 orphan.chunks += len(own)
                 orphan.bytes += sum(info.length for info in own)
                 if len(own) < PAGE_CHUNKS:
                     break
                 after = own[-1].chunk_id
         if not orphan.chunks:
-            del self._orphans[ino]
+            del self._orphans[owner]
 
-    async def _report_orphan(self, ino: int, orphan: _Orphan, *, foreign: bool) -> None:
+    async def _report_orphan(self, space: int, ino: int, orphan: _Orphan, *, foreign: bool) -> None:
         audit = self._audit
-        where = f"chunks of inode {ino:#x}"
+        where = f"{'chunks' if space == SPACE_FILES else 'entries of the KV cache'} of inode {ino:#x}"
         problem = f"{orphan.chunks} chunks, {orphan.bytes} bytes on each replica, of an inode that is gone"
         if foreign:
             problem += "; this metadata store never made it: is the store older than the chunks?"
             audit.report.add(Finding("foreign-chunks", ino, where, problem, bytes=orphan.bytes), repaired=False)
             return
         finding = Finding("orphan-chunks", ino, where, problem, "remove them (--repair-chunks)", bytes=orphan.bytes)
-        repaired = audit.options.repair_chunks and await self._remove(ino, orphan)
+        repaired = audit.options.repair_chunks and await self._remove(space, ino, orphan)
         audit.report.add(finding, repaired=repaired)
 
-    async def _remove(self, ino: int, orphan: _Orphan) -> bool:
+    async def _remove(self, space: int, ino: int, orphan: _Orphan) -> bool:
         """Remove the chunks once the inode has been gone for long enough; False when a chain does not answer."""
         audit = self._audit
         audit.report.step = "waiting until chunks of removed inodes are old enough"
@@ -319,7 +321,7 @@ class ChunkAudit:
             return False
         try:
             for chain_id in sorted(orphan.chains):
-                await self._lister.remove(chain_id, ino, 0, ends_s=monotonic_s(audit.clock) + CALL_S)
+                await self._lister.remove(chain_id, ino, 0, ends_s=monotonic_s(audit.clock) + CALL_S, space=space)
         except Fs3Error:
             return False
         return True

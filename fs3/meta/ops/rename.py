@@ -6,7 +6,7 @@ from typing import Final
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, making, model, quotas, tree, walk
+from fs3.meta import access, keys, kv_namespaces, making, model, quotas, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.disk_meta_pb2 import InodeRecord
 from fs3.v1.frame_pb2 import Code
@@ -126,7 +126,7 @@ async def _finish(
     if replaced is not None:
         tree.remove_entry(tr, dest.parent.attr.inode, dest.name, replaced.attr.type)
         if replaced.attr.type == model.DIRECTORY:
-            await tree.erase(tr, ctx, replaced)
+            await kv_namespaces.erase_directory(tr, ctx, replaced)
             replaced.attr.nlink = 0
         else:
             await tree.drop_link(tr, ctx, replaced, hold_session=request.hold_session, client_id=request.op.client_id)

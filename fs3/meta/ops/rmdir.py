@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fs3.core.errors import error
 from fs3.kv.api import Transaction
-from fs3.meta import access, keys, model, trash, tree, walk
+from fs3.meta import access, keys, kv_namespaces, model, trash, tree, walk
 from fs3.meta.context import OpContext
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.meta_pb2 import Empty, RmdirRequest
@@ -32,5 +32,5 @@ async def run(tr: Transaction, request: RmdirRequest, ctx: OpContext) -> Empty:
     if trash.keeps(parent, child):
         await trash.put(tr, ctx, parent, found.name, child, request.caller)
     else:
-        await tree.erase(tr, ctx, child)
+        await kv_namespaces.erase_directory(tr, ctx, child)
     return Empty()

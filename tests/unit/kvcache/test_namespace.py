@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fs3.core.errors import Fs3Error
@@ -22,7 +24,8 @@ NAMESPACE = Namespace(
 
 
 def test_an_attribute_says_all_of_a_namespace() -> None:
-    assert parse(7, NAMESPACE.attribute()) == NAMESPACE
+    for namespace in (NAMESPACE, replace(NAMESPACE, durable=True)):
+        assert parse(7, namespace.attribute()) == namespace
 
 
 @pytest.mark.parametrize("value", [b"", b"[]", b"{}", b'{"format": 1}', b'{"format": 1, "table": 5}', b"\xff"])
@@ -32,8 +35,8 @@ def test_nonsense_is_an_error_that_names_the_attribute(value: bytes) -> None:
 
 
 def test_an_attribute_of_a_later_format_is_refused() -> None:
-    later = NAMESPACE.attribute().replace(b'"format": 1', b'"format": 2')
-    with pytest.raises(Fs3Error, match="format 2, this is fs3 for format 1"):
+    later = NAMESPACE.attribute().replace(b'"format": 1', b'"format": 3')
+    with pytest.raises(Fs3Error, match="format 3, this is fs3 for up to 2"):
         parse(7, later)
 
 
@@ -42,6 +45,11 @@ def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     settings = {"create": True, "capacity": None, "ttl": None, "replicas": None, "chunk_bytes": None, **wrong}
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Wanted(**settings)  # type: ignore[arg-type]
+
+
+def test_replicas_of_a_durable_namespace_are_those_of_the_chains() -> None:
+    with pytest.raises(ValueError, match="leave replicas out"):
+        Wanted(True, None, None, 2, None, durable=True)
 
 
 def test_keys_are_bytes_and_windows_lie_within_their_memory() -> None:

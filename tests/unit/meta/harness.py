@@ -68,8 +68,8 @@ class FakeChunks:
         if chain in self.down:
             raise error(Code.CODE_UNAVAILABLE, f"chain {chain} is down")
 
-    async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float) -> int:
-        await self._answer(chain_id, "remove", inode, first_index)
+    async def remove(self, chain_id: int, inode: int, first_index: int, *, ends_s: float, space: int = 0) -> int:
+        await self._answer(chain_id, "remove", inode, first_index, *([space] if space else []))
         gone = [k for k in self.chunks if k[0] == chain_id and k[1] == inode and k[2] >= first_index]
         for key in gone:
             del self.chunks[key]

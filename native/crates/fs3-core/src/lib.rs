@@ -4,6 +4,7 @@ mod buffer;
 mod checksum;
 mod error;
 mod ids;
+mod kv_entry;
 mod mapped;
 mod pool;
 
@@ -11,6 +12,7 @@ pub use buffer::{AlignedBuf, Region, RegionMut};
 pub use checksum::{CRC_BLOCK_BYTES, CheckedBytes, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
 pub use error::{Code, Error, Result};
 pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
+pub use kv_entry::{KV_HEADER_BYTES_MAX, KV_SPACE, KV_STORED_KEY_BYTES_MAX, KvHeader, kv_header_bytes};
 pub use mapped::{DmaBuf, ForeignMapping, MappingWatcher, mapping_of, watch_mappings};
 pub use pool::BufferPool;
 

@@ -11,11 +11,13 @@
 //!   ([`writers::Writers`]).
 
 mod cache;
+mod chunks;
 mod slots;
 mod types;
 mod writers;
 
 pub use cache::Cache;
+pub use chunks::{ChunkIndex, ChunkKey, Eviction, Stored, Turn};
 pub use types::{
     CacheStats, Done, Entry, Found, Key, Limits, Listed, Listing, Namespace, NamespaceStats, Put, PutId, Refused, Value,
 };

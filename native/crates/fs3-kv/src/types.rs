@@ -173,7 +173,8 @@ macro_rules! stats {
                 vec![$((stringify!($field), self.$field)),*]
             }
 
-            pub(crate) fn add(&mut self, other: &Self) {
+            /// Add another's counts.
+            pub fn add(&mut self, other: &Self) {
                 $(self.$field += other.$field;)*
             }
         }

@@ -30,7 +30,7 @@ impl KvCache {
 impl KvCache {
     /// A namespace by what its directory says of it. Sends nothing.
     #[new]
-    #[pyo3(signature = (client, *, id, table, first, chains, chunk_bytes, replicas, version, capacity_bytes, ttl_ms,
+    #[pyo3(signature = (client, *, id, table, first, chains, chunk_bytes, replicas, durable, version, capacity_bytes, ttl_ms,
         generation, timeout_s))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -42,6 +42,7 @@ impl KvCache {
         chains: u32,
         chunk_bytes: u32,
         replicas: u32,
+        durable: bool,
         version: Vec<u8>,
         capacity_bytes: u64,
         ttl_ms: u64,
@@ -51,7 +52,8 @@ impl KvCache {
         let timeout = Duration::try_from_secs_f64(timeout_s)
             .map_err(|_| PyValueError::new_err("timeout must be a number of seconds"))?;
         let (table_id, table_version) = table;
-        let space = KvSpace { id, table_id, table_version, first, chains, chunk_bytes, replicas, version, timeout };
+        let space =
+            KvSpace { id, table_id, table_version, first, chains, chunk_bytes, replicas, durable, version, timeout };
         let settings = KvSettings { capacity_bytes, ttl_ms, generation };
         let cache = Cache::new(client.native()?, space, settings).map_err(|error| to_python(py, &error))?;
         Ok(Self(Owned::new(cache)))

@@ -158,6 +158,7 @@ impl StorageEngine {
         if core.kv.is_on() {
             core.spawn(sweep_kv(Arc::downgrade(&core)));
         }
+        core.spawn(crate::kv_chunks::look_after(Arc::downgrade(&core)));
         Ok(Self { core, frame_port, running: Mutex::new(Some(Running { server, runtime: None })) })
     }
 

@@ -10,6 +10,7 @@ mod disks;
 mod engine;
 mod forward;
 mod kv;
+mod kv_chunks;
 mod methods;
 mod pace;
 mod repair;

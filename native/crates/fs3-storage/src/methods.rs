@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod kv;
+pub(crate) mod kv_chunks;
 pub(crate) mod query;
 pub(crate) mod read;
 pub(crate) mod remove;

@@ -36,12 +36,12 @@ impl Service for StorageService {
             Method::StorageStatus => Ok(Response::new(&core.status())),
             Method::StorageCheck => methods::check::check(core, request).await,
             Method::StorageScrub => methods::query::scrub(core),
-            Method::StorageKvGet => methods::kv::get(core, &request),
+            Method::StorageKvGet => methods::kv::get(core, &request).await,
             Method::StorageKvPut => methods::kv::put(core, request).await,
-            Method::StorageKvRemove => methods::kv::remove(core, &request),
-            Method::StorageKvList => methods::kv::list(core, &request),
+            Method::StorageKvRemove => methods::kv::remove(core, &request).await,
+            Method::StorageKvList => methods::kv::list(core, &request).await,
             Method::StorageKvStat => methods::kv::stat(core, &request),
-            Method::StorageKvEvict => methods::kv::evict(core, &request),
+            Method::StorageKvEvict => methods::kv::evict(core, &request).await,
             other => {
                 let message = format!("a storage node does not serve {}", other.as_str_name());
                 Err(Error::new(Code::Unimplemented, message))

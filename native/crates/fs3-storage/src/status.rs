@@ -22,7 +22,12 @@ impl Core {
             targets: self.slots().into_iter().map(|(id, slot)| slot_status(id, slot)).collect(),
             disks: self.disks.space().into_iter().map(|disk| self.disk_status(disk)).collect(),
             routing_version: self.routing().version,
-            counters: counters.into_iter().map(|(name, n)| (name.to_owned(), n)).chain(self.kv.counters()).collect(),
+            counters: counters
+                .into_iter()
+                .map(|(name, n)| (name.to_owned(), n))
+                .chain(self.kv.counters())
+                .chain(self.kv_chunk_counters())
+                .collect(),
             connections: self.connection_states(),
             rdma_devices: self.peers.rdma_counters().into_iter().map(rdma_device).collect(),
         }

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use crate::content::Job;
 use crate::core::Core;
+use crate::kv_chunks::KvChunks;
 use crate::resync::Progress;
 use crate::upkeep::Upkeep;
 use crate::view::StoreView;
@@ -31,6 +32,7 @@ pub(crate) struct Target {
     pub store: Arc<TargetStore>,
     pub core: Arc<Core>,
     pub upkeep: Arc<Upkeep>,
+    pub kv: KvChunks,
     /// How many lives of the target ended early, one after the other, before this one.
     setbacks: u32,
     began: Instant,
@@ -95,7 +97,20 @@ impl Target {
             next_request: 1,
         };
         let (machine, life, changing) = (Mutex::new(machine), Mutex::new(life), Arc::default());
-        Arc::new(Self { id, chain_id, store, core, upkeep, setbacks, began: Instant::now(), machine, life, changing })
+        let kv = KvChunks::default();
+        Arc::new(Self {
+            id,
+            chain_id,
+            store,
+            core,
+            upkeep,
+            kv,
+            setbacks,
+            began: Instant::now(),
+            machine,
+            life,
+            changing,
+        })
     }
 
     /// The target after it gave up: it takes part again once the manager has seen that, like after a restart of the
@@ -455,6 +470,7 @@ impl Target {
         if !serves {
             self.forget_cached();
         }
+        self.reroute_kv();
         self.retry_repairs();
         if syncs {
             self.core.spawn(self.clone().resync(chain_version));

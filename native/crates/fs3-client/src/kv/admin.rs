@@ -65,7 +65,8 @@ impl KvCache {
         let mut stored = self.space().prefix();
         let skip = stored.len();
         stored.put_slice(prefix);
-        let request = KvListRequest { namespace: self.space().id, after, limit, prefix: stored.freeze() };
+        let (prefix, durable) = (stored.freeze(), self.shared.durable());
+        let request = KvListRequest { namespace: self.space().id, after, limit, prefix, durable };
         let response: KvListResponse = ask(&self.shared, node_id, Method::StorageKvList, request).await?;
         let entries = response.entries.into_iter().filter(|entry| entry.key.len() >= skip).map(|entry| KvEntry {
             key: entry.key.slice(skip..),
@@ -91,7 +92,7 @@ impl KvCache {
     }
 
     async fn stat_of(&self, node_id: u32) -> Result<BTreeMap<String, u64>> {
-        let request = KvStatRequest { namespace: self.space().id };
+        let request = KvStatRequest { namespace: self.space().id, durable: self.shared.durable() };
         let response: KvStatResponse = ask(&self.shared, node_id, Method::StorageKvStat, request).await?;
         Ok(response.counters.into_iter().collect())
     }

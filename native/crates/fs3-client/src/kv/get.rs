@@ -70,7 +70,7 @@ struct Batch {
 /// Read values into memory given for each.
 pub(super) async fn get_into(shared: &Arc<Shared>, items: Vec<(Bytes, RegionMut)>) -> Vec<(KvGot, RegionMut)> {
     let deadline = shared.deadline();
-    let chunk = shared.space.chunk_bytes as usize;
+    let chunk = shared.space.piece_bytes();
     let (mut loans, mut wants) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
     for (number, (key, buf)) in items.into_iter().enumerate() {
         let (address, loan) = (shared.address(&key), Loan::new(buf));
@@ -113,7 +113,7 @@ async fn complete(
     got: &[KvGot],
     deadline: Instant,
 ) -> Vec<bool> {
-    let chunk = shared.space.chunk_bytes as usize;
+    let chunk = shared.space.piece_bytes();
     let (mut wants, mut expected) = (Vec::new(), Vec::new());
     for (value, (got, (address, loan))) in got.iter().zip(loans).enumerate() {
         let KvGot::Hit(total) = *got else { continue };
@@ -202,6 +202,8 @@ async fn fetch(shared: &Arc<Shared>, wants: Vec<Want>, probe: bool, deadline: In
                     newer = newer.max(Some(error.routing_version));
                     left.push(want);
                 }
+                // What a chain serves is the same everywhere.
+                Ok(None) if shared.space.durable => {}
                 Ok(None) | Err(_) => {
                     want.asked += 1;
                     left.push(want);
@@ -304,7 +306,7 @@ async fn exchange(
     }
     let sink = if windows.is_empty() { Sink::none() } else { Sink { windows, lengths } };
     let ops = batch.wants.iter().map(|(want, place)| want.to_wire(place)).collect();
-    let request = KvGetRequest { namespace: shared.space.id, ops, probe };
+    let request = KvGetRequest { namespace: shared.space.id, ops, probe, durable: shared.durable() };
     let view = inner.view();
     let node_id = batch.wants[0].1.node_id;
     let address = view.address(node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;

@@ -75,7 +75,13 @@ impl Shared {
             share_bytes: settings.capacity_bytes.div_ceil(u64::from(self.space.chains)),
             ttl_ms: settings.ttl_ms,
             generation: settings.generation,
+            chunk_bytes: if self.space.durable { self.space.chunk_bytes } else { 0 },
         }
+    }
+
+    /// What requests other than puts say of a durable namespace.
+    fn durable(&self) -> Option<KvNamespace> {
+        self.space.durable.then(|| self.namespace())
     }
 
     fn seen(&self, bytes: usize) {

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, Result, crc32c};
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, KvHeader, Region, Result, crc32c};
 use fs3_net::Sink;
 use fs3_proto::v1::{KvPutOp, KvPutRequest, KvPutResponse, Method};
 use fs3_rt::Instant;
@@ -29,6 +29,8 @@ const ROUTING_PAUSE: Duration = Duration::from_millis(20);
 struct Piece {
     value: usize,
     address: Address,
+    /// What stands before the bytes in a chunk.
+    header: Option<Region>,
     data: Region,
     total: u64,
     sequence: u64,
@@ -37,7 +39,12 @@ struct Piece {
 
 impl Piece {
     fn crcs(&self) -> Bytes {
-        self.crcs.get_or_init(|| packed_crcs(&self.data)).clone()
+        self.crcs.get_or_init(|| packed_crcs(self.header.as_deref().unwrap_or_default(), &self.data)).clone()
+    }
+
+    /// Bytes that are sent.
+    fn bytes(&self) -> usize {
+        self.header.as_ref().map_or(0, |header| header.len()) + self.data.len()
     }
 }
 
@@ -53,14 +60,15 @@ struct Send {
 /// Keep values; whether each is kept by all its replicas.
 pub(super) async fn put(shared: &Arc<Shared>, items: Vec<(Bytes, Region)>) -> Vec<bool> {
     let deadline = shared.deadline();
-    let chunk = shared.space.chunk_bytes as usize;
+    let chunk = shared.space.piece_bytes();
     let mut stored = vec![true; items.len()];
     let (mut firsts, mut others) = (Vec::with_capacity(items.len()), Vec::new());
     for (value, (key, data)) in items.into_iter().enumerate() {
         let address = shared.address(&key);
         let (total, sequence) = (data.len() as u64, shared.inner().kv_sequence());
         let piece = |address: Address, data: Region| {
-            Arc::new(Piece { value, address, data, total, sequence, crcs: OnceLock::new() })
+            let header = shared.space.durable.then(|| header(shared, &address, &data, total, sequence));
+            Arc::new(Piece { value, address, header, data, total, sequence, crcs: OnceLock::new() })
         };
         for number in 1..data.len().div_ceil(chunk) {
             let part = data.slice(number * chunk, chunk.min(data.len() - number * chunk));
@@ -131,14 +139,14 @@ fn plan(shared: &Shared, pieces: Vec<Arc<Piece>>) -> Planned {
     for piece in pieces {
         let chain = shared.space.chain(&view, piece.address.hash);
         let chain = chain.filter(|chain| {
-            let group = shared.space.group(chain);
+            let group = shared.space.told(chain);
             !group.is_empty() && group.iter().all(|replica| healthy(inner, chain, replica))
         });
         let Some(chain) = chain else {
             planned.homeless.push(piece.value);
             continue;
         };
-        for replica in shared.space.group(chain) {
+        for replica in shared.space.told(chain) {
             let send = Send {
                 piece: piece.clone(),
                 node_id: replica.node_id,
@@ -146,7 +154,7 @@ fn plan(shared: &Shared, pieces: Vec<Arc<Piece>>) -> Planned {
                 chain_version: chain.version,
                 target_id: replica.target_id,
             };
-            let bytes = piece.data.len();
+            let bytes = piece.bytes();
             if bytes >= SHARE_BYTES_MAX {
                 planned.requests.push(vec![send]);
                 continue;
@@ -171,7 +179,7 @@ fn plan(shared: &Shared, pieces: Vec<Arc<Piece>>) -> Planned {
 type Sent = (Send, Result<()>);
 
 async fn send_all(shared: &Arc<Shared>, requests: Vec<Vec<Send>>, deadline: Instant) -> Vec<Sent> {
-    let bytes = |sends: &Vec<Send>| sends.iter().map(|send| send.piece.data.len()).sum();
+    let bytes = |sends: &Vec<Send>| sends.iter().map(|send| send.piece.bytes()).sum();
     let request = |sends: Vec<Send>| (bytes(&sends), send(shared.clone(), sends, deadline));
     together::run(requests.into_iter().map(request).collect()).await
 }
@@ -186,10 +194,11 @@ async fn send(shared: Arc<Shared>, sends: Vec<Send>, deadline: Instant) -> Vec<S
 
 async fn exchange(shared: &Shared, sends: &[Send], deadline: Instant) -> Result<Vec<Result<()>>> {
     let inner = shared.inner();
-    let bytes = sends.iter().map(|send| send.piece.data.len()).sum();
+    let bytes = sends.iter().map(|send| send.piece.bytes()).sum();
     let _budget = inner.reserve(&inner.write_budget, bytes, inner.config.write_bytes_in_flight, deadline).await?;
     let ops = sends.iter().map(Send::to_wire).collect();
-    let payload = sends.iter().map(|send| send.piece.data.clone()).filter(|data| !data.is_empty()).collect();
+    let parts = sends.iter().flat_map(|send| send.piece.header.iter().chain([&send.piece.data]));
+    let payload = parts.filter(|data| !data.is_empty()).cloned().collect();
     let request = KvPutRequest { namespace: Some(shared.namespace()), ops };
     let view = inner.view();
     let address = view.address(sends[0].node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
@@ -218,7 +227,7 @@ impl Send {
             address: self.piece.address.wire(),
             key: self.piece.address.key.clone(),
             piece: self.piece.address.piece,
-            length: self.piece.data.len() as u32,
+            length: self.piece.bytes() as u32,
             total: self.piece.total,
             sequence: self.piece.sequence,
             crcs: self.piece.crcs(),
@@ -237,9 +246,17 @@ fn note(shared: &Shared, send: &Send, error: &Error) {
     }
 }
 
-fn packed_crcs(data: &[u8]) -> Bytes {
-    let mut packed = Vec::with_capacity(4 * data.len().div_ceil(CRC_BLOCK_BYTES));
-    for block in data.chunks(CRC_BLOCK_BYTES) {
+fn header(shared: &Shared, address: &Address, data: &[u8], total: u64, sequence: u64) -> Region {
+    let length = data.len() as u32;
+    let writer = u64::from_be_bytes(shared.inner().id.0[..8].try_into().expect("eight bytes"));
+    let header = KvHeader { key: &address.key, piece: address.piece, length, total, writer, sequence };
+    Region::from_vec(header.encode())
+}
+
+/// Checksums of the blocks of a header, which are whole ones, and of those of the bytes behind it.
+fn packed_crcs(header: &[u8], data: &[u8]) -> Bytes {
+    let mut packed = Vec::with_capacity(4 * (header.len() + data.len()).div_ceil(CRC_BLOCK_BYTES));
+    for block in header.chunks(CRC_BLOCK_BYTES).chain(data.chunks(CRC_BLOCK_BYTES)) {
         packed.extend_from_slice(&crc32c(block).to_le_bytes());
     }
     packed.into()

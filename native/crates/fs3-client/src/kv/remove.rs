@@ -46,7 +46,7 @@ async fn remove_value(shared: &Shared, key: &[u8], deadline: Instant) -> Result<
     let sequence = shared.inner().kv_sequence();
     let Some(total) = remove_entry(shared, &address, sequence, deadline).await? else { return Ok(false) };
     // Without the first piece the others are never found; that they go now only spares memory.
-    for piece in 1..total.div_ceil(u64::from(shared.space.chunk_bytes)) {
+    for piece in 1..total.div_ceil(shared.space.piece_bytes() as u64) {
         let other = address.of_piece(&shared.space, piece as u32);
         if remove_entry(shared, &other, sequence, deadline).await.is_err() {
             break;
@@ -65,7 +65,7 @@ async fn remove_entry(shared: &Shared, address: &Address, sequence: u64, deadlin
             return Err(Error::new(Code::NotServing, "no replica of the key serves now; try again later"));
         };
         let mut failed = None;
-        for replica in shared.space.group(chain) {
+        for replica in shared.space.told(chain) {
             let op = KvRemoveOp {
                 chain_id: chain.id,
                 chain_version: chain.version,
@@ -94,7 +94,7 @@ async fn remove_entry(shared: &Shared, address: &Address, sequence: u64, deadlin
 async fn tell(shared: &Shared, node_id: u32, op: KvRemoveOp, deadline: Instant) -> Result<KvRemoveResult> {
     let view = shared.inner().view();
     let address = view.address(node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
-    let request = KvRemoveRequest { namespace: shared.space.id, ops: vec![op] };
+    let request = KvRemoveRequest { namespace: shared.space.id, ops: vec![op], durable: shared.durable() };
     let body = shared.inner().wire.call(address, Method::StorageKvRemove, request, deadline).await?;
     let response = KvRemoveResponse::decode(body)
         .map_err(|e| Error::new(Code::Protocol, format!("an answer of the cache cannot be read: {e}")))?;

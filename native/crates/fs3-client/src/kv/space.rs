@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use fs3_core::{Code, Error, Result};
+use fs3_core::{Code, Error, KV_HEADER_BYTES_MAX, Result};
 use fs3_proto::v1::Layout;
 use fs3_rt::Instant;
 
@@ -32,8 +32,10 @@ pub struct KvSpace {
     pub chains: u32,
     /// Largest piece of a value, in bytes.
     pub chunk_bytes: u32,
-    /// Targets that keep each value.
+    /// Targets that keep each value, when it is not durable.
     pub replicas: u32,
+    /// Entries are chunks on the disks of their chain, instead of in the memory of some of its nodes.
+    pub durable: bool,
     /// Values put under another one are never found.
     pub version: Vec<u8>,
     /// How long an operation may take.
@@ -86,11 +88,16 @@ impl KvSpace {
         Ok(())
     }
 
+    /// Bytes of the largest piece of a value: what its header leaves of a chunk, if it is one.
+    pub(super) fn piece_bytes(&self) -> usize {
+        self.chunk_bytes as usize - if self.durable { KV_HEADER_BYTES_MAX } else { 0 }
+    }
+
     /// How many pieces a value of `bytes` has.
     pub(super) fn pieces_of(&self, bytes: usize) -> Result<u32> {
-        let count = (bytes as u64).div_ceil(u64::from(self.chunk_bytes)).max(1);
+        let count = bytes.div_ceil(self.piece_bytes()).max(1) as u64;
         if count > PIECES_MAX {
-            let most = PIECES_MAX * u64::from(self.chunk_bytes);
+            let most = PIECES_MAX * self.piece_bytes() as u64;
             let message = format!("a value of {bytes} bytes is larger than the namespace takes ({most})");
             return Err(Error::new(Code::InvalidArgument, message));
         }
@@ -117,9 +124,17 @@ impl KvSpace {
         view.chain(view.chain_of(&self.layout(), (hash >> 64) as u64)?)
     }
 
-    /// Those of a chain that keep its entries, in the order in which they are asked.
+    /// Those of a chain that have its entries, in the order in which they are asked. Of chunks the head comes first,
+    /// which learns so what is used.
     pub(super) fn group<'a>(&self, chain: &'a ChainView) -> &'a [Replica] {
-        &chain.serving[..chain.serving.len().min(self.replicas as usize)]
+        let count = if self.durable { chain.serving.len() } else { self.replicas as usize };
+        &chain.serving[..chain.serving.len().min(count)]
+    }
+
+    /// Those of a chain that are told of puts and removals: what is written to the head goes through the chain.
+    pub(super) fn told<'a>(&self, chain: &'a ChainView) -> &'a [Replica] {
+        let count = if self.durable { 1 } else { self.replicas as usize };
+        &chain.serving[..chain.serving.len().min(count)]
     }
 
     /// Chains are chosen as those of a file's chunks are.
@@ -181,6 +196,7 @@ mod tests {
             chains: 4,
             chunk_bytes: 1 << 20,
             replicas: 2,
+            durable: false,
             version: b"v1".to_vec(),
             timeout: Duration::from_secs(1),
         }
@@ -228,5 +244,13 @@ mod tests {
         assert_eq!(space().pieces_of((1 << 20) + 1).unwrap(), 2);
         assert!(space().pieces_of((4096 << 20) + 1).is_err());
         assert!(KvSpace { version: vec![0; 2000], ..space() }.check().is_err());
+    }
+
+    #[test]
+    fn a_durable_piece_and_its_header_fill_a_chunk() {
+        let durable = KvSpace { durable: true, ..space() };
+        let piece = durable.piece_bytes();
+        assert_eq!(piece + KV_HEADER_BYTES_MAX, 1 << 20);
+        assert_eq!((durable.pieces_of(piece).unwrap(), durable.pieces_of(piece + 1).unwrap()), (1, 2));
     }
 }

@@ -12,6 +12,7 @@ use fs3_proto::v1::{
     KvRemoveResponse, KvRemoveResult, KvStatRequest, KvStatResponse,
 };
 
+use super::kv_chunks::is_chunks;
 use crate::core::Core;
 use crate::service::decode;
 use crate::target::Target;
@@ -61,8 +62,11 @@ macro_rules! address {
 }
 
 /// Look values up. All is in memory, so it is answered on the receiving task.
-pub(crate) fn get(core: &Core, request: &Request) -> Result<Response> {
+pub(crate) async fn get(core: &Arc<Core>, request: &Request) -> Result<Response> {
     let message: KvGetRequest = decode(request)?;
+    if is_chunks(message.durable.as_ref()) {
+        return super::kv_chunks::get(core, request, message).await;
+    }
     check_count(core, message.ops.len())?;
     let mut left = PAYLOAD_BYTES_MAX;
     let mut response = KvGetResponse { results: Vec::with_capacity(message.ops.len()), ..KvGetResponse::default() };
@@ -110,6 +114,9 @@ fn answer(op: &KvGetOp, found: Found, left: &mut u64, payload: &mut Vec<Region>)
 /// Keep values; each by itself.
 pub(crate) async fn put(core: &Arc<Core>, request: Request) -> Result<Response> {
     let message: KvPutRequest = decode(&request)?;
+    if is_chunks(message.namespace.as_ref()) {
+        return super::kv_chunks::put(core, request, message).await;
+    }
     check_count(core, message.ops.len())?;
     let namespace = settings(message.namespace.as_ref())?;
     let bytes: u64 = message.ops.iter().map(|op| u64::from(op.length)).sum();
@@ -162,8 +169,11 @@ fn check_bytes(data: &[u8], crcs: &[u8]) -> Result<()> {
 }
 
 /// Forget values; each by itself.
-pub(crate) fn remove(core: &Core, request: &Request) -> Result<Response> {
+pub(crate) async fn remove(core: &Arc<Core>, request: &Request) -> Result<Response> {
     let message: KvRemoveRequest = decode(request)?;
+    if is_chunks(message.durable.as_ref()) {
+        return super::kv_chunks::remove(core, request, message).await;
+    }
     check_count(core, message.ops.len())?;
     let writer = writer_of(request);
     let mut response = KvRemoveResponse { results: Vec::with_capacity(message.ops.len()), ..Default::default() };
@@ -193,8 +203,11 @@ fn remove_one(core: &Core, namespace: u64, op: &KvRemoveOp, writer: u64) -> Resu
 }
 
 /// Keys of a namespace, for a person.
-pub(crate) fn list(core: &Core, request: &Request) -> Result<Response> {
+pub(crate) async fn list(core: &Arc<Core>, request: &Request) -> Result<Response> {
     let message: KvListRequest = decode(request)?;
+    if is_chunks(message.durable.as_ref()) {
+        return super::kv_chunks::list(core, message).await;
+    }
     let limit = if message.limit == 0 { KV_LIST_MAX } else { message.limit.min(KV_LIST_MAX) } as usize;
     let listing =
         core.kv.with(|cache, now_ms| cache.list(message.namespace, &message.prefix, message.after, limit, now_ms));
@@ -211,14 +224,20 @@ pub(crate) fn list(core: &Core, request: &Request) -> Result<Response> {
 /// Counters of a namespace.
 pub(crate) fn stat(core: &Core, request: &Request) -> Result<Response> {
     let message: KvStatRequest = decode(request)?;
+    if is_chunks(message.durable.as_ref()) {
+        return super::kv_chunks::stat(core, &message);
+    }
     let stats = core.kv.with(|cache, _| cache.namespace_stats(message.namespace));
     let counters = stats.all().into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
     Ok(Response::new(&KvStatResponse { counters }))
 }
 
 /// Make room, or bring new settings.
-pub(crate) fn evict(core: &Core, request: &Request) -> Result<Response> {
+pub(crate) async fn evict(core: &Core, request: &Request) -> Result<Response> {
     let message: KvEvictRequest = decode(request)?;
+    if is_chunks(message.namespace.as_ref()) {
+        return super::kv_chunks::evict(core, message).await;
+    }
     let namespace = settings(message.namespace.as_ref())?;
     let (entries, bytes) = core.kv.with(|cache, now_ms| {
         cache.configure(namespace, now_ms);
@@ -227,7 +246,7 @@ pub(crate) fn evict(core: &Core, request: &Request) -> Result<Response> {
     Ok(Response::new(&KvEvictResponse { entries, bytes }))
 }
 
-fn settings(namespace: Option<&KvNamespace>) -> Result<Namespace> {
+pub(crate) fn settings(namespace: Option<&KvNamespace>) -> Result<Namespace> {
     let namespace = namespace.ok_or_else(|| invalid("the namespace is missing"))?;
     Ok(Namespace {
         id: namespace.id,

@@ -68,8 +68,13 @@ async fn read_later(core: &Arc<Core>, op: &ReadOp, deadline: Instant) -> Outcome
 }
 
 async fn read_stored(target: &Arc<Target>, chunk: ChunkId, op: &ReadOp) -> Result<ReadOut> {
+    read_range(target, chunk, op.offset, op.length).await
+}
+
+/// Read a range, from memory or the disk. Rot that is found is repaired later.
+pub(crate) async fn read_range(target: &Arc<Target>, chunk: ChunkId, offset: u32, length: u32) -> Result<ReadOut> {
     let began = Instant::now();
-    let read = target.store.read(chunk, op.offset, op.length).await;
+    let read = target.store.read(chunk, offset, length).await;
     target.upkeep.disk.observe(began.elapsed());
     if read.as_ref().is_err_and(|e| e.code == Code::ChecksumMismatch) {
         Counters::add(&target.core.counters.checksum_errors, 1);

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use fs3_chain::{Kind, Origin};
-use fs3_core::{ChunkId, Code, Error, Result};
+use fs3_core::{ChunkId, Code, Error, KV_SPACE, Result};
 use fs3_io::WriterRecord;
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{RemoveRequest, RemoveResponse};
@@ -35,6 +35,9 @@ pub(crate) async fn remove(core: &Arc<Core>, request: Request) -> Result<Respons
         && target.is_range_removed(writer)?
     {
         return Ok(Response::new(&RemoveResponse { removed_chunks: 0, routing_version, update_version: 0 }));
+    }
+    if message.space == KV_SPACE && (message.first_index, message.last_index) == (0, u32::MAX) {
+        target.end_kv(message.inode, request.deadline).await?;
     }
     let chunks = target.store.inode_chunks(message.space, message.inode, message.first_index, message.last_index);
     let live = |m: &fs3_io::ChunkMeta| m.pending.is_some() || m.committed.as_ref().is_some_and(|c| !c.removed);

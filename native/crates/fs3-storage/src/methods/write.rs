@@ -130,7 +130,7 @@ fn check_shape(target: &Target, chunk: ChunkId, message: &WriteRequest, payload:
     check_chunk_bytes(target, chunk, message.chunk_bytes)
 }
 
-fn check_chunk_bytes(target: &Target, chunk: ChunkId, chunk_bytes: u32) -> Result<()> {
+pub(crate) fn check_chunk_bytes(target: &Target, chunk: ChunkId, chunk_bytes: u32) -> Result<()> {
     if !CHUNK_BYTES.contains(&chunk_bytes) || !chunk_bytes.is_power_of_two() {
         return Err(invalid("the chunk size is not a power of two from 64 KiB to 64 MiB"));
     }
