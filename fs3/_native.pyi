@@ -172,6 +172,7 @@ class Client:
         connections_per_peer: int = 2,
         transport: str = "auto",
         rdma: RdmaOptions | None = None,
+        shared_memory: bool = ...,
         noatime: bool = ...,
         description: str = ...,
     ) -> Operation[Client]: ...
@@ -361,6 +362,7 @@ class Mount:
         op_timeout_s: float = 30.0,
         transport: str = "auto",
         rdma: RdmaOptions | None = None,
+        shared_memory: bool = ...,
         exec: bool = True,
         cache: str = "auto",
         subdir: bytes = ...,

@@ -108,21 +108,24 @@ def copy_tree(source: Path, files: list[Path], target: Path, update: Callable[[f
     update(1.0, f"{len(files)} files")
 
 
-def by_rdma(stats: dict[str, int]) -> str:
-    """Name the RDMA devices that data came by, if any."""
+def way(stats: dict[str, int]) -> str:
+    """Name what data came by, unless it was TCP."""
     devices = [name.split(".")[1] for name, count in stats.items() if name.endswith(".peer_write_bytes") and count]
+    if stats.get("shared_memory_received_bytes"):
+        return " through shared memory"
     return f" by RDMA on {' and '.join(devices)}" if devices else ""
 
 
 class Demo:
     """The steps, in order, on one cluster."""
 
-    def __init__(self, directory: Path, size: int, kv: str, progress: Progress) -> None:
+    def __init__(self, directory: Path, size: int, kv: str, shared_memory: bool, progress: Progress) -> None:
         self.size = size
         self.progress = progress
         self.mountpoint = directory / "mnt"
         self.pid_file = directory / "mount.pid"
-        self.cluster = LocalCluster.create(directory / "cluster", ClusterSpec(lease_ms=3000, heartbeat_ms=300, kv=kv))
+        spec = ClusterSpec(lease_ms=3000, heartbeat_ms=300, kv=kv, shared_memory=shared_memory)
+        self.cluster = LocalCluster.create(directory / "cluster", spec)
         self.scratch = directory
         self.stdlib = Path(sysconfig.get_paths()["stdlib"])
         self.tree: dict[Path, str] = {}
@@ -230,10 +233,10 @@ class Demo:
                     raise Wrong(f"{name} ends at {offset + count} instead of {self.size}")
                 digest.update(piece)
                 update(offset / self.size, f"{offset // MIB} MiB")
-            way = by_rdma(fs.stats())
+            by = way(fs.stats())
         if digest.hexdigest() != self.digests[name]:
             raise Wrong(f"{name} read natively differs from what was written")
-        update(1.0, f"{self.size / 1e6 / meter.seconds:.0f} MB/s{way}, SHA-256 equal")
+        update(1.0, f"{self.size / 1e6 / meter.seconds:.0f} MB/s{by}, SHA-256 equal")
         return meter.result(bytes_=self.size)
 
     def verify_tree(self, label: str) -> None:
@@ -386,13 +389,16 @@ def main() -> int:
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large files")
     parser.add_argument("--dir", help="where to work; needs about 12 x the size")
     parser.add_argument("--kv", default="", metavar="URL", help="an empty key-value store, emptied again at the end")
+    parser.add_argument(
+        "--no-shared-memory", action="store_true", help="move data by TCP or RDMA within the machine too"
+    )
     arguments = parser.parse_args()
     if arguments.kv and asyncio.run(first_row(arguments.kv)):
         print(f"the demo needs an empty key-value store, and {arguments.kv} holds data", file=sys.stderr)
         return 1
     progress = Progress()
     directory = Path(tempfile.mkdtemp(prefix="fs3-demo-", dir=arguments.dir))
-    demo = Demo(directory, arguments.size_mib * MIB, arguments.kv, progress)
+    demo = Demo(directory, arguments.size_mib * MIB, arguments.kv, not arguments.no_shared_memory, progress)
     try:
         limits = demo.limits()
         demo.start()

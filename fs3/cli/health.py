@@ -51,7 +51,7 @@ def describe_storage(statuses: Mapping[int, EngineStatus | Fs3Error]) -> list[di
                     {
                         "peer": c.peer,
                         "outgoing": c.outgoing,
-                        "transport": "rdma" if c.rdma_device else "tcp",
+                        "transport": "rdma" if c.rdma_device else "shared memory" if c.shared_memory else "tcp",
                         "rdma_device": c.rdma_device or None,
                     }
                     for c in status.connections
@@ -160,7 +160,7 @@ def storage_lines(storage: list[dict[str, Any]]) -> list[str]:
 
 
 def _connections_line(node: dict[str, Any]) -> str:
-    ways = Counter(f"rdma on {c['rdma_device']}" if c["rdma_device"] else "tcp" for c in node["connections"])
+    ways = Counter(f"rdma on {c['rdma_device']}" if c["rdma_device"] else c["transport"] for c in node["connections"])
     return f"node {node['node']}: connections: {', '.join(f'{n} {way}' for way, n in sorted(ways.items()))}"
 
 

@@ -70,7 +70,7 @@ def mount_command(
       metrics_port=PORT        counters for Prometheus on 127.0.0.1 (metrics=HOST:PORT: elsewhere)
       token_file=FILE          the cluster's token
       log_level, threads, attr_timeout_s, entry_timeout_s, readahead_bytes, local_locks, default_permissions,
-      transport=auto|tcp|rdma, cluster_id
+      transport=auto|tcp|rdma, shared_memory=true|false, cluster_id
 
     Keys of --rdma: devices, gid_index, service_level, traffic_class, pkey_index, mtu, ack_timeout, retry_count,
     registered_bytes_max.

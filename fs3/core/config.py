@@ -231,6 +231,8 @@ class StorageConfig(ServiceConfig):
     """How clients and other storage nodes may reach it, and it them: auto (RDMA where both have it), tcp or rdma."""
     rdma: RdmaOptions = RdmaOptions()
     """The table [rdma]: how RDMA is used."""
+    shared_memory: bool = True
+    """Payloads to and from processes of the same host go through shared memory, unless transport is rdma."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

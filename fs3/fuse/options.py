@@ -21,7 +21,8 @@ _FUSEPY_OPTIONS = frozenset(
     {
         "engine", "allow_other", "default_permissions", "read_only", "suid", "dev", "exec", "cache", "threads",
         "max_memory_bytes", "attr_timeout_s", "entry_timeout_s", "readahead_bytes", "noatime", "local_locks",
-        "op_timeout_s", "transport", "rdma", "cluster_id", "token_file", "log_file", "pid_file", "log_level",
+        "op_timeout_s", "transport", "rdma", "shared_memory", "cluster_id", "token_file", "log_file",
+        "pid_file", "log_level",
     }
 )  # fmt: skip
 CACHES = ("auto", "strict", "none")
@@ -97,6 +98,8 @@ class MountOptions:
     """How storage is reached: auto (RDMA where both ends have it, else TCP), tcp or rdma."""
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
     """How RDMA is used."""
+    shared_memory: bool = True
+    """Payloads to and from storage services of this host go through shared memory, unless transport is rdma."""
     cluster_id: str = ""
     """Refuse any other cluster; empty: take the one that answers."""
     token_file: str = ""

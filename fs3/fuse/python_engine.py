@@ -86,6 +86,7 @@ class PythonMount:
             write_bytes_in_flight=options.max_memory_bytes // 8,
             transport=options.transport,
             rdma=options.rdma,
+            shared_memory=options.shared_memory,
             noatime=options.noatime,
             description=f"mount {mountpoint}",
         ).wait()

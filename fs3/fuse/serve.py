@@ -104,6 +104,7 @@ def _start(parameters: Parameters, hand_over: Callable[[bytes], tuple[bytes, lis
         op_timeout_s=options.op_timeout_s,
         transport=options.transport,
         rdma=options.rdma,
+        shared_memory=options.shared_memory,
         exec=options.exec,
         cache=options.cache,
         subdir=os.fsencode(options.subdir),

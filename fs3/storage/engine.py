@@ -58,6 +58,7 @@ def engine_config(
             "resync_bytes_per_s": config.resync_bytes_per_s,
             "transport": config.transport,
             "rdma": asdict(config.rdma),
+            "shared_memory": config.shared_memory,
         }
     )
 

@@ -65,6 +65,7 @@ class ClusterSpec:
     read_cache_bytes: int = 512 << 20
     kv_memory_bytes: int = 1 << 30
     resync_bytes_per_s: int = 256 << 20
+    shared_memory: bool = True
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT with one line when the numbers do not fit together."""
@@ -347,6 +348,7 @@ class LocalCluster:
             "read_cache_bytes": self.spec.read_cache_bytes,
             "kv_memory_bytes": self.spec.kv_memory_bytes,
             "resync_bytes_per_s": self.spec.resync_bytes_per_s,
+            "shared_memory": self.spec.shared_memory,
         }
 
     def _wait_ready(self, service: Service) -> None:

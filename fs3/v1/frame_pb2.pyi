@@ -9,17 +9,20 @@ A frame is a 40-byte little-endian header, a protobuf body and a raw payload:
   0      4    magic        "FS3F" (0x46 0x53 0x33 0x46)
   4      1    version      1
   5      1    kind         1 request, 2 response
-  6      2    flags        0; unknown bits are refused
+  6      2    flags        1: references, where agreed on in the hello; unknown bits are refused
   8      8    request_id   chosen by the requester, echoed by the response
   16     2    method       fs3.v1.Method; echoed by the response
   18     2    status       fs3.v1.Code; 0 in requests
   20     4    deadline_ms  milliseconds the requester will still wait; 0 in responses
   24     4    body_bytes
   28     4    payload_bytes
-  32     4    reserved     0
+  32     4    references   how many stand for the payload; 0 without the flag
   36     4    header_crc32c over bytes 0..36
 
 A response with a non-zero status has an ErrorDetail as its body and no payload.
+
+In place of the payload, references may follow, 16 bytes each: offset (8) into memory of the sender that the receiver
+has mapped, length (4), zero (4). `payload_bytes` is the sum of their lengths.
 """
 
 from collections import abc as _abc
@@ -50,6 +53,10 @@ class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Method.ValueTy
     METHOD_RDMA_CONNECT: _Method.ValueType  # 2
     """Sent by a client whose hello was answered with an RdmaEnd, before anything else: its own RdmaEnd. After an
     answer without an error, messages travel by RDMA and the socket is a sign of life; otherwise TCP goes on.
+    """
+    METHOD_SHARE_MEMORY: _Method.ValueType  # 3
+    """Sent by a client whose hello was answered with a SharedMemoryOffer, before anything else. After an answer without an
+    error, payloads may travel by reference; otherwise they do not.
     """
     METHOD_GET_ROUTING: _Method.ValueType  # 16
     """Returns the routing when it is newer than the caller's, waiting up to wait_ms for that."""
@@ -123,6 +130,10 @@ METHOD_PING: Method.ValueType  # 1
 METHOD_RDMA_CONNECT: Method.ValueType  # 2
 """Sent by a client whose hello was answered with an RdmaEnd, before anything else: its own RdmaEnd. After an
 answer without an error, messages travel by RDMA and the socket is a sign of life; otherwise TCP goes on.
+"""
+METHOD_SHARE_MEMORY: Method.ValueType  # 3
+"""Sent by a client whose hello was answered with a SharedMemoryOffer, before anything else. After an answer without an
+error, payloads may travel by reference; otherwise they do not.
 """
 METHOD_GET_ROUTING: Method.ValueType  # 16
 """Returns the routing when it is newer than the caller's, waiting up to wait_ms for that."""
@@ -444,7 +455,7 @@ class HelloRequest(_message.Message):
     """the cluster's shared secret"""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """offered, best first: "rdma", "tcp" """
+        """offered, best first: "shm", "rdma", "tcp" """
 
     @_builtins.property
     def rdma_ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___RdmaPort]: ...
@@ -591,6 +602,7 @@ class HelloResponse(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     RDMA_PORT_FIELD_NUMBER: _builtins.int
     RDMA_END_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     cluster_id: _builtins.str
     role: Global___Role.ValueType
@@ -606,6 +618,10 @@ class HelloResponse(_message.Message):
     def rdma_end(self) -> Global___RdmaEnd:
         """there when transport is "rdma" """
 
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemoryOffer:
+        """there when transport is "shm": TCP, with payloads by reference"""
+
     def __init__(
         self,
         *,
@@ -619,14 +635,61 @@ class HelloResponse(_message.Message):
         server_version: _builtins.str = ...,
         rdma_port: _builtins.int = ...,
         rdma_end: Global___RdmaEnd | None = ...,
+        shared_memory: Global___SharedMemoryOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rdma_end", b"rdma_end"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rdma_end", b"rdma_end", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes_max", b"body_bytes_max", "cluster_id", b"cluster_id", "node_id", b"node_id", "payload_bytes_max", b"payload_bytes_max", "protocol", b"protocol", "rdma_end", b"rdma_end", "rdma_port", b"rdma_port", "role", b"role", "server_version", b"server_version", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_bytes_max", b"body_bytes_max", "cluster_id", b"cluster_id", "node_id", b"node_id", "payload_bytes_max", b"payload_bytes_max", "protocol", b"protocol", "rdma_end", b"rdma_end", "rdma_port", b"rdma_port", "role", b"role", "server_version", b"server_version", "shared_memory", b"shared_memory", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HelloResponse: _TypeAlias = HelloResponse  # noqa: Y015
+
+@_typing.final
+class SharedMemoryOffer(_message.Message):
+    """Where a client on the same host gets descriptors of what both can map; docs/protocol.md says how."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    socket: _builtins.bytes
+    """name of an abstract Unix socket"""
+    nonce: _builtins.bytes
+    """16 bytes, to be said there"""
+    def __init__(
+        self,
+        *,
+        socket: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemoryOffer: _TypeAlias = SharedMemoryOffer  # noqa: Y015
+
+@_typing.final
+class ShareMemoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READY_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    """false: the client goes on without"""
+    def __init__(
+        self,
+        *,
+        ready: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ready", b"ready"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareMemoryRequest: _TypeAlias = ShareMemoryRequest  # noqa: Y015
 
 @_typing.final
 class GetRoutingRequest(_message.Message):

@@ -1691,21 +1691,25 @@ class EngineStatus(_message.Message):
         PEER_FIELD_NUMBER: _builtins.int
         OUTGOING_FIELD_NUMBER: _builtins.int
         RDMA_DEVICE_FIELD_NUMBER: _builtins.int
+        SHARED_MEMORY_FIELD_NUMBER: _builtins.int
         peer: _builtins.str
         """of clients their role and identity, of servers the address"""
         outgoing: _builtins.bool
         rdma_device: _builtins.str
         """empty: TCP"""
+        shared_memory: _builtins.bool
+        """TCP, with payloads by reference"""
         def __init__(
             self,
             *,
             peer: _builtins.str = ...,
             outgoing: _builtins.bool = ...,
             rdma_device: _builtins.str = ...,
+            shared_memory: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["outgoing", b"outgoing", "peer", b"peer", "rdma_device", b"rdma_device"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["outgoing", b"outgoing", "peer", b"peer", "rdma_device", b"rdma_device", "shared_memory", b"shared_memory"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fs3.testing.cluster import LocalCluster, Service
+
 INSIDE = "FS3_TEST_RDMA" in os.environ and Path("/sys/class/infiniband").exists()
 collect_ignore_glob = [] if INSIDE else ["test_*.py"]
 
@@ -27,6 +29,19 @@ def numbers() -> Iterator[dict[str, float]]:
     yield found
     text = json.dumps(found, indent=1)
     Path(os.environ["RIG_OUT"], "numbers.json").write_text(f"{text}\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_shared_memory() -> Iterator[None]:
+    """All processes are on one host, and are to use RDMA nevertheless."""
+    config = LocalCluster._config
+
+    def without(self: LocalCluster, service: Service) -> dict[str, object]:
+        return {**config(self, service), **({"shared_memory": False} if service.kind == "storage" else {})}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalCluster, "_config", without)
+        yield
 
 
 def set_roce_port(state: str) -> None:

@@ -11,7 +11,7 @@ DEMO_S = 900.0
 
 
 def test_the_demo_moves_its_data_by_rdma(device: str) -> None:
-    command = [sys.executable, DEMO, "--size-mib", "64"]
+    command = [sys.executable, DEMO, "--size-mib", "64", "--no-shared-memory"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=DEMO_S, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f" by RDMA on {device}, SHA-256 equal" in result.stdout

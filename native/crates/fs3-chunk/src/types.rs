@@ -91,7 +91,7 @@ pub fn block_count(length: u32) -> u32 {
 /// A crc block of zeros, aligned for direct I/O.
 pub fn zero_block() -> Region {
     static ZEROS: LazyLock<Region> =
-        LazyLock::new(|| Region::from_aligned(AlignedBuf::new(CRC_BLOCK_BYTES), CRC_BLOCK_BYTES));
+        LazyLock::new(|| Region::from_aligned(AlignedBuf::shareable(CRC_BLOCK_BYTES), CRC_BLOCK_BYTES));
     ZEROS.clone()
 }
 

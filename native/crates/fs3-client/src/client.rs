@@ -131,6 +131,12 @@ impl Client {
         self.inner().wire.rdma_counters()
     }
 
+    /// What moved through memory that is shared with storage services of this host: counters by name, which
+    /// docs/operations.md explains. Clients of one process with the same transport are counted together.
+    pub fn shared_memory_counters(&self) -> Vec<(&'static str, u64)> {
+        self.inner().wire.shared_memory_counters()
+    }
+
     /// End the background tasks and connections. Calls on their way and open files fail with Unavailable.
     pub async fn close(&self) {
         let _ = fs3_rt::timeout(LAST_WORDS, async {

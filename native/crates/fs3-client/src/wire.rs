@@ -61,6 +61,11 @@ impl Wire {
         self.peers.rdma_counters()
     }
 
+    /// What moved through shared memory.
+    pub fn shared_memory_counters(&self) -> Vec<(&'static str, u64)> {
+        self.peers.shared_memory_counters()
+    }
+
     /// Drop connections to other addresses than these.
     pub fn retain(&self, keep: impl Fn(&str) -> bool) {
         self.peers.retain(keep);

@@ -4,7 +4,7 @@
 //! that outlives its caller never touches freed memory. Who may touch the bytes at a time is a protocol
 //! between the holders, stated at each use.
 
-use crate::mapped;
+use crate::{Arena, mapped};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::sync::Arc;
@@ -51,6 +51,16 @@ impl AlignedBuf {
         Self { ptr, len }
     }
 
+    /// As [`AlignedBuf::new`], of memory that other processes can be given to read if this one has any ([`Arena`]).
+    pub fn shareable(len: usize) -> Self {
+        let layout = Self::layout(len);
+        let Some(ptr) = Arena::get().and_then(|arena| arena.take(layout.size())) else { return Self::new(len) };
+        if len >= Self::MAP_BYTES_MIN {
+            mapped::mapped(ptr as usize, layout.size());
+        }
+        Self { ptr, len }
+    }
+
     fn layout(len: usize) -> Layout {
         Layout::from_size_align(len.max(1).next_multiple_of(Self::ALIGN), Self::ALIGN).expect("a sane buffer size")
     }
@@ -80,11 +90,16 @@ fn map_zeroed(bytes: usize, huge: bool) -> *mut u8 {
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
         let layout = Self::layout(self.len);
+        if self.len >= Self::MAP_BYTES_MIN {
+            mapped::unmapping(self.ptr as usize, layout.size());
+        }
+        if Arena::get().is_some_and(|arena| arena.give_back(self.ptr, layout.size())) {
+            return;
+        }
         if self.len < Self::MAP_BYTES_MIN {
             // SAFETY: allocated in `new` with the same layout.
             unsafe { dealloc(self.ptr, layout) }
         } else {
-            mapped::unmapping(self.ptr as usize, layout.size());
             // SAFETY: mapped in `new` with the same size, and nobody refers to it any more.
             unsafe { libc::munmap(self.ptr.cast(), layout.size()) };
         }

@@ -1,5 +1,6 @@
 //! Ids, errors, checksums and buffers that every other crate shares. No I/O, no threads.
 
+mod arena;
 mod buffer;
 mod checksum;
 mod error;
@@ -8,6 +9,7 @@ mod kv_entry;
 mod mapped;
 mod pool;
 
+pub use arena::{Arena, map_aligned};
 pub use buffer::{AlignedBuf, Region, RegionMut};
 pub use checksum::{CRC_BLOCK_BYTES, CheckedBytes, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
 pub use error::{Code, Error, Result};

@@ -106,7 +106,7 @@ impl Shared {
             fits.then_some(surplus)
         }?;
         drop(surplus);
-        let slab = Arc::new(AlignedBuf::new(slab_bytes));
+        let slab = Arc::new(AlignedBuf::shareable(slab_bytes));
         let mut state = self.lock();
         for offset in (piece_bytes..slab_bytes).step_by(piece_bytes).rev() {
             state.idle[class].push(Piece { slab: slab.clone(), offset });

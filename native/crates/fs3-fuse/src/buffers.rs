@@ -67,7 +67,7 @@ impl Pool {
             state.used += size;
             state.free[class].pop()
         };
-        let buf = recycled.unwrap_or_else(|| AlignedBuf::new(size));
+        let buf = recycled.unwrap_or_else(|| AlignedBuf::shareable(size));
         Some(Buffer { buf: Some(buf), shared: self.shared.clone() })
     }
 

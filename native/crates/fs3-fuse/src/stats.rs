@@ -144,7 +144,7 @@ impl Core {
         let (stats, client) = (&self.stats, self.client.stats());
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (files, directories) = self.open_counts();
-        json!({
+        let mut all = json!({
             "mountpoint": String::from_utf8_lossy(&self.mountpoint),
             "uptime_s": stats.since.elapsed().as_secs_f64(),
             "operations": stats.operations(),
@@ -163,7 +163,11 @@ impl Core {
             "read_hedges_won": client.read_hedges_won,
             "write_retries": client.write_retries,
             "payload_resends": client.payload_resends,
-        })
+        });
+        for (name, count) in self.client.shared_memory_counters() {
+            all[name] = count.into();
+        }
+        all
     }
 }
 

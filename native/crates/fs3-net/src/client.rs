@@ -2,14 +2,15 @@ use crate::REQUESTS_IN_FLIGHT_MAX;
 use crate::blocking;
 use crate::hello::Hello;
 use crate::incoming::Incoming;
-use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
+use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Way, Windows};
 use crate::rdma::{Mode, RdmaLink, Ready};
+use crate::shm::{self, SharedMemory};
 use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, HEADER_BYTES, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_from_response};
-use fs3_proto::v1::{HelloRequest, HelloResponse, Method, RdmaEnd, Role};
+use fs3_proto::v1::{HelloRequest, HelloResponse, Method, RdmaEnd, Role, ShareMemoryRequest, SharedMemoryOffer};
 use parking_lot::Mutex;
 use prost::Message;
 use std::collections::HashMap;
@@ -118,6 +119,10 @@ impl Connection {
         let welcome = HelloResponse::decode(body)
             .map_err(|_| Error::new(Code::Protocol, format!("the hello of {addr} cannot be read")))?;
         let caller = |link| Arc::new(Caller::new(link));
+        let memory = match &welcome.shared_memory {
+            Some(offer) => share_memory(&socket, hello, offer, timeout).await?,
+            None => None,
+        };
         let connected = match &welcome.rdma_end {
             Some(end) => connect_rdma(&socket, hello, welcome.rdma_port, end, timeout).await,
             None => Err(Error::new(Code::Unavailable, "the server has no RDMA that this machine can reach")),
@@ -134,13 +139,18 @@ impl Connection {
             Err(error) if welcome.rdma_end.is_some() => hello.transport.avoid(addr, welcome.rdma_port, &error),
             Err(_) => {}
         }
-        let endpoint = TcpLink::start_shared(socket, |link| caller(link)).map_err(unreachable)?;
+        let endpoint = TcpLink::start_shared(socket, memory, |link| caller(link)).map_err(unreachable)?;
         Ok((Self::new(endpoint), welcome))
     }
 
     /// The device, when messages travel by RDMA.
     pub fn rdma_device(&self) -> Option<&str> {
         self.0.endpoint.link.rdma_device()
+    }
+
+    /// How messages travel.
+    pub fn way(&self) -> Way {
+        self.0.endpoint.link.way()
     }
 
     fn new(endpoint: Arc<Caller>) -> Self {
@@ -233,6 +243,31 @@ async fn connect_rdma(
     let ready = ready?;
     answer?;
     Ok((ready, end.receives))
+}
+
+/// Take a server's offer of shared memory, and tell it; `None` when either end cannot.
+async fn share_memory(
+    socket: &Socket,
+    hello: &Hello,
+    offer: &SharedMemoryOffer,
+    timeout: Duration,
+) -> Result<Option<SharedMemory>> {
+    let Some(counters) = hello.transport.shared_memory().cloned() else {
+        return Err(Error::new(Code::Protocol, "the server offers shared memory that was not asked for"));
+    };
+    let offer = offer.clone();
+    let fetched = tokio::task::spawn_blocking(move || shm::fetch(&offer, counters)).await;
+    let fetched = fetched.map_err(|e| Error::new(Code::Internal, e.to_string()))?;
+    let answer = ask(socket, Method::ShareMemory, &ShareMemoryRequest { ready: fetched.is_ok() }, timeout).await;
+    match (fetched, answer) {
+        (Ok(shared), Ok(_)) => Ok(Some(shared)),
+        (_, Err(error)) if error.code == Code::Unavailable => Err(error),
+        (fetched, _) => {
+            let why = fetched.err().map_or_else(|| "the server could not".to_owned(), |error| error.to_string());
+            tracing::debug!("no shared memory with a server, using TCP: {why}");
+            Ok(None)
+        }
+    }
 }
 
 /// A request without its id: the header is encoded into the first bytes of `head` when the id is known.

@@ -5,6 +5,16 @@ use fs3_proto::frame::{BODY_BYTES_MAX, PAYLOAD_BYTES_MAX, VERSION};
 use fs3_proto::v1::{HelloRequest, HelloResponse, RdmaPort, Role};
 use prost::Message;
 
+/// The name of TCP with payloads by reference.
+pub(crate) const SHARED_MEMORY: &str = "shm";
+
+/// Better ways than TCP that a client knows.
+#[derive(Debug)]
+pub(crate) struct Offered {
+    pub shared_memory: bool,
+    pub rdma_ports: Vec<RdmaPort>,
+}
+
 /// How a client introduces itself on every connection.
 #[derive(Clone, Debug)]
 pub struct Hello {
@@ -48,6 +58,7 @@ impl Hello {
     /// The request to the server at `addr`.
     pub(crate) fn to_request(&self, addr: &str) -> HelloRequest {
         let rdma_ports = self.transport.offers(addr);
+        let shm = self.transport.shares_memory().then(|| SHARED_MEMORY.to_owned());
         let rdma = (!rdma_ports.is_empty()).then(|| "rdma".to_owned());
         HelloRequest {
             protocol_min: u32::from(VERSION),
@@ -56,15 +67,15 @@ impl Hello {
             role: self.role as i32,
             peer_id: Bytes::copy_from_slice(&self.peer_id),
             token: self.token.clone(),
-            transports: rdma.into_iter().chain(["tcp".to_owned()]).collect(),
+            transports: shm.into_iter().chain(rdma).chain(["tcp".to_owned()]).collect(),
             rdma_ports,
         }
     }
 }
 
 impl HelloPolicy {
-    /// Check the body of a hello request. The ports offered for RDMA come with the answer.
-    pub(crate) fn admit(&self, body: &[u8]) -> Result<(PeerInfo, HelloResponse, Vec<RdmaPort>)> {
+    /// Check the body of a hello request. What the client offers comes with the answer.
+    pub(crate) fn admit(&self, body: &[u8]) -> Result<(PeerInfo, HelloResponse, Offered)> {
         let hello = HelloRequest::decode(body).map_err(|_| Error::new(Code::Protocol, "the hello cannot be read"))?;
         if !(hello.protocol_min..=hello.protocol_max).contains(&u32::from(VERSION)) {
             let message = format!(
@@ -98,7 +109,8 @@ impl HelloPolicy {
             server_version: env!("CARGO_PKG_VERSION").into(),
             ..HelloResponse::default()
         };
-        Ok((PeerInfo { role, peer_id }, response, hello.rdma_ports))
+        let shared_memory = hello.transports.iter().any(|t| t == SHARED_MEMORY);
+        Ok((PeerInfo { role, peer_id }, response, Offered { shared_memory, rdma_ports: hello.rdma_ports }))
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Callers see [`Connection`] / [`Peers`] on one side and [`Server`] / [`Service`] on the other. Both stand on the
 //! `Link` trait (`link.rs`), which moves whole messages and places incoming payload directly in its final
-//! memory; TCP is the transport of processes, `sim` that of simulated ones.
+//! memory; TCP is the transport of processes, with RDMA or shared memory (`shm`) for the payload where both ends have
+//! it; `sim` is that of simulated ones.
 //!
 //! Everything runs on the tokio runtime in which it was created, and can be called from any thread; calls made by
 //! tasks of that runtime are fastest. Measured (`examples/netbench.rs`): large payloads want several connections and a
@@ -16,12 +17,14 @@ mod link;
 mod peers;
 mod rdma;
 mod server;
+mod shm;
 pub mod sim;
 mod tcp;
 
 pub use blocking::Waiter;
 pub use client::{Connection, Reply, Sink};
 pub use hello::{Hello, HelloPolicy, PeerInfo};
+pub use link::Way;
 pub use peers::Peers;
 pub use rdma::{Mode, RdmaSettings, Transport, bench, takes_dmabufs};
 pub use server::{Connections, Request, Response, Server, Service};

@@ -72,10 +72,36 @@ pub(crate) trait Link: Send + Sync + 'static {
     fn rdma_device(&self) -> Option<&str> {
         None
     }
+    /// Whether payloads may go by reference.
+    fn shares_memory(&self) -> bool {
+        false
+    }
     /// The call of this request was given up, and these were its windows. They are dropped when the peer cannot
     /// write to them any more.
     fn abandon(&self, request_id: u64, windows: Vec<RegionMut>) {
         let _ = (request_id, windows);
+    }
+}
+
+/// How the messages of a connection travel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By TCP.
+    Tcp,
+    /// By TCP, large payloads through shared memory.
+    SharedMemory,
+    /// By RDMA, with this device.
+    Rdma(String),
+}
+
+impl dyn Link {
+    /// How messages travel.
+    pub fn way(&self) -> Way {
+        match self.rdma_device() {
+            Some(device) => Way::Rdma(device.to_owned()),
+            None if self.shares_memory() => Way::SharedMemory,
+            None => Way::Tcp,
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 use crate::client::{Connection, Reply, Sink};
 use crate::hello::Hello;
+use crate::link::Way;
 use fs3_core::{Code, Error, Region, Result};
 use fs3_proto::v1::Method;
 use fs3_rt::Instant;
@@ -83,14 +84,14 @@ impl Peers {
         self.0.peers.lock().retain(|addr, _| keep(addr));
     }
 
-    /// All live connections: address, and the device of those by RDMA.
-    pub fn list(&self) -> Vec<(String, Option<String>)> {
+    /// All live connections: address, and how their messages travel.
+    pub fn list(&self) -> Vec<(String, Way)> {
         let peers: Vec<_> = self.0.peers.lock().iter().map(|(addr, peer)| (addr.clone(), peer.clone())).collect();
         let mut all = Vec::new();
         for (addr, peer) in peers {
             let state = peer.state.lock();
             let live = state.connections.iter().filter(|c| !c.is_closed());
-            all.extend(live.map(|c| (addr.clone(), c.rdma_device().map(str::to_owned))));
+            all.extend(live.map(|c| (addr.clone(), c.way())));
         }
         all
     }
@@ -98,6 +99,11 @@ impl Peers {
     /// [`crate::Transport::rdma_counters`] of what the connections are made with.
     pub fn rdma_counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
         self.0.hello.transport.rdma_counters()
+    }
+
+    /// [`crate::Transport::shared_memory_counters`] of what the connections are made with.
+    pub fn shared_memory_counters(&self) -> Vec<(&'static str, u64)> {
+        self.0.hello.transport.shared_memory_counters()
     }
 
     /// Live connections to `addr`.

@@ -1,17 +1,19 @@
-use crate::hello::{HelloPolicy, PeerInfo};
-use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Windows};
-use crate::rdma::{RdmaLink, Ready, decode_end};
+use crate::hello::{HelloPolicy, PeerInfo, SHARED_MEMORY};
+use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Way, Windows};
+use crate::rdma::{RdmaLink, Ready, Transport, decode_end};
+use crate::shm::{Offer, SharedMemory};
 use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use crate::{CONNECTIONS_MAX, HELLO_TIMEOUT_MS, REQUESTS_IN_FLIGHT_MAX, UNAUTHENTICATED_CONNECTIONS_MAX};
 use bytes::Bytes;
 use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_to_detail};
-use fs3_proto::v1::Method;
+use fs3_proto::v1::{Method, ShareMemoryRequest};
 use fs3_rt::Instant;
 use parking_lot::Mutex;
 use prost::Message;
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -166,10 +168,10 @@ impl Server {
 pub struct Connections(Arc<Shared>);
 
 impl Connections {
-    /// Peers, in the order in which they came, and the device of those by RDMA.
-    pub fn list(&self) -> Vec<(PeerInfo, Option<String>)> {
+    /// Peers, in the order in which they came, and how their messages travel.
+    pub fn list(&self) -> Vec<(PeerInfo, Way)> {
         let links = self.0.links.lock();
-        links.values().map(|(link, peer)| (*peer, link.rdma_device().map(str::to_owned))).collect()
+        links.values().map(|(link, peer)| (*peer, link.way())).collect()
     }
 }
 
@@ -209,11 +211,11 @@ async fn welcome<S: Service>(stream: tokio::net::TcpStream, number: u64, shared:
     let Ok(socket) = stream.into_std().and_then(Socket::new) else { return };
     let greeting = greet(&socket, &shared.policy);
     match tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), greeting).await {
-        Ok(Ok((peer, Some((ready, receives))))) => {
-            RdmaLink::start(socket, ready, receives, |link| Callee::begin(number, link, peer, service, &shared));
+        Ok(Ok((peer, Agreed::Rdma(ready, receives)))) => {
+            RdmaLink::start(socket, *ready, receives, |link| Callee::begin(number, link, peer, service, &shared));
         }
-        Ok(Ok((peer, None))) => {
-            TcpLink::start(socket, |link| Callee::begin(number, link, peer, service, &shared));
+        Ok(Ok((peer, Agreed::Tcp(memory)))) => {
+            TcpLink::start(socket, memory, |link| Callee::begin(number, link, peer, service, &shared));
         }
         Ok(Err(error)) => tracing::debug!("a hello was refused: {error}"),
         Err(_) => tracing::debug!("a peer said no hello in time"),
@@ -234,9 +236,15 @@ fn listen_simulated<S: Service>(
     sim::listen(addr, policy, Box::new(accept))
 }
 
-/// Read the hello and answer it. With the peer comes this end of an RDMA connection, when that is what was agreed
-/// on, and how many messages the peer takes.
-async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Option<(Ready, u32)>)> {
+/// How messages are to travel.
+enum Agreed {
+    Tcp(Option<SharedMemory>),
+    /// With this end of a connection, and how many messages the peer takes.
+    Rdma(Box<Ready>, u32),
+}
+
+/// Read the hello and answer it.
+async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Agreed)> {
     let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
     let admitted = body.and_then(|body| match header {
         Some(h) if h.kind == Kind::Request && h.method == Method::Hello as u16 => policy.admit(&body),
@@ -245,7 +253,14 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Optio
     let Some(header) = header else { return Err(admitted.expect_err("no frame was read")) };
     match admitted {
         Ok((peer, mut response, offered)) => {
-            let ready = policy.transport.answer(&offered);
+            if offered.shared_memory
+                && let Some(offer) = offer_memory(socket, &policy.transport)
+            {
+                (response.transport, response.shared_memory) = (SHARED_MEMORY.into(), Some(offer.to_wire()));
+                socket.write_all(&answer(&header, Ok(Response::new(&response))).flat()).await?;
+                return Ok((peer, Agreed::Tcp(share_memory(socket, policy, offer).await?)));
+            }
+            let ready = policy.transport.answer(&offered.rdma_ports);
             if let Some((ready, theirs)) = &ready {
                 response.transport = "rdma".into();
                 (response.rdma_port, response.rdma_end) = (*theirs as u32, Some(ready.end()));
@@ -253,7 +268,7 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Optio
             socket.write_all(&answer(&header, Ok(Response::new(&response))).flat()).await?;
             match ready {
                 Some((ready, _)) => Ok((peer, connect_rdma(socket, policy, ready).await?)),
-                None => Ok((peer, None)),
+                None => Ok((peer, Agreed::Tcp(None))),
             }
         }
         Err(error) => {
@@ -264,8 +279,34 @@ async fn greet(socket: &Socket, policy: &HelloPolicy) -> Result<(PeerInfo, Optio
     }
 }
 
-/// Read the client's end of an RDMA connection and connect to it; `None` when there will be none.
-async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, mut ready: Ready) -> Result<Option<(Ready, u32)>> {
+/// What a client that seems to be on this host can get memory by.
+fn offer_memory(socket: &Socket, transport: &Transport) -> Option<Offer> {
+    transport.shared_memory().filter(|_| socket.is_local())?;
+    Offer::new().inspect_err(|error| tracing::debug!("no shared memory is offered: {error}")).ok().flatten()
+}
+
+/// Exchange memory with a client, and wait for what it makes of it; `None` when there will be none.
+async fn share_memory(socket: &Socket, policy: &HelloPolicy, offer: Offer) -> Result<Option<SharedMemory>> {
+    let counters = policy.transport.shared_memory().expect("it was offered").clone();
+    let serving = tokio::task::spawn_blocking(move || offer.serve(counters));
+    let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
+    let Some(header) = header.filter(|h| h.method == Method::ShareMemory as u16) else {
+        return Err(Error::new(Code::Protocol, "an answer to the offer of shared memory was expected"));
+    };
+    let request = ShareMemoryRequest::decode(body?)
+        .map_err(|_| Error::new(Code::Protocol, "the answer to the offer of shared memory cannot be read"))?;
+    let shared = match request.ready {
+        true => serving.await.map_err(io::Error::from).flatten(),
+        false => Err(io::Error::other("the client cannot")),
+    };
+    let told = shared.as_ref().map(|_| Response::default());
+    let told = told.map_err(|error| Error::new(Code::NotSupported, format!("no shared memory: {error}")));
+    socket.write_all(&answer(&header, told).flat()).await?;
+    Ok(shared.inspect_err(|error| tracing::debug!("no shared memory with a client, using TCP: {error}")).ok())
+}
+
+/// Read the client's end of an RDMA connection and connect to it; TCP is used when that fails.
+async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, mut ready: Ready) -> Result<Agreed> {
     let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
     let Some(header) = header.filter(|h| h.method == Method::RdmaConnect as u16) else {
         return Err(Error::new(Code::Protocol, "an RDMA connection was expected to be made"));
@@ -281,7 +322,10 @@ async fn connect_rdma(socket: &Socket, policy: &HelloPolicy, mut ready: Ready) -
         ready.nic.counters.fell_back();
         tracing::info!("a client gets TCP instead of RDMA: {}", error.message);
     }
-    Ok(connected.is_ok().then_some((ready, peer.receives)))
+    Ok(match connected {
+        Ok(()) => Agreed::Rdma(Box::new(ready), peer.receives),
+        Err(_) => Agreed::Tcp(None),
+    })
 }
 
 impl Outgoing {
@@ -428,7 +472,9 @@ impl<S: Service> Callee<S> {
             return Err(Error::new(Code::Unavailable, "the server is shutting down"));
         }
         match Method::try_from(i32::from(header.method)) {
-            Ok(Method::Hello | Method::RdmaConnect) => Err(Error::new(Code::Protocol, "hello is said once")),
+            Ok(Method::Hello | Method::RdmaConnect | Method::ShareMemory) => {
+                Err(Error::new(Code::Protocol, "hello is said once"))
+            }
             Ok(method) => Ok(method),
             Err(_) => Err(Error::new(Code::Unimplemented, format!("no method {} here", header.method))),
         }

@@ -2,10 +2,11 @@
 
 use crate::incoming::{Incoming, Reading};
 use crate::link::{Endpoint, Flush, Landing, Link, Outgoing, PIECES_MAX};
+use crate::shm::SharedMemory;
 use crate::{PEER_SILENT_MS_MAX, STALL_TIMEOUT_MS};
 use bytes::Bytes;
 use fs3_core::{Code, Error, Result};
-use fs3_proto::frame::{HEADER_BYTES, Header, Limits};
+use fs3_proto::frame::{HEADER_BYTES, Header, Limits, REFERENCES_MAX, Reference};
 use parking_lot::Mutex;
 use socket2::{SockRef, TcpKeepalive};
 use std::collections::VecDeque;
@@ -25,6 +26,7 @@ use tokio::time::{Instant, Sleep};
 
 /// Size of the read buffer that headers, bodies and small payloads go through.
 const READ_BUFFER_BYTES: usize = 64 << 10;
+const _: () = assert!(REFERENCES_MAX * Reference::BYTES <= READ_BUFFER_BYTES);
 /// How much is read ahead behind a large payload: what is read ahead is copied once more.
 const READ_AHEAD_BYTES: usize = 4 << 10;
 /// From this size on a payload is large.
@@ -100,6 +102,15 @@ impl Socket {
         (Some(header), body)
     }
 
+    /// Whether the other end seems to be on this host.
+    pub fn is_local(&self) -> bool {
+        let stream = self.fd.get_ref();
+        match (stream.peer_addr(), stream.local_addr()) {
+            (Ok(peer), Ok(own)) => peer.ip() == own.ip() || (peer.ip().is_loopback() && own.ip().is_loopback()),
+            _ => false,
+        }
+    }
+
     /// Write all of `bytes`.
     pub async fn write_all(&self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
@@ -157,6 +168,7 @@ pub(crate) struct TcpLink {
     incoming: Arc<Incoming>,
     /// Whether threads may read: otherwise the task always does.
     shared: bool,
+    memory: Option<Arc<SharedMemory>>,
     queue: Mutex<VecDeque<Outgoing>>,
     writer: Mutex<Writer>,
     /// There is something for the writing task to do.
@@ -179,24 +191,35 @@ enum Progress {
 
 impl TcpLink {
     /// Take over a socket after its hello and start its tasks on the current runtime. They end when the
-    /// connection does.
-    pub fn start<E: Endpoint>(socket: Socket, make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>) -> Arc<E> {
-        Self::run(socket, false, make_endpoint)
+    /// connection does. With `memory` payloads may go by reference.
+    pub fn start<E: Endpoint>(
+        socket: Socket,
+        memory: Option<SharedMemory>,
+        make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>,
+    ) -> Arc<E> {
+        Self::run(socket, memory, false, make_endpoint)
     }
 
     /// As [`TcpLink::start`], for a connection that also threads read which wait for answers.
     pub fn start_shared<E: Endpoint>(
         socket: Socket,
+        memory: Option<SharedMemory>,
         make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>,
     ) -> io::Result<Arc<E>> {
-        Ok(Self::run(socket.written_only()?, true, make_endpoint))
+        Ok(Self::run(socket.written_only()?, memory, true, make_endpoint))
     }
 
-    fn run<E: Endpoint>(socket: Socket, shared: bool, make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>) -> Arc<E> {
+    fn run<E: Endpoint>(
+        socket: Socket,
+        memory: Option<SharedMemory>,
+        shared: bool,
+        make_endpoint: impl FnOnce(Arc<Self>) -> Arc<E>,
+    ) -> Arc<E> {
         let link = Arc::new(Self {
             incoming: Arc::new(Incoming::new(&socket)),
             shared,
             socket,
+            memory: memory.map(Arc::new),
             queue: Mutex::default(),
             writer: Mutex::default(),
             wake_writer: Notify::new(),
@@ -207,6 +230,9 @@ impl TcpLink {
         let mut reader = Reader::new(link.clone());
         let receiver = endpoint.clone();
         let reading: Reading = Box::pin(async move { reader.run(&receiver).await });
+        if let Some(memory) = link.memory.clone() {
+            tokio::spawn(async move { memory.keep_releasing().await });
+        }
         let guard = ClosedGuard { link, endpoint: endpoint.clone(), reason: None };
         tokio::spawn(async move {
             let mut guard = guard;
@@ -239,6 +265,14 @@ impl TcpLink {
             }
         })
         .await
+    }
+
+    /// A header, and how many references stand for the payload.
+    fn parse(&self, head: &[u8; HEADER_BYTES]) -> Result<(Header, Option<u32>)> {
+        match &self.memory {
+            Some(memory) if memory.takes_references() => Header::parse_by_reference(head),
+            _ => Ok((Header::parse(head)?, None)),
+        }
     }
 
     async fn run_writer(self: Arc<Self>) {
@@ -287,11 +321,17 @@ impl TcpLink {
 }
 
 impl Link for TcpLink {
-    fn send(&self, message: Outgoing, flush: Flush) {
+    fn send(&self, mut message: Outgoing, flush: Flush) {
+        if let Some(memory) = &self.memory {
+            memory.release();
+        }
         {
             let mut queue = self.queue.lock();
             if self.is_closed() {
                 return;
+            }
+            if let Some(memory) = &self.memory {
+                memory.refer(&mut message);
             }
             queue.push_back(message);
         }
@@ -316,6 +356,9 @@ impl Link for TcpLink {
         };
         drop(dropped);
         self.socket.shutdown();
+        if let Some(memory) = &self.memory {
+            memory.end();
+        }
         self.wake_writer.notify_one();
         self.incoming.wake_task();
     }
@@ -326,6 +369,10 @@ impl Link for TcpLink {
 
     fn incoming(&self) -> Option<Arc<Incoming>> {
         self.shared.then(|| self.incoming.clone())
+    }
+
+    fn shares_memory(&self) -> bool {
+        self.memory.is_some()
     }
 }
 
@@ -421,9 +468,11 @@ impl Reader {
     async fn message<E: Endpoint>(&mut self, endpoint: &Arc<E>) -> Result<()> {
         self.buffer(HEADER_BYTES).await?;
         let head = self.buf[self.start..].first_chunk().expect("a whole header is buffered");
-        let header = Header::parse(head).inspect_err(|e| endpoint.refused(None, e))?;
+        let (header, references) = self.link.parse(head).inspect_err(|e| endpoint.refused(None, e))?;
         header.check_limits(Limits::AUTHENTICATED).inspect_err(|e| endpoint.refused(Some(&header), e))?;
         self.start += HEADER_BYTES;
+        // Whoever answers has copied what it was sent.
+        self.link.memory.iter().for_each(|memory| memory.release());
         let mut admitted = std::pin::pin!(endpoint.admit());
         let mut flushed = false;
         poll_fn(|cx| {
@@ -436,7 +485,10 @@ impl Reader {
         .await;
         let body = self.body(header.body_bytes as usize).await?;
         let mut landing = endpoint.place(&header, &body)?;
-        self.payload(header.payload_bytes as usize, &mut landing).await?;
+        match references {
+            Some(count) => self.references(count as usize, header.payload_bytes as usize, &mut landing).await?,
+            None => self.payload(header.payload_bytes as usize, &mut landing).await?,
+        }
         endpoint.deliver(header, body, landing);
         Ok(())
     }
@@ -456,6 +508,18 @@ impl Reader {
             at += self.read(true, |stream, _| read_once(stream, &mut body[at..])).await?;
         }
         Ok(body.into())
+    }
+
+    /// Read what stands for a payload, and copy the payload from the peer's memory to where it belongs.
+    async fn references<L: Landing>(&mut self, count: usize, payload_bytes: usize, landing: &mut L) -> Result<()> {
+        let bytes = count * Reference::BYTES;
+        self.buffer(bytes).await?;
+        let references = Reference::decode_all(&self.buf[self.start..self.start + bytes], payload_bytes)?;
+        self.start += bytes;
+        // Nothing that can leave waits for the copy.
+        self.link.flush();
+        let memory = self.link.memory.as_ref().expect("references are parsed with shared memory only");
+        memory.receive(&references, landing)
     }
 
     /// Move `remaining` payload bytes to where they belong: first what is buffered, then straight from the socket.

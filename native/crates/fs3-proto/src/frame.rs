@@ -15,6 +15,10 @@ pub const HEADER_BYTES: usize = 40;
 pub const BODY_BYTES_MAX: usize = 16 << 20;
 /// Largest payload.
 pub const PAYLOAD_BYTES_MAX: usize = 64 << 20;
+/// Most references that stand for the payload of one frame.
+pub const REFERENCES_MAX: usize = 4096;
+/// Flag of a frame whose payload is in memory that the receiver has mapped.
+const FLAG_REFERENCES: u16 = 1;
 /// Largest whole frame (header, body, payload) from a peer whose hello has not been accepted.
 pub const UNAUTHENTICATED_BYTES_MAX: usize = 64 << 10;
 
@@ -91,6 +95,16 @@ impl Header {
         out
     }
 
+    /// The wire form of a frame in which `references` ([`Reference`]) stand for the payload.
+    pub fn encode_by_reference(&self, references: u32) -> [u8; HEADER_BYTES] {
+        let mut out = self.encode();
+        out[6..8].copy_from_slice(&FLAG_REFERENCES.to_le_bytes());
+        out[32..36].copy_from_slice(&references.to_le_bytes());
+        let crc = crc32c(&out[..36]);
+        out[36..].copy_from_slice(&crc.to_le_bytes());
+        out
+    }
+
     /// Parse and check a header.
     ///
     /// # Errors
@@ -105,6 +119,15 @@ impl Header {
 
     /// [`Header::decode`] without limits, for a server that wants to name the request it refuses as too big.
     pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Result<Self> {
+        match Self::parse_by_reference(bytes)? {
+            (header, None) => Ok(header),
+            (_, Some(_)) => Err(protocol("a frame has flags that this connection has not agreed on")),
+        }
+    }
+
+    /// As [`Header::parse`], on a connection with shared memory. With the header comes the number of references when
+    /// these stand for the payload.
+    pub fn parse_by_reference(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, Option<u32>)> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         if bytes[..4] != MAGIC {
@@ -121,9 +144,12 @@ impl Header {
             2 => Kind::Response,
             _ => return Err(protocol("a frame is neither request nor response")),
         };
-        if u16_at(6) != 0 || u32_at(32) != 0 {
-            return Err(protocol("a frame has flags that this version does not know"));
-        }
+        let references = match (u16_at(6), u32_at(32)) {
+            (0, 0) => None,
+            (FLAG_REFERENCES, count) if (1..=REFERENCES_MAX as u32).contains(&count) => Some(count),
+            (FLAG_REFERENCES, _) => return Err(protocol("a frame has no or too many references")),
+            _ => return Err(protocol("a frame has flags that this version does not know")),
+        };
         let header = Self {
             kind,
             request_id: u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes")),
@@ -139,7 +165,7 @@ impl Header {
             Kind::Response if header.status != 0 && header.payload_bytes != 0 => {
                 Err(protocol("an error response carries a payload"))
             }
-            _ => Ok(header),
+            _ => Ok((header, references)),
         }
     }
 
@@ -157,6 +183,44 @@ impl Header {
             limits.body_bytes_max, limits.payload_bytes_max
         );
         Err(Error::new(Code::MessageTooBig, message))
+    }
+}
+
+/// A part of a payload, in memory of the sender that the receiver has mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// Where it begins, from the start of that memory.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub bytes: u32,
+}
+
+impl Reference {
+    /// Length of the wire form.
+    pub const BYTES: usize = 16;
+
+    /// The wire form.
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut out = [0u8; Self::BYTES];
+        out[..8].copy_from_slice(&self.offset.to_le_bytes());
+        out[8..12].copy_from_slice(&self.bytes.to_le_bytes());
+        out
+    }
+
+    /// Parse references that stand for a payload of `payload_bytes`.
+    ///
+    /// # Errors
+    /// `Protocol` when they do not add up to that.
+    pub fn decode_all(wire: &[u8], payload_bytes: usize) -> Result<Vec<Self>> {
+        let decode = |one: &[u8]| Self {
+            offset: u64::from_le_bytes(one[..8].try_into().expect("eight bytes")),
+            bytes: u32::from_le_bytes(one[8..12].try_into().expect("four bytes")),
+        };
+        let all: Vec<Self> = wire.chunks_exact(Self::BYTES).map(decode).collect();
+        if all.iter().map(|one| u64::from(one.bytes)).sum::<u64>() != payload_bytes as u64 {
+            return Err(protocol("references do not add up to the payload"));
+        }
+        Ok(all)
     }
 }
 

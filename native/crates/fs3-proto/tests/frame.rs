@@ -199,6 +199,12 @@ fn refused_frames() -> Vec<Value> {
         ("unknown_kind", patched(ping, 5, &[3]), "authenticated", "CODE_PROTOCOL"),
         ("unknown_flags", patched(ping, 6, &[1]), "authenticated", "CODE_PROTOCOL"),
         ("reserved_not_zero", patched(ping, 32, &[1]), "authenticated", "CODE_PROTOCOL"),
+        (
+            "references_not_agreed_on",
+            response(6, 512, 0, &[], &[0; 64]).encode_by_reference(2).to_vec(),
+            "authenticated",
+            "CODE_PROTOCOL",
+        ),
         ("request_with_status", patched(ping, 18, &[1]), "authenticated", "CODE_PROTOCOL"),
         ("response_with_deadline", patched(pong, 20, &[1]), "authenticated", "CODE_PROTOCOL"),
         (
@@ -216,6 +222,24 @@ fn refused_frames() -> Vec<Value> {
         .into_iter()
         .map(|(name, bytes, limits, error)| json!({"name": name, "hex": hex(&bytes), "limits": limits, "error": error}))
         .collect()
+}
+
+#[test]
+fn references_come_back_where_they_were_agreed_on() {
+    let header = response(6, 512, 0, &[], &[0; 300]);
+    for count in [1, REFERENCES_MAX as u32] {
+        let back = Header::parse_by_reference(&header.encode_by_reference(count)).unwrap();
+        assert_eq!(back, (header, Some(count)));
+    }
+    assert_eq!(Header::parse_by_reference(&header.encode()).unwrap(), (header, None));
+    for count in [0, REFERENCES_MAX as u32 + 1] {
+        let error = Header::parse_by_reference(&header.encode_by_reference(count)).unwrap_err();
+        assert_eq!(error.code, Code::Protocol);
+    }
+    let all = [Reference { offset: 1 << 40, bytes: 100 }, Reference { offset: 0, bytes: 200 }];
+    let wire: Vec<u8> = all.iter().flat_map(Reference::encode).collect();
+    assert_eq!(Reference::decode_all(&wire, 300).unwrap(), all);
+    assert_eq!(Reference::decode_all(&wire, 299).unwrap_err().code, Code::Protocol);
 }
 
 fn golden_path() -> PathBuf {

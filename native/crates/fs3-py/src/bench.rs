@@ -76,7 +76,7 @@ impl RdmaBenchServer {
     #[new]
     #[pyo3(signature = (host, port, rdma=None))]
     fn new(py: Python<'_>, host: &str, port: u16, rdma: Option<RdmaOptions>) -> PyResult<Self> {
-        let transport = crate::transport::transport(py, "rdma", rdma)?;
+        let transport = crate::transport::transport(py, "rdma", rdma, false)?;
         let (runtime, addr) = (runtime()?, format!("{host}:{port}"));
         let server = py.detach(|| runtime.block_on(fs3_net::bench::BenchServer::listen(&addr, transport)));
         server.map(Self).map_err(|e| to_python(py, &e))
@@ -100,7 +100,7 @@ fn bench_rdma(
     size_bytes: usize,
     rdma: Option<RdmaOptions>,
 ) -> PyResult<Operation> {
-    let transport = crate::transport::transport(py, "rdma", rdma)?;
+    let transport = crate::transport::transport(py, "rdma", rdma, false)?;
     let limit = Duration::try_from_secs_f64(seconds).map_err(|e| PyValueError::new_err(e.to_string()))?;
     if size_bytes == 0 || size_bytes > fs3_net::bench::OPERATION_BYTES_MAX {
         return Err(PyValueError::new_err("size_bytes must be in 1..8 MiB"));

@@ -62,7 +62,7 @@ impl Client {
     #[pyo3(signature = (metas, token, *, cluster_id=None, uid=0, gid=0, groups=Vec::new(), op_timeout_s=30.0,
         read_attempt_timeout_s=5.0, meta_attempt_timeout_s=10.0, read_bytes_in_flight=16 << 20,
         write_bytes_in_flight=16 << 20, write_channels=64, connections_per_peer=2, transport="auto".into(),
-        rdma=None, noatime=false, description=String::new()))]
+        rdma=None, shared_memory=true, noatime=false, description=String::new()))]
     #[allow(clippy::too_many_arguments)]
     fn connect(
         py: Python<'_>,
@@ -81,6 +81,7 @@ impl Client {
         connections_per_peer: usize,
         transport: String,
         rdma: Option<RdmaOptions>,
+        shared_memory: bool,
         noatime: bool,
         description: String,
     ) -> PyResult<Operation> {
@@ -95,7 +96,7 @@ impl Client {
             write_bytes_in_flight,
             write_channels,
             connections_per_peer,
-            transport: transport::transport(py, &transport, rdma)?,
+            transport: transport::transport(py, &transport, rdma, shared_memory)?,
             access_times: !noatime,
             description,
         };
@@ -144,7 +145,8 @@ impl Client {
         Ok(Operation::new(async move { client.refresh_routing().await }, |_, version| Ok(version)))
     }
 
-    /// Counters since `connect`; those of RDMA, `rdma.DEVICE.NAME`, since the process first used it.
+    /// Counters since `connect`; those of RDMA, `rdma.DEVICE.NAME`, and of shared memory since the process first used
+    /// them.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let client = self.client.get()?;
         let stats = client.stats();
@@ -159,6 +161,9 @@ impl Client {
             for (name, count) in counters {
                 dict.set_item(format!("rdma.{device}.{name}"), count)?;
             }
+        }
+        for (name, count) in client.shared_memory_counters() {
+            dict.set_item(name, count)?;
         }
         Ok(dict)
     }

@@ -35,6 +35,10 @@ fn start(
     predecessor: Option<Py<PyAny>>,
 ) -> PyResult<Mount> {
     let runtime = runtime()?;
+    if config.transport.shares_memory() {
+        // Without it, what is written goes by TCP.
+        let _ = fs3_core::Arena::enable().inspect_err(|e| tracing::debug!("no memory can be shared: {e}"));
+    }
     let client = py.detach(|| runtime.block_on(Client::connect(config))).map_err(|e| to_python(py, &e))?;
     let (client_id, handle) = (client.client_id(), runtime.handle().clone());
     let mounted = match predecessor {
@@ -104,7 +108,7 @@ impl Mount {
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
         attr_timeout_s=1.0, entry_timeout_s=1.0, readahead_bytes=4 << 20, local_locks=false, noatime=false, op_timeout_s=30.0,
-        transport="auto", rdma=None, exec=true, cache="auto", subdir=Vec::new(), uid=None, gid=None, uidmap=Vec::new(),
+        transport="auto", rdma=None, shared_memory=true, exec=true, cache="auto", subdir=Vec::new(), uid=None, gid=None, uidmap=Vec::new(),
         gidmap=Vec::new(), source="fs3".to_owned(), config=String::new(), predecessor=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -128,6 +132,7 @@ impl Mount {
         op_timeout_s: f64,
         transport: &str,
         rdma: Option<RdmaOptions>,
+        shared_memory: bool,
         exec: bool,
         cache: &str,
         subdir: Vec<u8>,
@@ -145,7 +150,7 @@ impl Mount {
             token,
             cluster_id,
             op_timeout: seconds(op_timeout_s),
-            transport: transport::transport(py, transport, rdma)?,
+            transport: transport::transport(py, transport, rdma, shared_memory)?,
             access_times: !noatime,
             description: format!("mount {}", mountpoint.display()),
             ..ClientConfig::default()

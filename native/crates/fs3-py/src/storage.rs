@@ -33,6 +33,8 @@ struct Config {
     transport: String,
     #[serde(default)]
     rdma: Option<RdmaOptions>,
+    #[serde(default)]
+    shared_memory: bool,
 }
 
 #[derive(Deserialize)]
@@ -52,7 +54,7 @@ fn uuid(hex: &str) -> PyResult<[u8; 16]> {
 
 impl Config {
     fn into_engine(self) -> PyResult<EngineConfig> {
-        let transport = Python::attach(|py| transport(py, &self.transport, self.rdma))?;
+        let transport = Python::attach(|py| transport(py, &self.transport, self.rdma, self.shared_memory))?;
         let disks = self.disks.into_iter().map(|d| Ok(DiskConfig { uuid: uuid(&d.uuid_hex)?, path: d.path.into() }));
         Ok(EngineConfig {
             node_id: self.node_id,

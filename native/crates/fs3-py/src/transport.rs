@@ -42,17 +42,19 @@ impl From<RdmaOptions> for RdmaSettings {
     }
 }
 
-/// `auto`, `tcp` (also when empty) or `rdma`. All that ask for the same share devices and registered memory. Raises
+/// `auto`, `tcp` (also when empty) or `rdma`; with `shared_memory`, payloads within the host may go through it. All that ask for the same share devices and registered memory. Raises
 /// ValueError for other names, and what `Transport::new` says on a machine without RDMA.
-pub fn transport(py: Python<'_>, name: &str, rdma: Option<RdmaOptions>) -> PyResult<Transport> {
-    static MADE: LazyLock<Mutex<BTreeMap<(String, RdmaSettings), Transport>>> = LazyLock::new(Mutex::default);
+pub fn transport(py: Python<'_>, name: &str, rdma: Option<RdmaOptions>, shared_memory: bool) -> PyResult<Transport> {
+    type Key = (String, RdmaSettings, bool);
+    static MADE: LazyLock<Mutex<BTreeMap<Key, Transport>>> = LazyLock::new(Mutex::default);
     let name = if name.is_empty() { "tcp" } else { name };
     let mode = name.parse().map_err(|e: fs3_core::Error| to_python(py, &e))?;
-    let key = (name.to_owned(), rdma.map_or_else(RdmaSettings::default, RdmaSettings::from));
+    let key = (name.to_owned(), rdma.map_or_else(RdmaSettings::default, RdmaSettings::from), shared_memory);
     if let Some(transport) = MADE.lock().get(&key) {
         return Ok(transport.clone());
     }
     let transport = Transport::new(mode, key.1.clone()).map_err(|e| to_python(py, &e))?;
+    let transport = if shared_memory { transport.sharing_memory() } else { transport };
     MADE.lock().insert(key, transport.clone());
     Ok(transport)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use fs3_core::{BufferPool, Code, Error, Result};
+use fs3_core::{Arena, BufferPool, Code, Error, Result};
 use fs3_io::{ReadCache, StoreOptions, TargetStore};
 use fs3_net::{Hello, HelloPolicy, Peers, Server, Transport};
 use fs3_proto::v1::{EngineStatus, Role, Routing};
@@ -57,7 +57,7 @@ pub struct EngineConfig {
     pub durable_writes: bool,
     /// Work behind the clients' requests.
     pub healing: Healing,
-    /// TCP, or RDMA too.
+    /// TCP; RDMA and shared memory too.
     pub transport: Transport,
 }
 
@@ -102,6 +102,9 @@ impl StorageEngine {
     /// # Errors
     /// `Unavailable` when the address cannot be listened on.
     pub fn start(mut config: EngineConfig) -> Result<Self> {
+        if config.transport.shares_memory() {
+            let _ = Arena::enable().inspect_err(|e| tracing::warn!("no memory can be shared with clients here: {e}"));
+        }
         let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).min(NETWORK_THREADS_MAX);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads)

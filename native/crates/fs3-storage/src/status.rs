@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use fs3_net::Way;
 use fs3_proto::v1::engine_status::{Connection, RdmaDevice, ResyncStatus, TargetStatus};
 use fs3_proto::v1::space_response::Disk;
 use fs3_proto::v1::{EngineStatus, LocalState};
@@ -18,6 +19,7 @@ impl Core {
         let mut counters: Vec<(&str, u64)> =
             self.counters.all().into_iter().map(|(name, n)| (name, n.load(Ordering::Relaxed))).collect();
         counters.push(("payload_bytes_held", payload_bytes as u64));
+        counters.extend(self.peers.shared_memory_counters());
         EngineStatus {
             targets: self.slots().into_iter().map(|(id, slot)| slot_status(id, slot)).collect(),
             disks: self.disks.space().into_iter().map(|disk| self.disk_status(disk)).collect(),
@@ -34,17 +36,18 @@ impl Core {
     }
 
     fn connection_states(&self) -> Vec<Connection> {
-        let state = |peer, outgoing, device: Option<String>| Connection {
+        let state = |peer, outgoing, way: Way| Connection {
             peer,
             outgoing,
-            rdma_device: device.unwrap_or_default(),
+            shared_memory: way == Way::SharedMemory,
+            rdma_device: if let Way::Rdma(device) = way { device } else { String::new() },
         };
         let incoming = self.connections.get().map_or_else(Vec::new, |c| c.list());
-        let incoming = incoming.into_iter().map(|(peer, device)| {
+        let incoming = incoming.into_iter().map(|(peer, way)| {
             let role = peer.role.as_str_name().trim_start_matches("ROLE_").to_lowercase();
-            state(format!("{role} {:032x}", u128::from_be_bytes(peer.peer_id)), false, device)
+            state(format!("{role} {:032x}", u128::from_be_bytes(peer.peer_id)), false, way)
         });
-        let outgoing = self.peers.list().into_iter().map(|(addr, device)| state(addr, true, device));
+        let outgoing = self.peers.list().into_iter().map(|(addr, way)| state(addr, true, way));
         incoming.chain(outgoing).collect()
     }
 

@@ -24,6 +24,7 @@ mod wire;
 pub(crate) use link::RdmaLink;
 pub(crate) use nic::{Ready, decode_end};
 
+use crate::shm;
 use counters::Counters;
 use nic::{Nic, choose};
 
@@ -116,6 +117,8 @@ struct Shared {
     nics: parking_lot::Mutex<BTreeMap<(String, u8), Arc<Nic>>>,
     /// What every device that is used has moved.
     counters: BTreeMap<String, Arc<Counters>>,
+    /// Payloads may go by reference, and what did.
+    shared_memory: Option<Arc<shm::Counters>>,
     /// Servers whose RDMA did not work, and since when.
     avoided: parking_lot::Mutex<BTreeMap<String, Instant>>,
 }
@@ -170,9 +173,19 @@ impl Transport {
             settings,
             why_not,
             ports,
+            shared_memory: None,
             nics: parking_lot::Mutex::default(),
             avoided: parking_lot::Mutex::default(),
         })))
+    }
+
+    /// Let payloads to and from processes of this host go through shared memory, unless everything is to go by RDMA. A
+    /// process that has enabled its [`fs3_core::Arena`] sends so, every one receives so. For a new transport, before it
+    /// is cloned.
+    pub fn sharing_memory(mut self) -> Self {
+        let shared = Arc::get_mut(&mut self.0).expect("a transport that nobody else has");
+        shared.shared_memory = (shared.mode != Mode::Rdma).then(Arc::default);
+        self
     }
 
     /// TCP only.
@@ -194,6 +207,21 @@ impl Transport {
     /// docs/rdma.md explains. Clones of a transport are counted together.
     pub fn rdma_counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
         self.0.counters.iter().map(|(device, counters)| (device.clone(), counters.all())).collect()
+    }
+
+    /// What moved by shared memory since the transport was made, as docs/operations.md explains it; empty where none is
+    /// used. Clones of a transport are counted together.
+    pub fn shared_memory_counters(&self) -> Vec<(&'static str, u64)> {
+        self.0.shared_memory.iter().flat_map(|counters| counters.all()).collect()
+    }
+
+    /// Whether this process shares memory with others, or reads theirs.
+    pub fn shares_memory(&self) -> bool {
+        self.0.shared_memory.is_some()
+    }
+
+    pub(crate) fn shared_memory(&self) -> Option<&Arc<shm::Counters>> {
+        self.0.shared_memory.as_ref()
     }
 
     pub(crate) fn mode(&self) -> Mode {
