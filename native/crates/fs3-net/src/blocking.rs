@@ -1,6 +1,7 @@
 //! Threads that block for calls.
 
 use crate::incoming::{Incoming, Reading};
+use crate::spin::Spin;
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -36,6 +37,7 @@ pub struct Waiter {
     parker: Arc<Parker>,
     led: Vec<(Arc<Incoming>, Reading)>,
     fds: Vec<libc::pollfd>,
+    spin: Spin,
 }
 
 impl Waiter {
@@ -44,7 +46,7 @@ impl Waiter {
     /// # Errors
     /// Those of making a descriptor.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { parker: Arc::new(Parker::new()?), led: Vec::new(), fds: Vec::new() })
+        Ok(Self { parker: Arc::new(Parker::new()?), led: Vec::new(), fds: Vec::new(), spin: Spin::default() })
     }
 
     /// Run `future` to its end on this thread, which must not run tasks of `runtime`. Every now and then (`check_every`, or
@@ -101,7 +103,7 @@ impl Waiter {
     fn receive_until_woken(&mut self, until: Instant) -> bool {
         loop {
             self.receive();
-            if self.parker.is_woken() {
+            if self.parker.is_woken() || self.spin() {
                 return true;
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -109,6 +111,20 @@ impl Waiter {
                 return self.parker.is_woken();
             }
         }
+    }
+
+    /// Go on receiving for a moment; whether the thread was woken.
+    fn spin(&mut self) -> bool {
+        if self.led.is_empty() {
+            return false;
+        }
+        let mut spin = std::mem::take(&mut self.spin);
+        let woken = spin.until(|| {
+            self.receive();
+            self.parker.is_woken()
+        });
+        self.spin = spin;
+        woken
     }
 
     fn receive(&mut self) {

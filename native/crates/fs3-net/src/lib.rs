@@ -19,6 +19,7 @@ mod rdma;
 mod server;
 mod shm;
 pub mod sim;
+mod spin;
 mod tcp;
 
 pub use blocking::Waiter;
