@@ -34,16 +34,16 @@ VALUES = 64
 TIMES = 3
 # What a store may keep; all values take a part of it.
 STORE_MIB = 512
+DURABLE_TIMEOUT_S = 30.0
 # What must be reached now, in times the rate of redis by its usual client; the goal is 2.
 RATIO_FLOOR = 0.5
 
 
 class Fs3:
-    """A namespace of the KV cache."""
-
-    name = "fs3"
+    """A namespace of the KV cache, in memory or on disks."""
 
     def __init__(self, cache: fs3.kvcache.KVCache, pids: list[int]) -> None:
+        self.name = "fs3, durable" if cache.namespace.durable else "fs3"
         self.pids = pids
         self._cache = cache
 
@@ -173,7 +173,9 @@ def _stores(stack: ExitStack, cluster: LocalCluster, directory: Path) -> list[St
     """fs3 and its peers, which end with `stack`."""
     fs = stack.enter_context(fs3.connect(cluster.url, token=cluster.token))
     cache = stack.enter_context(fs3.kvcache.open(fs, "/kv", capacity=STORE_MIB * MIB))
-    stores: list[Store] = [Fs3(cache, cluster.pids())]
+    # A put may wait for a disk that is busy with something else.
+    durable = stack.enter_context(fs3.kvcache.open(fs, "/kv-durable", durable=True, timeout=DURABLE_TIMEOUT_S))
+    stores: list[Store] = [Fs3(cache, cluster.pids()), Fs3(durable, cluster.pids())]
     for peer in (kv_peers.redis, kv_peers.memcached):
         try:
             stores += stack.enter_context(peer(STORE_MIB))

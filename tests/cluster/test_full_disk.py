@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fs3
+import fs3.kvcache
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 from fs3.testing.process import wait_until
 from tests.cluster.conftest import MakeCluster
@@ -74,3 +75,23 @@ def test_a_full_disk_is_an_error_and_loses_nothing(small_cluster: LocalCluster, 
             # Space comes back once the collector has been by.
             wait_until(lambda: fits(path / "again", data), timeout_s=30, what="room on the disk")
             assert (path / "again").read_bytes() == data
+
+
+def test_entries_of_the_kv_cache_go_before_a_disk_is_full(small_cluster: LocalCluster) -> None:
+    data = os.urandom(PIECE)
+    with (
+        fs3.connect(small_cluster.url, token=small_cluster.token) as fs,
+        fs3.kvcache.open(fs, "/kv", durable=True, timeout=30) as cache,
+    ):
+        # More than the disk holds.
+        value, count = os.urandom(1 << 20), 2 * DISK_BYTES >> 20
+        assert all(cache.put(f"page-{number}", value) for number in range(count))
+        assert cache.get(f"page-{count - 1}") == value
+        assert cache.get("page-0") is None
+        with fs.open("/file", "wb", buffering=0) as file:
+            for offset in range(0, DISK_BYTES // 2, PIECE):
+                file.pwrite(data, offset)
+        with fs.open("/file", "rb", buffering=0) as file:
+            assert all(file.pread(PIECE, offset) == data for offset in range(0, DISK_BYTES // 2, PIECE))
+        assert cache.stats().evicted_memory > 0
+        assert all(cache.get(key) in (None, value) for key in ("page-0", f"page-{count - 1}"))

@@ -24,6 +24,7 @@ def test_the_benchmark_runs_and_prints_json(tmp_path: Path) -> None:
         assert row["fs3"]["mb_per_s"] > 0
         assert row["fs3"]["p99_us"] >= row["fs3"]["p50_us"] > 0
         assert row["files"]["mb_per_s"] > 0
+        assert row["fs3, durable"]["mb_per_s"] > 0
         # Without root there may be no redis.
         assert ("redis" in row) == (row["ratio"] is not None)
     assert list(tmp_path.iterdir()) == []

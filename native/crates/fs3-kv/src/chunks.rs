@@ -14,6 +14,8 @@ const SWEEPS_PER_TTL: u64 = 16;
 const SWEEP_MS_MIN: u64 = 1000;
 /// Namespaces remembered because they have been removed.
 const ENDED_MAX: usize = 4096;
+/// Namespaces that are known; beyond it those without entries are forgotten.
+const NAMESPACES_MAX: usize = 16_384;
 
 /// An entry: its namespace, and its number there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -115,6 +117,9 @@ impl ChunkIndex {
 
     /// Take over settings, unless newer ones are known.
     pub fn configure(&mut self, settings: Namespace) {
+        if self.spaces.len() >= NAMESPACES_MAX && !self.spaces.contains_key(&settings.id) {
+            self.spaces.retain(|_, space| space.stats.entries > 0);
+        }
         let space = self.spaces.entry(settings.id).or_default();
         if settings.generation >= space.settings.generation {
             space.settings = settings;
@@ -139,18 +144,20 @@ impl ChunkIndex {
         Turn::Go
     }
 
-    /// A put is over. `stored`: what it left; `None`: nothing.
-    pub fn end_put(&mut self, key: ChunkKey, stored: Option<Stored>) {
+    /// A put is over. `stored`: what it left; `None`: nothing. Whether its namespace is beyond its share now.
+    pub fn end_put(&mut self, key: ChunkKey, stored: Option<Stored>) -> bool {
         if let Some(left) = self.putting.get_mut(&key) {
             *left -= 1;
             if *left == 0 {
                 self.putting.remove(&key);
             }
         }
-        let Some(stored) = stored.filter(|_| !self.ended.contains(&key.namespace)) else { return };
+        let Some(stored) = stored.filter(|_| !self.ended.contains(&key.namespace)) else { return false };
         self.take_out(key);
         self.insert(key, stored, stored.put_ms);
-        self.spaces.entry(key.namespace).or_default().stats.puts += 1;
+        let space = self.spaces.entry(key.namespace).or_default();
+        space.stats.puts += 1;
+        space.settings.share_bytes != 0 && space.stats.bytes > space.settings.share_bytes
     }
 
     /// An entry was found on the disk; what is known of it already stays.

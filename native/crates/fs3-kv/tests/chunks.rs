@@ -18,7 +18,7 @@ fn settings(share_bytes: u64, ttl_ms: u64, generation: u64) -> Namespace {
 
 fn put(index: &mut ChunkIndex, number: u32, bytes: u64, now_ms: u64) {
     assert_eq!(index.begin_put(key(number)), Turn::Go);
-    index.end_put(key(number), Some(stored(bytes, now_ms)));
+    _ = index.end_put(key(number), Some(stored(bytes, now_ms)));
 }
 
 #[test]
@@ -112,4 +112,24 @@ fn a_namespace_that_has_ended_takes_no_more_puts() {
     index.end_put(key(2), Some(stored(10, 2)));
     assert!(index.end(7) && index.is_empty() && index.held_bytes() == 0);
     assert_eq!(index.begin_put(key(3)), Turn::Ended);
+}
+
+#[test]
+fn a_put_says_whether_its_namespace_is_beyond_its_share() {
+    let mut index = ChunkIndex::default();
+    index.configure(settings(15, 0, 1));
+    for (number, beyond) in [(1, false), (2, true)] {
+        assert_eq!(index.begin_put(key(number)), Turn::Go);
+        assert_eq!(index.end_put(key(number), Some(stored(10, 1))), beyond);
+    }
+}
+
+#[test]
+fn many_namespaces_without_entries_are_forgotten() {
+    let mut index = ChunkIndex::default();
+    put(&mut index, 1, 10, 1);
+    for id in 100..40_000 {
+        index.configure(Namespace { id, ..settings(1, 0, 1) });
+    }
+    assert!(index.namespaces() < 20_000 && index.bytes(7) == 10);
 }

@@ -13,6 +13,7 @@ pub(crate) struct Job {
     pub durable: bool,
 }
 
+#[derive(Clone)]
 pub(crate) enum Body {
     Write(CheckedBytes),
     Replace {

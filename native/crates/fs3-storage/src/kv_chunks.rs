@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use fs3_chain::{Kind, Origin, Role};
-use fs3_core::{ChunkId, Code, KV_HEADER_BYTES_MAX, KV_SPACE, Result};
+use fs3_chain::{Kind, Origin, Outcome, Role};
+use fs3_core::{ChunkId, Code, Error, KV_HEADER_BYTES_MAX, KV_SPACE, Result};
 use fs3_io::ChunkMeta;
 use fs3_kv::{ChunkIndex, ChunkKey, Stored, Turn};
 use fs3_rt::{Instant, JoinSet};
@@ -25,6 +25,9 @@ const FREE_BYTES_MAX: u64 = 4 << 30;
 /// Entries that one target removes at a time, and takes out of the index in one go.
 const REMOVALS_IN_FLIGHT_MAX: usize = 32;
 const GOING_MAX: usize = 256;
+/// Disk space that is freed at once for somebody who finds none, and how often for one update.
+const ROOM_BYTES: u64 = 64 << 20;
+const ROOM_ROUNDS_MAX: u32 = 4;
 /// How long one removal may take.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a put looks whether the removal of its entry is over.
@@ -39,6 +42,8 @@ const BLOCK_BYTES_MIN: u32 = 64 << 10;
 pub(crate) struct KvChunks {
     index: Mutex<ChunkIndex>,
     evicting: AtomicBool,
+    /// The index has been filled since this target became the head, or is being filled.
+    loaded: AtomicBool,
 }
 
 impl KvChunks {
@@ -65,6 +70,29 @@ fn chunk_of(key: ChunkKey) -> ChunkId {
     ChunkId { space: KV_SPACE, inode: key.namespace, index: key.index }
 }
 
+/// A put that has begun: its entry is not evicted until it is over, also when nobody waits for it any more.
+pub(crate) struct PutTurn {
+    target: Arc<Target>,
+    key: ChunkKey,
+    over: bool,
+}
+
+impl PutTurn {
+    /// It is over. `stored`: what it left; `None`: nothing. Whether the namespace is beyond its share now.
+    pub fn end(mut self, stored: Option<Stored>) -> bool {
+        self.over = true;
+        self.target.kv.with(|index, _| index.end_put(self.key, stored))
+    }
+}
+
+impl Drop for PutTurn {
+    fn drop(&mut self) {
+        if !self.over {
+            self.target.kv.with(|index, _| index.end_put(self.key, None));
+        }
+    }
+}
+
 impl Target {
     /// Whether this is the head of its chain now.
     pub fn is_head(&self) -> bool {
@@ -74,10 +102,11 @@ impl Target {
 
     /// The chain has changed.
     pub fn reroute_kv(self: &Arc<Self>) {
-        if self.is_head() {
-            self.core.spawn(self.clone().load_kv());
-        } else {
+        if !self.is_head() {
+            self.kv.loaded.store(false, Ordering::Release);
             self.kv.with(|index, _| index.clear());
+        } else if !self.kv.loaded.swap(true, Ordering::AcqRel) {
+            self.core.spawn(self.clone().load_kv());
         }
     }
 
@@ -105,12 +134,15 @@ impl Target {
         }
     }
 
-    /// Wait for the turn of a put; `false`: its namespace was removed.
-    pub async fn begin_kv_put(&self, key: ChunkKey, deadline: Instant) -> Result<bool> {
+    /// Wait for the turn of a put.
+    ///
+    /// # Errors
+    /// `NotFound` when the namespace was removed.
+    pub async fn begin_kv_put(self: &Arc<Self>, key: ChunkKey, deadline: Instant) -> Result<PutTurn> {
         loop {
             match self.kv.with(|index, _| index.begin_put(key)) {
-                Turn::Go => return Ok(true),
-                Turn::Ended => return Ok(false),
+                Turn::Go => return Ok(PutTurn { target: self.clone(), key, over: false }),
+                Turn::Ended => return Err(Error::new(Code::NotFound, "the namespace was removed")),
                 Turn::Wait if Instant::now() >= deadline => {
                     return Err(self.error(Code::Timeout, "an old entry is still being removed".into()));
                 }
@@ -165,6 +197,30 @@ impl Target {
             }
             if running.join_next().await.is_none() {
                 return;
+            }
+        }
+    }
+
+    /// An update of a client. While a disk of the chain has no room for it, the longest unused entries of the chain go.
+    pub async fn update_with_room(
+        self: &Arc<Self>,
+        job: impl Fn() -> Job,
+        kind: Kind,
+        chain_version: u64,
+        deadline: Instant,
+    ) -> Result<Outcome> {
+        let mut rounds = 0;
+        loop {
+            match self.update(job(), kind, chain_version, Origin::Client, deadline).await {
+                Err(error) if error.code == Code::NoSpace && rounds < ROOM_ROUNDS_MAX => {
+                    let going = self.kv.with(|index, _| index.make_room(ROOM_BYTES, GOING_MAX));
+                    if going.is_empty() {
+                        return Err(error);
+                    }
+                    self.remove_kv(going).await;
+                    rounds += 1;
+                }
+                done => return done,
             }
         }
     }

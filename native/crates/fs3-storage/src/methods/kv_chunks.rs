@@ -239,12 +239,10 @@ async fn put_one(
     if namespace.share_bytes != 0 && length > namespace.share_bytes {
         return Err(Error::new(Code::NoSpace, "the value is larger than the namespace may be"));
     }
-    if !target.begin_kv_put(key, deadline).await? {
-        return Err(Error::new(Code::NotFound, "the namespace was removed"));
-    }
+    let turn = target.begin_kv_put(key, deadline).await?;
     let writer = Some(writer(client, op.sequence));
-    let job = Job { chunk, chunk_bytes, body: Body::Write(bytes), writer, durable: false };
-    let result = target.update(job, Kind::Write, op.chain_version, Origin::Client, deadline).await;
+    let job = || Job { chunk, chunk_bytes, body: Body::Write(bytes.clone()), writer, durable: false };
+    let result = target.update_with_room(job, Kind::Write, op.chain_version, deadline).await;
     let stored = |chunk_length| Stored { bytes: length, held_bytes: held_bytes(chunk_length), put_ms: wall_ms() };
     let left = match &result {
         Ok(outcome) => Some(stored(outcome.length)),
@@ -252,11 +250,10 @@ async fn put_one(
         Err(error) if error.maybe_applied => Some(stored((header_bytes as u64 + length) as u32)),
         Err(_) => None,
     };
-    target.kv.with(|index, _| {
-        index.configure(namespace);
-        index.end_put(key, left);
-    });
-    target.evict_kv_surplus();
+    target.kv.with(|index, _| index.configure(namespace));
+    if turn.end(left) {
+        target.evict_kv_surplus();
+    }
     result.map(drop)
 }
 
@@ -332,23 +329,33 @@ pub(crate) async fn list(core: &Arc<Core>, message: KvListRequest) -> Result<Res
     let heads = core.heads();
     let (mut entries, mut looked_at) = (Vec::new(), 0);
     while let Some(target) = heads.get(number) {
-        let first = u32::try_from(after).unwrap_or(u32::MAX);
-        let chunks = if after > u64::from(u32::MAX) {
-            Vec::new()
-        } else {
-            target.store.inode_chunks(KV_SPACE, namespace.id, first, u32::MAX)
-        };
-        for (chunk, meta) in chunks.into_iter().filter(|(_, m)| m.committed.as_ref().is_some_and(|v| !v.removed)) {
+        let page = target.store.list(Some(before(namespace.id, after)), LISTED_MAX);
+        let own = page.into_iter().take_while(|(id, _)| (id.space, id.inode) == (KV_SPACE, namespace.id));
+        let mut last = None;
+        for (chunk, meta) in own {
             if entries.len() == limit || looked_at == LISTED_MAX {
                 let next = ((number as u64) << 33) | u64::from(chunk.index);
                 return Ok(Response::new(&KvListResponse { entries, next, end: false }));
             }
-            looked_at += 1;
-            entries.extend(listed(target, namespace, chunk, put_ms(&meta), &message.prefix).await);
+            (looked_at, last) = (looked_at + 1, Some(chunk.index));
+            if meta.committed.as_ref().is_some_and(|v| !v.removed) {
+                entries.extend(listed(target, namespace, chunk, put_ms(&meta), &message.prefix).await);
+            }
         }
-        (number, after) = (number + 1, 0);
+        (number, after) = match last {
+            Some(index) => (number, u64::from(index) + 1),
+            None => (number + 1, 0),
+        };
     }
     Ok(Response::new(&KvListResponse { entries, next: 0, end: true }))
+}
+
+/// The id before that of the chunk `index` of a namespace, which may be one past the last.
+fn before(namespace: u64, index: u64) -> ChunkId {
+    match index.checked_sub(1) {
+        Some(index) => ChunkId { space: KV_SPACE, inode: namespace, index: u32::try_from(index).unwrap_or(u32::MAX) },
+        None => ChunkId { space: KV_SPACE, inode: namespace.saturating_sub(1), index: u32::MAX },
+    }
 }
 
 async fn listed(

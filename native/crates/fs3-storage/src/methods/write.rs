@@ -40,21 +40,17 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
     } else {
         Body::Write(bytes)
     };
-    let job = Job {
-        chunk,
-        chunk_bytes: message.chunk_bytes,
-        body,
-        writer: writer(message.writer.as_ref())?,
-        durable: message.durable,
-    };
-    let origin = match forwarded {
-        true => {
-            Origin::Forward { version: message.update_version, base: message.base_version, replace: message.replace }
-        }
-        false => Origin::Client,
-    };
+    let (chunk_bytes, writer, durable) = (message.chunk_bytes, writer(message.writer.as_ref())?, message.durable);
+    let job = || Job { chunk, chunk_bytes, body: body.clone(), writer, durable };
     let _busy = core.foreground.enter();
-    let outcome = target.update(job, Kind::Write, message.chain_version, origin, request.deadline).await?;
+    let (chain_version, deadline) = (message.chain_version, request.deadline);
+    let outcome = if forwarded {
+        let (version, base) = (message.update_version, message.base_version);
+        let origin = Origin::Forward { version, base, replace: message.replace };
+        target.update(job(), Kind::Write, chain_version, origin, deadline).await?
+    } else {
+        target.update_with_room(job, Kind::Write, chain_version, deadline).await?
+    };
     Ok(answer(core, outcome))
 }
 

@@ -168,7 +168,7 @@ impl Cluster {
         wait_or(&format!("node {node} to be {state:?}"), is, || format!("{:?}", self.status(node)));
     }
 
-    fn call(&self, node: usize, method: Method, body: impl Message, payload: Vec<Region>) -> Result<bytes::Bytes> {
+    pub fn call(&self, node: usize, method: Method, body: impl Message, payload: Vec<Region>) -> Result<bytes::Bytes> {
         let address = self.address(node);
         let call = self.client.call(&address, method, body, payload, Sink::none(), TIMEOUT);
         self.runtime.block_on(call).map(|reply| reply.body)
