@@ -126,7 +126,7 @@ def draw_kv(markdown: str, picture: Path) -> bool:
                 continue
             rate, p50, p99 = found.groups()
             place, time_us = row * (len(stores) + 1) + number, float(p50.replace(",", ""))
-            axes.barh(place, time_us, color=FS3 if store == "fs3" else LIMIT)
+            axes.barh(place, time_us, color=FS3 if store.startswith("fs3") else LIMIT)
             axes.text(time_us, place, f" {store}: {p50} µs, p99 {p99} µs, {rate} MB/s", va="center", fontsize=7)
     axes.set_yticks([row * (len(stores) + 1) + (len(stores) - 1) / 2 for row in range(len(rows))], [r[0] for r in rows])
     axes.invert_yaxis()
