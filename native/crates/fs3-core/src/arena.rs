@@ -61,7 +61,7 @@ impl Arena {
         checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
         let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into();
         let start = map_aligned(&file, bytes, libc::PROT_READ | libc::PROT_WRITE)?;
-        for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+        for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTFORK] {
             // SAFETY: the range was just mapped. What the kernel does not take works without.
             unsafe { libc::madvise(start as *mut c_void, bytes, advice) };
         }
@@ -100,7 +100,7 @@ impl Arena {
     }
 }
 
-/// Map all of a file of `bytes` at an address that is fit for huge pages.
+/// Map all of a file of `bytes` at an address that is fit for huge pages. It is left out of core dumps.
 ///
 /// # Errors
 /// Those of the system.
@@ -130,6 +130,7 @@ pub fn map_aligned(file: &impl AsFd, bytes: usize, protection: i32) -> io::Resul
         if start + bytes < base + reserved {
             libc::munmap((start + bytes) as *mut c_void, base + reserved - start - bytes);
         }
+        libc::madvise(mapped, bytes, libc::MADV_DONTDUMP);
     }
     Ok(start)
 }
