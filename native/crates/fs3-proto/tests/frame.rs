@@ -55,6 +55,25 @@ proptest! {
     }
 
     #[test]
+    fn arbitrary_flags_and_references_never_panic(
+        header in any_header(), flags in any::<u16>(), count in any::<u32>(), wire in prop::collection::vec(any::<u8>(), 0..100)
+    ) {
+        let mut bytes = header.encode();
+        bytes[6..8].copy_from_slice(&flags.to_le_bytes());
+        bytes[32..36].copy_from_slice(&count.to_le_bytes());
+        let crc = fs3_core::crc32c(&bytes[..36]);
+        bytes[36..].copy_from_slice(&crc.to_le_bytes());
+        match Header::parse_by_reference(&bytes) {
+            Ok((back, Some(count))) => prop_assert_eq!(back.encode_by_reference(count), bytes),
+            Ok((back, None)) => prop_assert_eq!(back.encode(), bytes),
+            Err(error) => prop_assert_eq!(error.code, Code::Protocol),
+        }
+        if let Ok(all) = Reference::decode_all(&wire, header.payload_bytes as usize) {
+            prop_assert_eq!(all.iter().map(|one| one.bytes as usize).sum::<usize>(), header.payload_bytes as usize);
+        }
+    }
+
+    #[test]
     fn one_flipped_bit_is_always_noticed(header in any_header(), bit in 0..HEADER_BYTES * 8) {
         let mut bytes = header.encode();
         bytes[bit / 8] ^= 1 << (bit % 8);
