@@ -6,7 +6,7 @@ use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use crate::{CONNECTIONS_MAX, HELLO_TIMEOUT_MS, REQUESTS_IN_FLIGHT_MAX, UNAUTHENTICATED_CONNECTIONS_MAX};
 use bytes::Bytes;
-use fs3_core::{Code, Error, Region, RegionMut, Result};
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result, crc32c};
 use fs3_proto::frame::{BODY_BYTES_MAX, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_to_detail};
 use fs3_proto::v1::{Method, ShareMemoryRequest};
 use fs3_rt::Instant;
@@ -38,6 +38,9 @@ pub struct Request {
     pub body: Bytes,
     /// The payload, in the memory that [`Service::payload_buffer`] gave.
     pub payload: Region,
+    /// CRC32C of each [`CRC_BLOCK_BYTES`] of the payload, little-endian one after another, made while it came. Only for
+    /// [`Service::wants_crcs`], and not by every transport.
+    pub payload_crcs: Option<Vec<u8>>,
 }
 
 /// What a service answers.
@@ -68,6 +71,12 @@ pub trait Service: Send + Sync + 'static {
     /// Memory of exactly `bytes` bytes for an incoming payload, from a pool. `None` refuses the request with
     /// `Busy`; its payload is then read and thrown away. Must not block.
     fn payload_buffer(&self, method: Method, bytes: usize) -> Option<RegionMut>;
+
+    /// Whether checksums of the payload are to be made while it comes.
+    fn wants_crcs(&self, method: Method) -> bool {
+        let _ = method;
+        false
+    }
 
     /// Answer one request. The future is polled once on the receiving task, where it should not compute or
     /// block for more than some tens of microseconds; when it is not ready then, it goes on in a task of its own.
@@ -405,6 +414,31 @@ struct RequestLanding {
     buffer: Option<RegionMut>,
     filled: usize,
     refusal: Option<Error>,
+    crcs: Option<Crcs>,
+}
+
+/// Checksums of a payload that is coming: while the peer still sends, and before the bytes have left the core's cache.
+#[derive(Default)]
+struct Crcs {
+    packed: Vec<u8>,
+    /// Bytes they cover.
+    bytes: usize,
+}
+
+impl Crcs {
+    /// Cover the whole blocks of what came, and at the end the last one whatever its size.
+    fn follow(&mut self, came: &[u8], is_all: bool) {
+        let end = if is_all { came.len() } else { came.len() - came.len() % CRC_BLOCK_BYTES };
+        for block in came[self.bytes.min(end)..end].chunks(CRC_BLOCK_BYTES) {
+            self.packed.extend_from_slice(&crc32c(block).to_le_bytes());
+        }
+        self.bytes = self.bytes.max(end);
+    }
+
+    /// All of them, if they cover a payload of so many bytes.
+    fn of(self, bytes: usize) -> Option<Vec<u8>> {
+        (self.bytes == bytes).then_some(self.packed)
+    }
 }
 
 impl Landing for RequestLanding {
@@ -417,6 +451,9 @@ impl Landing for RequestLanding {
 
     fn advance(&mut self, bytes: usize) {
         self.filled += bytes;
+        if let (Some(crcs), Some(buffer)) = (&mut self.crcs, &self.buffer) {
+            crcs.follow(&buffer[..self.filled], self.filled == buffer.len());
+        }
     }
 
     fn memory(&mut self) -> Option<&mut [u8]> {
@@ -510,7 +547,9 @@ impl<S: Service> Endpoint for Callee<S> {
             Ok(buffer) => (buffer, None),
             Err(error) => (None, Some(error)),
         };
-        Ok(RequestLanding { buffer, filled: 0, refusal })
+        let wanted = Method::try_from(i32::from(header.method)).is_ok_and(|method| self.service.wants_crcs(method));
+        let crcs = (wanted && buffer.is_some()).then(Crcs::default);
+        Ok(RequestLanding { buffer, filled: 0, refusal, crcs })
     }
 
     fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: RequestLanding) {
@@ -526,7 +565,8 @@ impl<S: Service> Endpoint for Callee<S> {
         let wait_ms = if header.deadline_ms == 0 { DEADLINE_MS_DEFAULT } else { header.deadline_ms };
         let deadline = Instant::now() + Duration::from_millis(u64::from(wait_ms));
         let payload = landing.buffer.map_or_else(Region::empty, RegionMut::freeze);
-        let request = Request { peer: self.peer, method, deadline, body, payload };
+        let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(payload.len()));
+        let request = Request { peer: self.peer, method, deadline, body, payload, payload_crcs };
         let callee = self.clone();
         let mut handling = Box::pin(async move { callee.service.handle(request).await });
         // The waker of this first poll is never woken: a future that is pending is polled again by its own task.
@@ -550,5 +590,26 @@ impl<S: Service> Endpoint for Callee<S> {
     fn closed(&self, error: &Error) {
         tracing::debug!("a connection ended: {error}");
         self.shared.links.lock().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fs3_core::{crc_blocks, pack_crcs};
+
+    #[test]
+    fn checksums_made_while_a_payload_comes_are_those_of_its_blocks() {
+        let payload: Vec<u8> = (0..20_000u32).map(|i| (i * 7) as u8).collect();
+        for bytes in [1, 4095, 4096, 4097, 20_000] {
+            for step in [1, 100, 4096, 5000, 20_000] {
+                let mut crcs = Crcs::default();
+                for end in (step..bytes).step_by(step).chain([bytes]) {
+                    crcs.follow(&payload[..end], end == bytes);
+                }
+                assert_eq!(crcs.of(bytes), Some(pack_crcs(&crc_blocks(0, &payload[..bytes]))), "{bytes} by {step}");
+            }
+        }
+        assert_eq!(Crcs::default().of(1), None);
     }
 }

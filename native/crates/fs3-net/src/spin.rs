@@ -3,8 +3,9 @@
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-/// How long to try: about as long as it takes, on a virtual machine, that a thread is put to sleep and woken.
-const SPAN: Duration = Duration::from_micros(50);
+/// How long to try: within this comes what a service answers from memory, also when a sleeping thread of it has to be
+/// woken, which takes a virtual machine some tens of microseconds.
+const SPAN: Duration = Duration::from_micros(100);
 /// Failures in a row after which trying is given up for a while. One more puts it off again.
 const FAILURES_MAX: u32 = 3;
 /// Waits that go without trying then.

@@ -20,6 +20,10 @@ impl Service for StorageService {
         }
     }
 
+    fn wants_crcs(&self, method: Method) -> bool {
+        method == Method::StorageKvPut
+    }
+
     async fn handle(&self, request: Request) -> Result<Response> {
         let core = &self.0;
         match request.method {
