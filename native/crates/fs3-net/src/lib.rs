@@ -5,9 +5,10 @@
 //! memory; TCP is the transport of processes, with RDMA or shared memory (`shm`) for the payload where both ends have
 //! it; `sim` is that of simulated ones.
 //!
-//! Everything runs on the tokio runtime in which it was created, and can be called from any thread; calls made by
-//! tasks of that runtime are fastest. Measured (`examples/netbench.rs`): large payloads want several connections and a
-//! runtime with as many workers as cores; many small calls want a current-thread runtime per core.
+//! Everything runs on the tokio runtime in which it was created, and can be called from any thread: by tasks, or by
+//! threads that block with a [`Waiter`] and receive their answers themselves. Measured (`examples/netbench.rs`): large
+//! payloads want several connections and a runtime with as many workers as cores; many small calls want a current-thread
+//! runtime per core.
 
 mod blocking;
 mod client;
