@@ -20,11 +20,11 @@ def test_the_benchmark_runs_and_prints_json(tmp_path: Path) -> None:
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     assert set(found) == {f"{work} {kind}" for work in ("put", "get") for kind in ("1 MiB", "64 KiB", "16 of 64 KiB")}
-    for row in found.values():
+    for work, row in found.items():
         assert row["fs3"]["mb_per_s"] > 0
         assert row["fs3"]["p99_us"] >= row["fs3"]["p50_us"] > 0
         assert row["files"]["mb_per_s"] > 0
-        assert row["fs3, durable"]["mb_per_s"] > 0
+        assert ("fs3, durable" in row) == work.endswith("1 MiB")
         # Without root there may be no redis.
         assert ("redis" in row) == (row["ratio"] is not None)
     assert list(tmp_path.iterdir()) == []
