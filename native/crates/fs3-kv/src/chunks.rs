@@ -91,13 +91,16 @@ pub struct ChunkIndex {
     putting: HashMap<ChunkKey, u32>,
     leaving: HashSet<ChunkKey>,
     ended: HashSet<u64>,
+    /// What was counted in namespaces that are not known any more.
+    past: NamespaceStats,
 }
 
 impl ChunkIndex {
     /// Forget everything: somebody else is the head now.
     pub fn clear(&mut self) {
+        let past = NamespaceStats { entries: 0, bytes: 0, ..self.sums() };
         let (putting, leaving) = (std::mem::take(&mut self.putting), std::mem::take(&mut self.leaving));
-        *self = Self { putting, leaving, ended: std::mem::take(&mut self.ended), ..Self::default() };
+        *self = Self { putting, leaving, ended: std::mem::take(&mut self.ended), past, ..Self::default() };
     }
 
     /// Whether there is nothing to look after.
@@ -118,7 +121,14 @@ impl ChunkIndex {
     /// Take over settings, unless newer ones are known.
     pub fn configure(&mut self, settings: Namespace) {
         if self.spaces.len() >= NAMESPACES_MAX && !self.spaces.contains_key(&settings.id) {
-            self.spaces.retain(|_, space| space.stats.entries > 0);
+            let past = &mut self.past;
+            self.spaces.retain(|_, space| {
+                let stays = space.stats.entries > 0;
+                if !stays {
+                    past.add(&space.stats);
+                }
+                stays
+            });
         }
         let space = self.spaces.entry(settings.id).or_default();
         if settings.generation >= space.settings.generation {
@@ -207,6 +217,7 @@ impl ChunkIndex {
         }
         self.ended.insert(namespace);
         if let Some(space) = self.spaces.remove(&namespace) {
+            self.past.add(&NamespaceStats { entries: 0, bytes: 0, ..space.stats });
             for item in space.items.values() {
                 self.order.remove(&item.used);
                 self.held_bytes -= item.stored.held_bytes;
@@ -276,9 +287,9 @@ impl ChunkIndex {
         self.spaces.get(&namespace).map(|space| space.stats).unwrap_or_default()
     }
 
-    /// Counters of all.
+    /// Counters of all, also of namespaces that are gone.
     pub fn sums(&self) -> NamespaceStats {
-        let mut sums = NamespaceStats::default();
+        let mut sums = self.past;
         self.spaces.values().for_each(|space| sums.add(&space.stats));
         sums
     }

@@ -111,6 +111,9 @@ fn a_namespace_that_has_ended_takes_no_more_puts() {
     assert!(!index.end(7));
     index.end_put(key(2), Some(stored(10, 2)));
     assert!(index.end(7) && index.is_empty() && index.held_bytes() == 0);
+    assert_eq!((index.sums().puts, index.sums().entries, index.stats(7).puts), (1, 0, 0));
+    index.clear();
+    assert_eq!(index.sums().puts, 1);
     assert_eq!(index.begin_put(key(3)), Turn::Ended);
 }
 

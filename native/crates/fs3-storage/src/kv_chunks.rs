@@ -254,11 +254,13 @@ impl Core {
     /// Counters for the status.
     pub fn kv_chunk_counters(&self) -> Vec<(String, u64)> {
         let (mut sums, mut held) = (fs3_kv::NamespaceStats::default(), 0);
-        for target in self.heads() {
-            target.kv.with(|index, _| {
-                sums.add(&index.sums());
-                held += index.held_bytes();
-            });
+        for slot in self.slots().into_values() {
+            if let Slot::Open(target) = slot {
+                target.kv.with(|index, _| {
+                    sums.add(&index.sums());
+                    held += index.held_bytes();
+                });
+            }
         }
         let named = sums.all().into_iter().filter(|(name, _)| !matches!(*name, "collisions" | "lost"));
         let named = named.map(|(name, n)| {
