@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fs3 import native
 from fs3.client import FileSystem
 from fs3.core.errors import error
 from fs3.data.index import FIELD, MISSING, Index, wrong
@@ -67,6 +68,9 @@ class Ranges:
     """Where the samples of a batch are, an entry for each: file, first byte, length, checksum (None: there is none)."""
 
     paths: list[str]
+    """Files."""
+    files: NDArray[np.uint64]
+    """Which of them, by number."""
     starts: NDArray[np.uint64]
     lengths: NDArray[np.uint64]
     crcs: NDArray[np.uint32] | None
@@ -217,6 +221,10 @@ class SpanDataset(Dataset):
         """(name, offset in the sample, length) of its fields; None when it is one piece."""
         return None
 
+    def _has_fields(self, shard: int) -> bool:
+        """Whether the samples of a shard have fields."""
+        return False
+
     def key(self, index: int) -> str:
         """The name of a sample: that of its file, or the key it was written with. Raises LookupError."""
         shards, rows = self._locate([index])
@@ -230,39 +238,53 @@ class SpanDataset(Dataset):
         shards, rows = self._locate(indices)
         ranges = self._ranges(shards, rows)
         # Whole blocks, each sample in a slot of its own.
-        first = ranges.starts // BLOCK_BYTES * BLOCK_BYTES
-        ends = (ranges.starts + ranges.lengths + (BLOCK_BYTES - 1)) // BLOCK_BYTES * BLOCK_BYTES
-        slots = np.concatenate([[0], np.cumsum(ends - first)]).astype(np.int64)
-        memory = self._memory(int(slots[-1]))
-        view, borders = memoryview(memory), slots.tolist()  # type: ignore[arg-type]
-        offsets = first.tolist()
-        counts = self._store.read(
-            [(path, offsets[n], view[borders[n] : borders[n + 1]]) for n, path in enumerate(ranges.paths)]
-        )
-        begins = (slots[:-1] + (ranges.starts - first).astype(np.int64)).tolist()
+        skips = ranges.starts % BLOCK_BYTES
+        sizes = (skips + ranges.lengths + (BLOCK_BYTES - 1)) // BLOCK_BYTES * BLOCK_BYTES
+        slots = np.cumsum(sizes) - sizes
+        memory = self._memory(int(sizes.sum()))
+        nothing = np.zeros(len(rows), np.uint64)
+        # The client compares checksums of its own kind while it reads.
+        summed = self._verify and ranges.crcs is not None and ranges.checksum is native.crc32c
+        sums = (ranges.lengths, ranges.crcs) if summed else (nothing, nothing)
+        spans = np.stack([ranges.files, ranges.starts - skips, slots, sizes, skips, *sums], axis=1, dtype=np.uint64)
+        begins = (slots + skips).tolist()
         places = list(zip(begins, ranges.lengths.tolist(), strict=True))
-        self._check(ranges, rows, counts, offsets, places, view)
+        counts = self._store.read_spans(ranges.paths, spans, memory)
+        self._check(ranges, rows, counts, skips)
+        if self._verify and not summed:
+            self._compare(ranges, rows, places, memory)
+        if self._is_plain(shards):
+            return Batch([memory[begin : begin + length] for begin, length in places], memory, places)
         samples = [self._sample(int(s), int(r), memory, *p) for s, r, p in zip(shards, rows, places, strict=True)]
         return Batch(samples, memory, places)
 
+    def _is_plain(self, shards: NDArray[np.int64]) -> bool:
+        """Whether samples of these shards are what was read, as arrays."""
+        if self._format != "numpy" or self._with_keys or self._decode is not None:
+            return False
+        return not any(self._has_fields(shard) for shard in np.unique(shards).tolist())
+
     def _check(
-        self,
-        ranges: Ranges,
-        rows: NDArray[np.int64],
-        counts: list[int],
-        offsets: list[int],
-        places: list[tuple[int, int]],
-        view: memoryview,
+        self, ranges: Ranges, rows: NDArray[np.int64], counts: list[int | None], skips: NDArray[np.uint64]
     ) -> None:
-        for n, (start, length) in enumerate(zip(ranges.starts.tolist(), ranges.lengths.tolist(), strict=True)):
-            if offsets[n] + counts[n] < start + length and length:
-                raise short(ranges.paths[n], start + length)
-        if not self._verify or ranges.crcs is None:
+        if None in counts:
+            raise self._damaged(ranges, rows, counts.index(None))
+        missing = (np.array(counts, np.uint64) < skips + ranges.lengths) & (ranges.lengths > 0)
+        if missing.any():
+            n = int(missing.argmax())
+            raise short(ranges.paths[int(ranges.files[n])], int(ranges.starts[n] + ranges.lengths[n]))
+
+    def _compare(self, ranges: Ranges, rows: NDArray[np.int64], places: list[tuple[int, int]], memory: Bytes) -> None:
+        if ranges.crcs is None:
             return
+        view = memoryview(memory)  # type: ignore[arg-type]
         for n, (expected, (begin, length)) in enumerate(zip(ranges.crcs.tolist(), places, strict=True)):
             if ranges.checksum(view[begin : begin + length]) != expected:
-                why = f"record {rows[n]} is damaged: it is not what its checksum says"
-                raise wrong(ranges.paths[n], why, Code.CODE_CHECKSUM_MISMATCH)
+                raise self._damaged(ranges, rows, n)
+
+    def _damaged(self, ranges: Ranges, rows: NDArray[np.int64], n: int) -> OSError:
+        why = f"record {rows[n]} is damaged: it is not what its checksum says"
+        return wrong(ranges.paths[int(ranges.files[n])], why, Code.CODE_CHECKSUM_MISMATCH)
 
     def _memory(self, size: int) -> Bytes:
         """Memory for a batch: the thread's buffer, or some of its own."""
@@ -357,13 +379,17 @@ class IndexedDataset(SpanDataset):
             if crcs is not None and index.crcs is not None:
                 crcs[here] = index.crcs[rows[here]]
         checksum = indexes[0].checksum if indexes else len
-        return Ranges([self._paths[s] for s in shards.tolist()], starts, lengths, crcs, checksum)
+        files = np.searchsorted(involved, shards).astype(np.uint64)
+        return Ranges([self._paths[shard] for shard in involved], files, starts, lengths, crcs, checksum)
 
     def _key(self, shard: int, row: int) -> str:
         keys = self.index(shard).keys
         if keys is None:
             raise LookupError(f"the records of {self._paths[shard]} were written without keys")
         return keys[row]
+
+    def _has_fields(self, shard: int) -> bool:
+        return self._indexes[shard].places is not None
 
     def _fields(self, shard: int, row: int) -> list[tuple[str, int, int]] | None:
         index = self._indexes[shard]

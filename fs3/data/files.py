@@ -61,7 +61,8 @@ class FileDataset(SpanDataset):
         before = np.concatenate([[0], self._ends[:-1]])
         numbers = rows + before[shards]
         paths = [self._names[number] for number in numbers.tolist()]
-        return Ranges(paths, np.zeros(len(rows), np.uint64), self._sizes[numbers], None, len)
+        files = np.arange(len(rows), dtype=np.uint64)
+        return Ranges(paths, files, np.zeros(len(rows), np.uint64), self._sizes[numbers], None, len)
 
     def _key(self, shard: int, row: int) -> str:
         path, root = self._names[self._number(shard, row)], self._paths[shard]

@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 import fs3
 from fs3 import native
 from fs3.client import FileSystem
@@ -28,6 +31,9 @@ LOCAL_FILES_MAX = 128
 
 H = TypeVar("H")
 Read = tuple[str, int, memoryview]
+# A row for each: the number of its file, first byte, place in the memory, length; the part that has a checksum, from
+# the first byte on, and its length (0: none has), the CRC-32C. Places rise and do not overlap.
+Spans = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,13 @@ class Store(Protocol):
     def read(self, ranges: Sequence[Read]) -> list[int]:
         """Fill (path, offset, memory) each, all at once; the counts, short at the end of a file.
 
+        Raises the first error.
+        """
+
+    def read_spans(self, paths: Sequence[str], spans: Spans, memory: NDArray[np.uint8]) -> list[int | None]:
+        """Fill memory with spans of files, all at once.
+
+        Returns the counts, short at the end of a file, and None where the bytes are not what their checksum says.
         Raises the first error.
         """
 
@@ -128,6 +141,18 @@ class ClusterStore:
         counts = self.fs.client.read_many([(files[path], offset, memory) for path, offset, memory in ranges]).wait()
         for (path, _, _), count in zip(ranges, counts, strict=True):
             if isinstance(count, OSError):
+                self._drop(path)
+                name_paths(count, path)
+                raise count
+        return counts  # type: ignore[return-value]
+
+    def read_spans(self, paths: Sequence[str], spans: Spans, memory: NDArray[np.uint8]) -> list[int | None]:
+        """Fill memory with spans of files, in one submission."""
+        files = self._files(paths)
+        counts = self.fs.client.read_spans([files[path] for path in paths], spans, memory).wait()  # type: ignore[arg-type]
+        for number, count in enumerate(counts):
+            if isinstance(count, OSError):
+                path = paths[int(spans[number, 0])]
                 self._drop(path)
                 name_paths(count, path)
                 raise count
@@ -262,6 +287,15 @@ class LocalStore:
             # Some thread of the parent may have held the lock when this process was forked.
             self._turn, self._pid = threading.Lock(), os.getpid()
         return [self._read(*one) for one in ranges]
+
+    def read_spans(self, paths: Sequence[str], spans: Spans, memory: NDArray[np.uint8]) -> list[int | None]:
+        """Fill memory with spans of files, one after the other."""
+        view, counts = memoryview(memory), []  # type: ignore[arg-type]
+        reads = [(paths[number], at, view[place : place + size]) for number, at, place, size, *_ in spans.tolist()]
+        for (_, _, part), count, (*_, skip, summed, crc) in zip(reads, self.read(reads), spans.tolist(), strict=True):
+            whole = summed and skip + summed <= count
+            counts.append(None if whole and native.crc32c(part[skip : skip + summed]) != crc else count)
+        return counts
 
     def _read(self, path: str, offset: int, memory: memoryview) -> int:
         with self._turn:

@@ -97,6 +97,9 @@ class TarDataset(IndexedDataset):
         self.load_indexes()
         return tuple(dict.fromkeys(name for n in range(len(self._paths)) for name in self._indexes[n].fields))
 
+    def _has_fields(self, shard: int) -> bool:
+        return True
+
     def _fields(self, shard: int, row: int) -> list[tuple[str, int, int]] | None:
         index = self._indexes[shard]
         return super()._fields(shard, row) or [(index.fields[0], 0, int(index.lengths[row]))]

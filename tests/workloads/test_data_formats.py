@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -72,3 +73,15 @@ def test_an_index_is_left_beside_a_shard_on_the_cluster(fs: FileSystem, tmp_path
         with TarDataset("/indexed", fs=fs, save_index=True) as dataset:
             assert bytes(dataset[13]["bin"]) == b"\x0d" * 100_000
         assert fs.listdir("/indexed") == ["a.tar", "a.tar.fs3i"]
+
+
+def test_spans_that_do_not_fit_are_refused(fs: FileSystem) -> None:
+    with fs.open("/spans", "w+b", buffering=0) as file:
+        file.write(b"0123456789")
+        whole = (0, 0, 0, 10, 0, 0, 0)
+        for spans in [(1, 0, 0, 4, 0, 0, 0)], [whole, whole], [(0, 0, 7, 4, 0, 0, 0)], [(0, 0, 0, 4, 2, 3, 0)]:
+            with pytest.raises(ValueError, match="spans do not fit"):
+                fs.client.read_spans([file.native], np.array(spans, np.uint64), bytearray(10))
+        memory = bytearray(10)
+        assert fs.client.read_spans([file.native], np.array([whole], np.uint64), memory).wait() == [10]
+        assert memory == b"0123456789"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fs3 import native
 from fs3.data.store import LocalStore, expand, locate, matching, present, published
 
 
@@ -66,4 +68,17 @@ def test_a_file_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["a"]
+    store.close()
+
+
+def test_spans_are_compared_with_their_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"-first--second-third")
+    sums = [native.crc32c(part) for part in (b"first", b"SECOND", b"third")]
+    rows = [(0, 0, 0, 8, 1, 5, sums[0]), (0, 8, 8, 6, 0, 6, sums[1]), (0, 15, 16, 8, 0, 5, sums[2])]
+    unsummed, beyond = (0, 8, 24, 4, 0, 0, 0), (0, 15, 28, 8, 0, 8, 1)
+    store, memory = LocalStore(), np.zeros(36, np.uint8)
+    spans = np.array([*rows, unsummed, beyond], np.uint64)
+    assert store.read_spans([str(path)], spans, memory) == [8, None, 5, 4, 5]
+    assert bytes(memory[:21]) == b"-first--second" + bytes(2) + b"third"
     store.close()

@@ -22,8 +22,8 @@ use crate::routing::check_layout;
 use crate::types::is_special;
 use crate::wire::Wire;
 use crate::{
-    ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp,
-    accesses, holds, trace,
+    ClientConfig, CreateOptions, OpenFile, OpenOptions, ReadOp, ReadSum, ReplicaListing, Setattr, SetxattrMode, Stats,
+    WriteOp, accesses, holds, trace,
 };
 
 /// How long the end of a client waits for the service to take what nobody depends on.
@@ -528,6 +528,12 @@ impl Client {
     /// Many reads at once, batched per node; results in the order asked, each as [`OpenFile::read`].
     pub async fn read_many(&self, ops: Vec<ReadOp>) -> Vec<(Result<usize>, RegionMut)> {
         crate::read::read_many(self.inner(), ops).await
+    }
+
+    /// Like [`Client::read_many`], and compares checksums of the caller's own where there are any; `None`: the bytes are
+    /// not what theirs says.
+    pub async fn read_checked(&self, ops: Vec<(ReadOp, Option<ReadSum>)>) -> Vec<(Result<Option<usize>>, RegionMut)> {
+        crate::checked::read_checked(self.inner(), ops).await
     }
 
     /// Many writes at once, on their way together; results in the order asked, each as [`OpenFile::write`]. Writes to

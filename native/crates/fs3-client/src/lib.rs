@@ -6,6 +6,7 @@ mod attempt;
 mod audit;
 mod backoff;
 mod channels;
+mod checked;
 mod client;
 mod config;
 mod file;
@@ -44,6 +45,6 @@ pub use inode::content_version;
 pub use kv::{KvCache, KvCalls, KvEntry, KvGot, KvKeep, KvLatency, KvPage, KvSettings, KvSpace};
 pub use locks::{Granted, KeptAlive};
 pub use types::{
-    CreateOptions, OpenOptions, ReadOp, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp, at_child, at_inode,
-    at_path,
+    CreateOptions, OpenOptions, ReadOp, ReadSum, ReplicaListing, Setattr, SetxattrMode, Stats, WriteOp, at_child,
+    at_inode, at_path,
 };

@@ -105,6 +105,15 @@ pub struct ReadOp {
     pub buf: RegionMut,
 }
 
+/// The CRC-32C of a part of what is read.
+#[derive(Clone, Debug)]
+pub struct ReadSum {
+    /// The part, in bytes from the first one asked for.
+    pub range: std::ops::Range<usize>,
+    /// What it is to be.
+    pub crc: u32,
+}
+
 /// One write of [`crate::Client::write_many`].
 pub struct WriteOp {
     /// The file, open for writing.

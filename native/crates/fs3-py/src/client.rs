@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use fs3_client::trace::{Outcome, Shown};
 use fs3_client::{
-    Caller, ClientConfig, CreateOptions, FileType, Method, OpenOptions, PathAt, ReadOp, Region, RegionMut, Result,
-    Setattr, SetxattrMode, WriteOp,
+    Caller, ClientConfig, CreateOptions, FileType, Method, OpenFile, OpenOptions, PathAt, ReadOp, ReadSum, Region,
+    RegionMut, Result, Setattr, SetxattrMode, WriteOp,
 };
 use prost::Message;
+use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
@@ -504,6 +505,42 @@ impl Client {
         }))
     }
 
+    /// Many ranges into one writable, contiguous buffer, with checksums of the caller's own. `spans` is a contiguous
+    /// buffer of native u64, seven for each: the number of its file among `files`, offset, where it goes in the buffer, length;
+    /// the part with a checksum, from the first byte on, and its length (0: it has none), the CRC-32C. Places must rise and
+    /// not overlap. Each result is the count, None when the bytes are not what their checksum says, or the error.
+    fn read_spans(
+        &self,
+        files: Vec<Bound<'_, File>>,
+        spans: &Bound<'_, PyAny>,
+        buffer: &Bound<'_, PyAny>,
+    ) -> PyResult<Operation> {
+        let client = self.native()?;
+        let spans = PyBuffer::<u64>::get(spans)?.to_vec(buffer.py())?;
+        let opened = files.iter().map(|file| file.get().open_file()).collect::<PyResult<Vec<_>>>()?;
+        let shown = trace::on_ranges("read_many", || {
+            let numbers = spans.chunks_exact(SPAN_FIELDS).filter(|span| (span[0] as usize) < opened.len());
+            let range = |span: &[u64]| {
+                let number = span[0] as usize;
+                (opened[number].clone(), files[number].get().path(), span[1])
+            };
+            numbers.map(range).collect()
+        });
+        let ops = span_ops(&opened, &spans, writable(buffer)?)
+            .ok_or_else(|| PyValueError::new_err("the spans do not fit each other, the files or the buffer"))?;
+        let work = async move { client.read_checked(ops).await };
+        let work = shown.run(work, |results| {
+            let counts: Vec<_> =
+                results.iter().map(|(result, _)| result.clone().map(Option::unwrap_or_default)).collect();
+            Outcome::summed(&counts)
+        });
+        Ok(Operation::with(work, |py, results: Vec<(Result<Option<usize>>, RegionMut)>| {
+            listed(py, results.into_iter().map(|(result, _region)| result), |count| {
+                Ok(count.into_pyobject(py)?.into_any().unbind())
+            })
+        }))
+    }
+
     /// Many writes at once: (file, offset, contiguous buffer) each. Each result is the count or the error.
     fn write_many(&self, ops: Vec<(Bound<'_, File>, u64, Bound<'_, PyAny>)>) -> PyResult<Operation> {
         let client = self.native()?;
@@ -530,6 +567,31 @@ impl Client {
             listings.into_iter().map(replica).collect::<PyResult<Vec<_>>>()
         }))
     }
+}
+
+/// Numbers of one span of [`Client::read_spans`].
+const SPAN_FIELDS: usize = 7;
+
+/// The reads that spans describe; `None` when they make no sense.
+fn span_ops(files: &[Arc<OpenFile>], spans: &[u64], buffer: RegionMut) -> Option<Vec<(ReadOp, Option<ReadSum>)>> {
+    if !spans.len().is_multiple_of(SPAN_FIELDS) {
+        return None;
+    }
+    let (mut rest, mut at, mut ops) = (buffer, 0, Vec::with_capacity(spans.len() / SPAN_FIELDS));
+    for span in spans.chunks_exact(SPAN_FIELDS) {
+        let &[file, offset, place, length, skip, summed, crc] = span else { return None };
+        let (place, length) = (usize::try_from(place).ok()?, usize::try_from(length).ok()?);
+        let gap = place.checked_sub(at)?;
+        if gap.checked_add(length)? > rest.len() || skip.checked_add(summed)? > length as u64 {
+            return None;
+        }
+        let (buf, behind) = rest.split_at(gap).1.split_at(length);
+        (rest, at) = (behind, place + length);
+        let range = skip as usize..(skip + summed) as usize;
+        let sum = (summed > 0).then_some(ReadSum { range, crc: u32::try_from(crc).ok()? });
+        ops.push((ReadOp { file: files.get(usize::try_from(file).ok()?)?.clone(), offset, buf }, sum));
+    }
+    Some(ops)
 }
 
 /// What a trace shows of a batch.
