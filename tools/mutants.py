@@ -38,6 +38,8 @@ CHILD = ROOT / "tools" / "mutant_child.py"
 CLEAN = "(none)"
 # CPU seconds that a mutant may live, and that the unmutated code runs with every oracle.
 BUDGET_S = 40.0
+# How many budgets a mutant has to outlive: a slow machine tries fewer seeds in one.
+SURVIVAL = 4
 # A seed that takes more CPU seconds does not end any more; the second limit is of real time, for one that waits.
 SEED_CPU_S_MAX = 30
 SEED_S_MAX = 900.0
@@ -424,7 +426,7 @@ def run(chosen: list[Mutant], scratch: Scratch, budget_s: float, jobs: int, *, c
     # Where the mutants say what to run, it is run without each of them anyway.
     names = sorted({m.oracle for m in chosen if ORACLES[m.oracle].options != "*"})
     tasks = [(None, name, budget_s) for name in names] if clean else []
-    tasks += [(m, m.oracle, budget_s) for m in chosen]  # type: ignore[misc]
+    tasks += [(m, m.oracle, SURVIVAL * budget_s) for m in chosen]  # type: ignore[misc]
     outcomes = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(attempt, m, ORACLES[name], scratch, budget) for m, name, budget in tasks]
