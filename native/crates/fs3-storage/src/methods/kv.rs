@@ -199,19 +199,22 @@ pub(crate) async fn remove(core: &Arc<Core>, request: &Request) -> Result<Respon
     let writer = writer_of(request);
     let mut response = KvRemoveResponse { results: Vec::with_capacity(message.ops.len()), ..Default::default() };
     for op in &message.ops {
-        response.results.push(match remove_one(core, message.namespace, op, writer) {
-            Ok(total) => KvRemoveResult {
-                removed: total.is_some(),
-                total: total.unwrap_or_default(),
-                ..KvRemoveResult::default()
-            },
-            Err(error) => {
-                KvRemoveResult { code: error.code as u32, message: error.to_string(), ..KvRemoveResult::default() }
-            }
-        });
+        response.results.push(removed(remove_one(core, message.namespace, op, writer)));
     }
     response.routing_version = core.routing().version;
     Ok(Response::new(&response))
+}
+
+/// What a client is told of one removal, which found the value of so many bytes or nothing.
+pub(super) fn removed(done: Result<Option<u64>>) -> KvRemoveResult {
+    match done {
+        Ok(total) => {
+            KvRemoveResult { removed: total.is_some(), total: total.unwrap_or_default(), ..KvRemoveResult::default() }
+        }
+        Err(error) => {
+            KvRemoveResult { code: error.code as u32, message: error.to_string(), ..KvRemoveResult::default() }
+        }
+    }
 }
 
 fn remove_one(core: &Core, namespace: u64, op: &KvRemoveOp, writer: u64) -> Result<Option<u64>> {

@@ -14,11 +14,11 @@ use fs3_net::{Request, Response};
 use fs3_proto::v1::{
     KvEvictRequest, KvEvictResponse, KvGetOp, KvGetRequest, KvGetResponse, KvGetResult, KvListEntry, KvListRequest,
     KvListResponse, KvNamespace, KvPutOp, KvPutRequest, KvPutResponse, KvPutResult, KvRemoveOp, KvRemoveRequest,
-    KvRemoveResponse, KvRemoveResult, KvStatRequest, KvStatResponse,
+    KvRemoveResponse, KvStatRequest, KvStatResponse,
 };
 use fs3_rt::Instant;
 
-use super::kv::settings;
+use super::kv::{removed, settings};
 use super::read::read_range;
 use super::write::check_chunk_bytes;
 use crate::content::{Body, Job};
@@ -267,25 +267,12 @@ pub(crate) async fn remove(core: &Arc<Core>, request: &Request, message: KvRemov
     check_count(message.ops.len())?;
     let namespace = settings(message.durable.as_ref())?;
     let (client, deadline) = (ClientId(request.peer.peer_id), request.deadline);
-    let removed = each(message.ops, |op| {
+    let done = each(message.ops, |op| {
         let core = core.clone();
         async move { remove_one(&core, namespace, &op, client, deadline).await }
     });
-    let mut response = KvRemoveResponse::default();
-    for removed in removed.await {
-        response.results.push(match removed {
-            Ok(total) => KvRemoveResult {
-                removed: total.is_some(),
-                total: total.unwrap_or_default(),
-                ..KvRemoveResult::default()
-            },
-            Err(error) => {
-                KvRemoveResult { code: error.code as u32, message: error.to_string(), ..KvRemoveResult::default() }
-            }
-        });
-    }
-    response.routing_version = core.routing().version;
-    Ok(Response::new(&response))
+    let results = done.await.into_iter().map(removed).collect();
+    Ok(Response::new(&KvRemoveResponse { results, routing_version: core.routing().version }))
 }
 
 async fn remove_one(
