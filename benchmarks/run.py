@@ -196,7 +196,7 @@ def measure_mount(cluster: LocalCluster, mountpoint: Path, daemon: int, work: Wo
         Row("random 4 KiB reads, direct, mount", measure.middle(scattered), "passthrough_random_read", 0.3),
     ]
     # Jobs with directories of their own beside the same at the peer; in one directory, the rate alone.
-    for jobs, shared, floor in ((1, False, 0.15), (8, False, 0.15), (8, True, 700.0)):
+    for jobs, shared, floor in ((1, False, 0.05), (8, False, 0.11), (8, True, 700.0)):
         word = "1 job" if jobs == 1 else f"{jobs} jobs in one directory" if shared else f"{jobs} jobs"
         say(f"small files through the mount, {word}")
         home = mountpoint / "small"
