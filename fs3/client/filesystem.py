@@ -50,8 +50,8 @@ def connect(url: str | None = None, token: str | None = None, **options: Any) ->
     FS3_TOKEN_FILE. Options: ``cluster_id`` (refuse any other), ``uid``, ``gid``, ``groups``, ``umask`` (default: this
     process'), ``timeout_s`` (30; how long one operation may take in all), ``transport`` ("auto": storage by RDMA where
     both ends have it, "tcp", "rdma"), ``rdma`` (an :class:`fs3.RdmaOptions`: how RDMA is used),
-    ``shared_memory`` (True: data of storage services on this host comes through memory shared with them), ``noatime``
-    (reading never changes access times), ``description``, and the limits of ``native.Client.connect``.
+    ``shared_memory`` (True: data from and to storage services on this host goes through memory shared with them),
+    ``noatime`` (reading never changes access times), ``description``, and the limits of ``native.Client.connect``.
 
     Raises Denied for a bad token, INVALID_ARGUMENT for a bad URL, UNAVAILABLE or TimedOut when no meta service answers.
     """

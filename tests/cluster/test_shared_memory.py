@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def test_what_a_client_reads_and_a_chain_forwards_goes_by_reference(shared_clust
         assert read(fs, "/native") == DATA
         stats = fs.stats()
         assert stats["shared_memory_received_bytes"] >= SIZE
-        # Memory of the program itself is never shared.
-        assert stats["shared_memory_sent_bytes"] == 0
+        # Memory of the program itself is never shared: what it writes is copied to such as is.
+        assert stats["shared_memory_sent_bytes"] == stats["shared_memory_staged_bytes"] >= SIZE
         connections = [c for node in storage(shared_cluster) for c in node["connections"]]
         assert {c["transport"] for c in connections if c["outgoing"]} == {"shared memory"}
         assert ("client", "shared memory") in {(c["peer"].split()[0], c["transport"]) for c in connections}
@@ -59,6 +60,38 @@ def test_what_a_client_reads_and_a_chain_forwards_goes_by_reference(shared_clust
     # Two of three replicas get what is written from another storage service.
     assert after["shared_memory_received_bytes"] >= 2 * SIZE
     assert after["shared_memory_sent_bytes"] >= 3 * SIZE
+
+
+def test_a_forked_child_has_no_part_in_its_parents_memory(shared_cluster: LocalCluster) -> None:
+    with fs3.connect(shared_cluster.url, token=shared_cluster.token) as fs:
+        with fs.open("/parents", "wb", buffering=0) as file:
+            file.pwrite(DATA, 0)
+        sent_bytes = fs.stats()["shared_memory_sent_bytes"]
+        child = os.fork()
+        if child == 0:
+            os._exit(_write_in_child(fs, sent_bytes))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert read(fs, "/childs") == DATA[::-1]
+        # The parent goes on as before.
+        before = fs.stats()["shared_memory_staged_bytes"]
+        with fs.open("/parents", "wb", buffering=0) as file:
+            file.pwrite(DATA, 0)
+        assert fs.stats()["shared_memory_staged_bytes"] - before == SIZE
+        assert read(fs, "/parents") == DATA
+
+
+def _write_in_child(fs: fs3.FileSystem, parents_sent_bytes: int) -> int:
+    try:
+        with fs.open("/childs", "wb", buffering=0) as file:
+            file.pwrite(DATA[::-1], 0)
+        assert read(fs, "/childs") == DATA[::-1]
+        assert read(fs, "/parents") == DATA
+        # The counts of its parent came with the fork.
+        assert fs.stats()["shared_memory_sent_bytes"] == parents_sent_bytes
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 def test_a_client_that_is_told_not_to_gets_the_same_bytes_by_tcp(shared_cluster: LocalCluster) -> None:

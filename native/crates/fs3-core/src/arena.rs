@@ -1,8 +1,9 @@
 //! Memory that other processes of this host may be given to read.
 //!
-//! A process that serves has one arena: a sparse memfd that is mapped once. Its pools take their memory from there, so
-//! that a payload can be named to a reader by its place instead of being copied. The descriptor that readers get cannot
-//! be written through, and the size is sealed, so that no access of theirs faults.
+//! A process has one arena at most: a sparse memfd that is mapped once. The pools of a process that serves take their
+//! memory from there, so that a payload can be named to a reader by its place instead of being copied; others copy what
+//! they send into it. The descriptor that readers get cannot be written through, and the size is sealed, so that no access
+//! of theirs faults.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What is taken is a multiple of this.
 const PAGE_BYTES: usize = 4096;
@@ -30,20 +32,44 @@ pub struct Arena {
 }
 
 static ARENA: OnceLock<io::Result<Arena>> = OnceLock::new();
+/// Whether pools take their memory from the arena.
+static SERVES: AtomicBool = AtomicBool::new(false);
 
 impl Arena {
     /// From now on pools of this process take memory that can be shared. Memory they have already stays as it is. For
-    /// processes that serve; a forked child gets none. Thread-safe.
+    /// processes that serve, and do not fork: a child would find holes in place of the pools' memory. Thread-safe.
     ///
     /// # Errors
     /// Those of the system; pools then go on with private memory.
     pub fn enable() -> Result<&'static Self, &'static io::Error> {
-        ARENA.get_or_init(Self::new).as_ref()
+        let arena = ARENA.get_or_init(Self::new).as_ref()?;
+        SERVES.store(true, Ordering::Relaxed);
+        Ok(arena)
+    }
+
+    /// The arena of this process, made when first needed; pools stay as they are. `None` where the system does not allow it,
+    /// and in a forked child, which has no part in its parent's. Thread-safe.
+    pub fn open() -> Option<&'static Self> {
+        ARENA.get_or_init(Self::new).as_ref().ok().filter(|arena| arena.is_own())
     }
 
     /// The arena of this process, if it has one.
     pub fn get() -> Option<&'static Self> {
+        Self::made().filter(|arena| arena.is_own())
+    }
+
+    /// That of pools, if this process serves.
+    pub(crate) fn of_pools() -> Option<&'static Self> {
+        if SERVES.load(Ordering::Relaxed) { Self::get() } else { None }
+    }
+
+    /// Also in a forked child.
+    pub(crate) fn made() -> Option<&'static Self> {
         ARENA.get().and_then(|made| made.as_ref().ok())
+    }
+
+    fn is_own(&self) -> bool {
+        std::process::id() == self.pid
     }
 
     fn new() -> io::Result<Self> {
@@ -81,22 +107,20 @@ impl Arena {
 
     /// Zeroed memory, a multiple of [`PAGE_BYTES`]; `None` when there is no room.
     pub(crate) fn take(&self, bytes: usize) -> Option<*mut u8> {
-        if std::process::id() != self.pid {
-            return None;
-        }
         let align = bytes.next_power_of_two().min(ALIGN_BYTES_MAX);
         let at = self.free.lock().take(bytes, align)?;
         Some((self.start + at) as *mut u8)
     }
 
-    /// Give memory back that was taken with this length; false if it was not taken here. Readers that look at it still
-    /// see zeros.
-    pub(crate) fn give_back(&self, ptr: *mut u8, bytes: usize) -> bool {
-        let Some(at) = self.locate(ptr, bytes) else { return false };
-        // SAFETY: nobody in this process refers to the range any more. It fails in a forked child, which has no part in it.
+    /// Give memory back that was taken with this length. Readers that look at it still see zeros. Does nothing in a forked
+    /// child.
+    pub(crate) fn give_back(&self, ptr: *mut u8, bytes: usize) {
+        if !self.is_own() {
+            return;
+        }
+        // SAFETY: nobody in this process refers to the range any more.
         unsafe { libc::madvise(ptr.cast(), bytes, libc::MADV_REMOVE) };
-        self.free.lock().give_back(at as usize, bytes);
-        true
+        self.free.lock().give_back(ptr as usize - self.start, bytes);
     }
 }
 

@@ -18,6 +18,7 @@ type Owner = Arc<dyn Any + Send + Sync>;
 pub struct AlignedBuf {
     ptr: *mut u8,
     len: usize,
+    in_arena: bool,
 }
 
 // SAFETY: AlignedBuf owns its memory exclusively; access goes through &self / &mut self.
@@ -48,17 +49,22 @@ impl AlignedBuf {
         if len >= Self::MAP_BYTES_MIN {
             mapped::mapped(ptr as usize, layout.size());
         }
-        Self { ptr, len }
+        Self { ptr, len, in_arena: false }
     }
 
-    /// As [`AlignedBuf::new`], of memory that other processes can be given to read if this one has any ([`Arena`]).
+    /// As [`AlignedBuf::new`], of memory that other processes can be given to read if this one serves ([`Arena::enable`]).
     pub fn shareable(len: usize) -> Self {
+        Arena::of_pools().and_then(|arena| Self::of(arena, len)).unwrap_or_else(|| Self::new(len))
+    }
+
+    /// Memory of the arena; `None` when it has no room.
+    pub(crate) fn of(arena: &Arena, len: usize) -> Option<Self> {
         let layout = Self::layout(len);
-        let Some(ptr) = Arena::get().and_then(|arena| arena.take(layout.size())) else { return Self::new(len) };
+        let ptr = arena.take(layout.size())?;
         if len >= Self::MAP_BYTES_MIN {
             mapped::mapped(ptr as usize, layout.size());
         }
-        Self { ptr, len }
+        Some(Self { ptr, len, in_arena: true })
     }
 
     fn layout(len: usize) -> Layout {
@@ -93,10 +99,9 @@ impl Drop for AlignedBuf {
         if self.len >= Self::MAP_BYTES_MIN {
             mapped::unmapping(self.ptr as usize, layout.size());
         }
-        if Arena::get().is_some_and(|arena| arena.give_back(self.ptr, layout.size())) {
-            return;
-        }
-        if self.len < Self::MAP_BYTES_MIN {
+        if self.in_arena {
+            Arena::made().expect("it was taken from there").give_back(self.ptr, layout.size());
+        } else if self.len < Self::MAP_BYTES_MIN {
             // SAFETY: allocated in `new` with the same layout.
             unsafe { dealloc(self.ptr, layout) }
         } else {

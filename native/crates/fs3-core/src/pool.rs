@@ -1,4 +1,4 @@
-use crate::{AlignedBuf, RegionMut};
+use crate::{AlignedBuf, Arena, RegionMut};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,6 +20,8 @@ pub struct BufferPool(Arc<Shared>);
 
 struct Shared {
     bytes_max: usize,
+    /// Where slabs come from; `None`: from wherever the process has its memory.
+    arena: Option<&'static Arena>,
     state: Mutex<State>,
 }
 
@@ -49,8 +51,18 @@ impl BufferPool {
 
     /// A pool that holds at most `bytes_max` bytes. Nothing is allocated yet.
     pub fn new(bytes_max: usize) -> Self {
+        Self::with_source(bytes_max, None)
+    }
+
+    /// A pool of memory that other processes can be given to read, which belongs to the process that has the arena: a
+    /// forked child must not use it.
+    pub fn of_arena(bytes_max: usize, arena: &'static Arena) -> Self {
+        Self::with_source(bytes_max, Some(arena))
+    }
+
+    fn with_source(bytes_max: usize, arena: Option<&'static Arena>) -> Self {
         let state = State { bytes_held: 0, bytes_idle: 0, idle: std::array::from_fn(|_| Vec::new()) };
-        Self(Arc::new(Shared { bytes_max, state: Mutex::new(state) }))
+        Self(Arc::new(Shared { bytes_max, arena, state: Mutex::new(state) }))
     }
 
     /// A window of exactly `len` bytes at the start of a recycled or new buffer, page-aligned.
@@ -106,8 +118,15 @@ impl Shared {
             fits.then_some(surplus)
         }?;
         drop(surplus);
-        let slab = Arc::new(AlignedBuf::shareable(slab_bytes));
+        let slab = match self.arena {
+            Some(arena) => AlignedBuf::of(arena, slab_bytes),
+            None => Some(AlignedBuf::shareable(slab_bytes)),
+        };
         let mut state = self.lock();
+        let Some(slab) = slab.map(Arc::new) else {
+            state.bytes_held -= slab_bytes;
+            return None;
+        };
         for offset in (piece_bytes..slab_bytes).step_by(piece_bytes).rev() {
             state.idle[class].push(Piece { slab: slab.clone(), offset });
             state.bytes_idle += piece_bytes;

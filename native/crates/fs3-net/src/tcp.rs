@@ -324,6 +324,7 @@ impl Link for TcpLink {
     fn send(&self, mut message: Outgoing, flush: Flush) {
         if let Some(memory) = &self.memory {
             memory.release();
+            memory.stage(&mut message);
         }
         {
             let mut queue = self.queue.lock();

@@ -1,7 +1,7 @@
 //! How two processes of one host get mappings of each other's memory.
 //!
 //! The server listens on an abstract Unix socket, which exists only in its network namespace, for this one connection. The
-//! client says there what the hello told it, and brings its memory if it shares any; the server answers with the page
+//! client says there what the hello told it, and brings its memory; the server answers with the page
 //! of counters and its memory. Whatever fails leaves the connection with plain TCP.
 
 use super::memory::{Control, Mapped};
@@ -81,7 +81,7 @@ pub(crate) fn fetch(offer: &SharedMemoryOffer, counters: Arc<Counters>) -> io::R
     if !descriptors::peer_is_trusted(&stream)? || offer.nonce.is_empty() {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    let ours: Vec<BorrowedFd<'_>> = Arena::get().map(Arena::descriptor).into_iter().collect();
+    let ours: Vec<BorrowedFd<'_>> = Arena::open().map(Arena::descriptor).into_iter().collect();
     descriptors::send(&stream, &offer.nonce, &ours)?;
     let (_, files) = descriptors::receive(&stream, &mut [0; 1])?;
     let [control, memory] = &files[..] else {

@@ -1,7 +1,9 @@
 //! Payloads by reference between processes of one host.
 //!
 //! The connection stays TCP. Of a payload that is in memory which the peer has mapped, only its place travels, and the
-//! receiver copies it from there straight to where it belongs: one copy in place of two, and none at the sender.
+//! receiver copies it from there straight to where it belongs: one copy in place of two, and none at the sender. What is in
+//! private memory, such as that of a program, the sender copies into mapped memory that it reuses: two copies, as with TCP,
+//! but nothing of the network's work.
 //!
 //! **Release.** The two share a page of counters. The receiver counts there the messages whose payload it has copied, in
 //! order; the sender looks when it sends or receives the next message, and now and then while it holds any.
@@ -18,14 +20,14 @@ mod memory;
 pub(crate) use handshake::{Offer, fetch};
 
 use crate::link::{Landing, Outgoing};
-use fs3_core::{Arena, Code, Error, Region, Result};
+use fs3_core::{Arena, BufferPool, Code, Error, Region, Result};
 use fs3_proto::frame::{HEADER_BYTES, Header, REFERENCES_MAX, Reference};
 use memory::{Control, Lane, Mapped};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -33,26 +35,30 @@ use tokio::sync::Notify;
 const PAYLOAD_BYTES_MIN: usize = 16 << 10;
 /// Memory that one connection keeps for its peer at most.
 const HELD_BYTES_MAX: usize = 64 << 20;
+/// Memory of a process that payloads are copied into.
+const STAGING_BYTES_MAX: usize = 64 << 20;
 /// How often a sender looks whether it may let go, when nothing else makes it look.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Most bytes copied at a time while a call's windows are locked.
-const COPY_BYTES_MAX: usize = 1 << 20;
+/// Bytes copied at a time while a call's windows are locked; few enough that their checksums are made from the core's cache.
+const COPY_BYTES_MAX: usize = 128 << 10;
 
 /// What moved by reference in this process. Thread-safe.
 #[derive(Default)]
 pub(crate) struct Counters {
     connections: AtomicU64,
     sent_bytes: AtomicU64,
+    staged_bytes: AtomicU64,
     received_bytes: AtomicU64,
     tcp_bytes: AtomicU64,
 }
 
 impl Counters {
     /// All of them by name, as docs/operations.md explains them.
-    pub fn all(&self) -> [(&'static str, u64); 4] {
+    pub fn all(&self) -> [(&'static str, u64); 5] {
         [
             ("shared_memory_connections", &self.connections),
             ("shared_memory_sent_bytes", &self.sent_bytes),
+            ("shared_memory_staged_bytes", &self.staged_bytes),
             ("shared_memory_received_bytes", &self.received_bytes),
             ("shared_memory_tcp_bytes", &self.tcp_bytes),
         ]
@@ -105,10 +111,27 @@ impl SharedMemory {
         self.theirs.is_some()
     }
 
+    /// Copy the payload to memory that the peer has mapped, if it is worth it, not there yet, and there is room.
+    pub fn stage(&self, message: &mut Outgoing) {
+        let bytes = payload_bytes(message);
+        if !self.shares || bytes < PAYLOAD_BYTES_MIN || self.held.lock().bytes + bytes > HELD_BYTES_MAX {
+            return;
+        }
+        let Some(arena) = Arena::get().filter(|arena| locate(arena, &message.payload).is_none()) else { return };
+        let Some(mut room) = staging(arena).get(bytes) else { return };
+        let mut at = 0;
+        for piece in &message.payload {
+            room[at..at + piece.len()].copy_from_slice(piece);
+            at += piece.len();
+        }
+        message.payload = vec![room.freeze()];
+        add(&self.counters.staged_bytes, bytes);
+    }
+
     /// Put references in place of the payload, if it is worth it and its memory allows it. Must be called in the order in
     /// which the messages leave.
     pub fn refer(&self, message: &mut Outgoing) {
-        let bytes: usize = message.payload.iter().map(|piece| piece.len()).sum();
+        let bytes = payload_bytes(message);
         if !self.shares || bytes < PAYLOAD_BYTES_MIN {
             return;
         }
@@ -201,6 +224,17 @@ impl SharedMemory {
         lane.consumed.fetch_add(1, Ordering::Release);
         Ok(())
     }
+}
+
+fn payload_bytes(message: &Outgoing) -> usize {
+    message.payload.iter().map(|piece| piece.len()).sum()
+}
+
+/// What all connections of the process share: so memory that was used last is used again. A forked child, which has no
+/// arena, never comes here.
+fn staging(arena: &'static Arena) -> &'static BufferPool {
+    static STAGING: OnceLock<BufferPool> = OnceLock::new();
+    STAGING.get_or_init(|| BufferPool::of_arena(STAGING_BYTES_MAX, arena))
 }
 
 /// Where the pieces are in the arena, neighbours joined; `None` unless all are there.
