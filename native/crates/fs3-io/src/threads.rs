@@ -72,8 +72,8 @@ impl IoThreads {
         }
     }
 
-    /// Run `job` some time soon and then, on the same thread, `done` with its result: no other thread has to wake for
-    /// it. `done` must not block.
+    /// Run `job` some time soon and then, on the same thread, `done` with its result, and what `done` wakes: no other
+    /// thread has to wake for it. `done` must not block.
     pub fn run_then<T: 'static>(
         &self,
         job: impl FnOnce() -> Result<T> + Send + 'static,
@@ -83,7 +83,7 @@ impl IoThreads {
         self.spawn(move || {
             let result = caught(job);
             ENDING.set(set);
-            done(result);
+            fs3_rt::run_woken(|| done(result));
             ENDING.set(0);
         });
     }

@@ -187,9 +187,7 @@ impl Connection {
             let header = Header { request_id: id, ..header };
             message.head[..HEADER_BYTES].copy_from_slice(&header.encode());
             message.landing = Some(slot.clone());
-            // Of several tasks that run now, more may follow; a thread outside the runtime makes one call at a time.
-            let more_may_follow = others && tokio::task::try_id().is_some();
-            caller.link.send(message, if more_may_follow { Flush::Soon } else { Flush::Now });
+            caller.link.send(message, if others { Flush::of_this_thread() } else { Flush::Now });
             caller.incoming.iter().for_each(blocking::wants);
             poll_fn(|cx| slot.poll(cx.waker())).await
         };

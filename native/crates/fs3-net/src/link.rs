@@ -25,6 +25,14 @@ pub(crate) enum Flush {
     Batch,
 }
 
+impl Flush {
+    /// When a message leaves that others may follow: those of other tasks that run now. A thread that runs no tasks of a
+    /// runtime would have to wake one for that.
+    pub fn of_this_thread() -> Self {
+        if tokio::task::try_id().is_some() { Self::Soon } else { Self::Now }
+    }
+}
+
 /// A message to send. Its memory stays untouched and alive until it is dropped, which happens when the transport
 /// is done with it.
 pub(crate) struct Outgoing {

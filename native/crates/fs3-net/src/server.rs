@@ -13,11 +13,11 @@ use fs3_rt::Instant;
 use parking_lot::Mutex;
 use prost::Message;
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 
@@ -78,8 +78,8 @@ pub trait Service: Send + Sync + 'static {
         false
     }
 
-    /// Answer one request. The future is polled once on the receiving task, where it should not compute or
-    /// block for more than some tens of microseconds; when it is not ready then, it goes on in a task of its own.
+    /// Answer one request. The future is polled at once on the receiving task, and may go on later on a thread of another
+    /// kind ([`fs3_rt::run_woken`]): it should not compute for more than some tens of microseconds at a time, nor block.
     /// It is dropped only when the runtime ends, never because the peer went away.
     fn handle(&self, request: Request) -> impl Future<Output = Result<Response>> + Send;
 }
@@ -568,17 +568,18 @@ impl<S: Service> Endpoint for Callee<S> {
         let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(payload.len()));
         let request = Request { peer: self.peer, method, deadline, body, payload, payload_crcs };
         let callee = self.clone();
-        let mut handling = Box::pin(async move { callee.service.handle(request).await });
-        // The waker of this first poll is never woken: a future that is pending is polled again by its own task.
-        match handling.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(result) => asked.respond(result, Flush::Batch),
-            Poll::Pending => {
-                fs3_rt::spawn(async move {
-                    let result = handling.await;
-                    asked.respond(result, Flush::Soon);
-                });
-            }
-        }
+        let handling = async move { callee.service.handle(request).await };
+        fs3_rt::Handle::current().begin(async move {
+            let mut handling = std::pin::pin!(handling);
+            // Only what is answered at once is sent from within this call.
+            let mut flush = Some(Flush::Batch);
+            let handled = poll_fn(|cx| {
+                let flush = flush.take().unwrap_or_else(Flush::of_this_thread);
+                handling.as_mut().poll(cx).map(|result| (result, flush))
+            });
+            let (result, flush) = handled.await;
+            asked.respond(result, flush);
+        });
     }
 
     fn refused(&self, header: Option<&Header>, error: &Error) {

@@ -6,6 +6,7 @@
 //! `tokio::sync` needs no runtime and is used as it is; `tokio::select!` only with `biased`.
 
 mod clock;
+mod near;
 pub mod sim;
 mod task;
 mod time;
@@ -13,6 +14,7 @@ mod time;
 use rand::TryRngCore;
 
 pub use clock::{Instant, monotonic_ns, wall_ns};
+pub use near::{begin_behind, run_woken};
 pub use task::{AbortHandle, Handle, JoinError, JoinHandle, JoinSet, spawn, spawn_blocking, yield_now};
 pub use time::{Elapsed, Sleep, Timeout, sleep, timeout, timeout_at};
 

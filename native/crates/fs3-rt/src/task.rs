@@ -1,8 +1,8 @@
 use std::fmt;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
-use crate::sim;
+use crate::{near, sim};
 
 /// Why a task has no result.
 #[derive(Clone, Debug)]
@@ -119,6 +119,22 @@ impl Handle {
         match &self.0 {
             Place::Tokio(handle) => JoinHandle(Joining::Tokio(handle.spawn(task))),
             Place::Simulated(process) => process.spawn(task),
+        }
+    }
+
+    /// Begin a task on the calling thread, as far as it goes without waiting. It goes on where it is woken: on that thread
+    /// inside [`crate::run_woken`], otherwise as one that was spawned. A panic ends the task alone.
+    ///
+    /// The caller must hold no lock that the task takes.
+    pub fn begin(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut task = Box::pin(task);
+        match &self.0 {
+            Place::Tokio(handle) => near::begin(handle, task),
+            // The waker of this first poll is never woken: a future that is pending is polled again by its own task.
+            Place::Simulated(process) => match task.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(()) => {}
+                Poll::Pending => drop(process.spawn(task)),
+            },
         }
     }
 

@@ -143,6 +143,11 @@ impl Core {
         self.handle.spawn(task);
     }
 
+    /// As [`Core::spawn`], but up to its first wait the task runs here: no lock that it takes may be held.
+    pub fn begin(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.handle.begin(task);
+    }
+
     pub fn routing(&self) -> Arc<RoutingState> {
         self.routing.read().clone()
     }

@@ -187,7 +187,7 @@ impl Target {
                 let job = machine.jobs.get(&op).cloned().unwrap_or_else(|| Arc::new(Job::mirror(chunk)));
                 let forward = crate::forward::Forward { to, chain_version, version, base, content };
                 Box::new(move || {
-                    this.core.clone().spawn(async move {
+                    this.core.clone().begin(async move {
                         if delay_ns > 0 {
                             fs3_rt::sleep(Duration::from_nanos(delay_ns)).await;
                             if !this.machine.lock().replica.forward_is_current(op, chunk, to, attempt) {
