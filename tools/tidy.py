@@ -79,7 +79,7 @@ RUST: dict[str, set[str]] = {
     "fs3-client": {"fs3-core", "fs3-proto", "fs3-rt", "fs3-net"},
     "fs3-faultdisk": set(),
     "fs3-fsx": set(),
-    "fs3-fuse": {"fs3-core", "fs3-proto", "fs3-client", "fs3-ring"},
+    "fs3-fuse": {"fs3-core", "fs3-proto", "fs3-client", "fs3-ring", "fs3-rt"},
     "fs3-py": {
         "fs3-bench",
         "fs3-client",

@@ -3,11 +3,9 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::os::unix::ffi::OsStrExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use fs3_client::{Attr, Client, Code, ContentVersion, Error, OpenFile, OpenOptions, Result, Retained, at_inode};
@@ -217,27 +215,20 @@ impl Core {
         }
     }
 
-    /// Run an operation here as far as it goes without waiting, then on the runtime; [`Core::drain`] waits for it.
+    /// Run an operation here as far as it goes without waiting, then where it is woken; [`Core::drain`] waits for it.
     pub fn spawn(&self, job: impl Into<Job>, operation: impl Future<Output = ()> + Send + 'static) {
         let Job { op, asker } = job.into();
         self.tasks.running.fetch_add(1, Ordering::AcqRel);
         let guard = TaskGuard(self.tasks.clone());
         let timing = op.map(|op| self.stats.begin(op));
-        let mut operation = Box::pin(async move {
+        let operation = async move {
             operation.await;
             drop(timing);
             drop(guard);
-        });
-        // Up to its first wait it runs here: its request leaves, or it ends, without waiting for another thread to wake.
-        // The runtime polls it again, so no wake-up is lost.
-        let _entered = self.io.runtime.enter();
-        let mut first = || operation.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-        // As on the runtime, a panic ends the operation and not the thread.
-        if let Ok(Poll::Pending) = catch_unwind(AssertUnwindSafe(&mut first)) {
-            match asker {
-                Some(asker) => self.kills.run(&self.io.runtime, asker, operation),
-                None => drop(self.io.runtime.spawn(operation)),
-            }
+        };
+        match asker {
+            Some(asker) => self.kills.run(&self.io.runtime, asker, operation),
+            None => fs3_rt::Handle::from(self.io.runtime.clone()).begin(operation),
         }
     }
 

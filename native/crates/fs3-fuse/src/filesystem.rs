@@ -100,12 +100,17 @@ fn is_virtual_name(parent: INodeNo, name: &OsStr) -> bool {
 }
 
 impl Fs {
+    /// Run an operation on this thread, which the kernel's request has woken, as far as it goes without waiting.
+    fn run(&self, job: impl Into<Job>, operation: impl Future<Output = ()> + Send + 'static) {
+        fs3_rt::run_woken(|| self.core.spawn(job, operation));
+    }
+
     /// Run `operation` with the mount's state and a copy of the name.
     fn named<Fut>(&self, job: impl Into<Job>, name: &OsStr, operation: impl FnOnce(Arc<Core>, Vec<u8>) -> Fut)
     where
         Fut: Future<Output = ()> + Send + 'static,
     {
-        self.core.spawn(job, operation(self.core.clone(), name.as_bytes().to_vec()));
+        self.run(job, operation(self.core.clone(), name.as_bytes().to_vec()));
     }
 }
 
@@ -163,7 +168,7 @@ impl Filesystem for Fs {
             };
         }
         let core = self.core.clone();
-        self.core.spawn(Job::droppable(Op::Getattr, request), async move {
+        self.run(Job::droppable(Op::Getattr, request), async move {
             match core.getattr_for(core.real(inode)).await {
                 Ok((attr, life)) => reply.attr(&life, &attr),
                 Err(error) => reply.error(errno(&error)),
@@ -200,7 +205,7 @@ impl Filesystem for Fs {
         set_times(&mut other, atime, mtime);
         let change = Change { length: size, handle: fh.map(|f| f.0), other };
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Op::Setattr, async move {
+        self.run(Op::Setattr, async move {
             let result = core.setattr(who, core.real(inode), change).await;
             answer_attr(&core, reply, result);
         });
@@ -214,7 +219,7 @@ impl Filesystem for Fs {
             };
         }
         let core = self.core.clone();
-        self.core.spawn(Job::droppable(Op::Readlink, request), async move {
+        self.run(Job::droppable(Op::Readlink, request), async move {
             match core.readlink(core.real(inode)).await {
                 Ok(target) => reply.data(&target),
                 Err(error) => reply.error(errno(&error)),
@@ -346,7 +351,7 @@ impl Filesystem for Fs {
         // A file that is open for writing has to be closed.
         let reads = flags.0 & (libc::O_ACCMODE | libc::O_TRUNC) == libc::O_RDONLY;
         let job = if reads { Job::droppable(Op::Open, request) } else { Op::Open.into() };
-        self.core.spawn(job, async move {
+        self.run(job, async move {
             match core.open(who, core.real(inode), flags.0).await {
                 Ok(opened) => reply.opened(FileHandle(opened.handle), opened.flags),
                 Err(error) => reply.error(errno(&error)),
@@ -379,7 +384,7 @@ impl Filesystem for Fs {
             return reply.error(Errno::EPERM);
         }
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Op::Create, async move {
+        self.run(Op::Create, async move {
             let made = core.create_unnamed(who, core.real(parent), NewMode::of(mode, umask), flags).await;
             answer_created(&core, reply, made);
         });
@@ -415,7 +420,7 @@ impl Filesystem for Fs {
         let job = if open { Job::droppable(Op::Read, request) } else { Op::Read.into() };
         let read = self.core.plan_read(handle, offset, size as usize);
         let core = self.core.clone();
-        self.core.spawn(job, async move { core.read(read, reply).await });
+        self.run(job, async move { core.read(read, reply).await });
     }
 
     fn write(
@@ -442,7 +447,7 @@ impl Filesystem for Fs {
         let place = if appends { Place::End { believed: offset } } else { Place::At(offset) };
         if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && handle.inode.has_set_id() {
             let (core, data) = (self.core.clone(), data.to_vec());
-            self.core.spawn(Job::BACKGROUND, async move {
+            self.run(Job::BACKGROUND, async move {
                 match core.drop_set_id(handle.inode.id).await {
                     Ok(()) => core.write(handle, place, &data, reply),
                     Err(error) => reply.error(errno(&error)),
@@ -459,7 +464,7 @@ impl Filesystem for Fs {
         }
         let Some(handle) = self.core.handle(fh.0) else { return reply.error(Errno::EBADF) };
         let core = self.core.clone();
-        self.core.spawn(Op::Flush, async move {
+        self.run(Op::Flush, async move {
             let flushed = core.flush(&handle).await;
             core.closed_by(core.real(inode), owner.0).await;
             match core.check_locks(&handle) {
@@ -489,7 +494,7 @@ impl Filesystem for Fs {
             Err(error) => return reply.error(error),
         };
         let core = self.core.clone();
-        self.core.spawn(Op::Lock, async move {
+        self.run(Op::Lock, async move {
             match core.get_lock(&handle, Asked { flock: false, owner: owner.0, start, end, kind, pid }).await {
                 Ok(Some(found)) => reply.locked(found.start, found.end, found.kind, found.pid),
                 Ok(None) => reply.locked(0, 0, libc::F_UNLCK, 0),
@@ -517,7 +522,7 @@ impl Filesystem for Fs {
         }
         let asked = Asked { flock, owner: owner.0, start, end, kind, pid };
         let (core, wait) = (self.core.clone(), sleep.then_some(request.unique().0));
-        self.core.spawn(Op::Lock, async move { core.answer_lock(fh.0, asked, wait, reply).await });
+        self.run(Op::Lock, async move { core.answer_lock(fh.0, asked, wait, reply).await });
     }
 
     fn interrupt(&self, request: RequestId) {
@@ -540,7 +545,7 @@ impl Filesystem for Fs {
             return reply.ok();
         }
         let core = self.core.clone();
-        self.core.spawn(Op::Release, async move {
+        self.run(Op::Release, async move {
             core.release(fh.0).await;
             reply.ok();
         });
@@ -555,7 +560,7 @@ impl Filesystem for Fs {
             Err(error) => return reply.error(error),
         };
         let core = self.core.clone();
-        self.core.spawn(Op::Fsync, async move { answer_empty(reply, core.fsync(&handle).await) });
+        self.run(Op::Fsync, async move { answer_empty(reply, core.fsync(&handle).await) });
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -575,7 +580,7 @@ impl Filesystem for Fs {
         }
         let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Job::droppable(Op::Readdir, request), async move {
+        self.run(Job::droppable(Op::Readdir, request), async move {
             let add = |e: Listed<'_>| reply.add(INodeNo(e.inode), e.next, kind(e.kind), OsStr::from_bytes(e.name));
             match core.list(who, &dir, offset, false, add).await {
                 Ok(()) => reply.ok(),
@@ -604,7 +609,7 @@ impl Filesystem for Fs {
         }
         let Some(dir) = self.core.dir(fh.0) else { return reply.error(Errno::EBADF) };
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Job::droppable(Op::Readdir, request), async move {
+        self.run(Job::droppable(Op::Readdir, request), async move {
             let life = core.options.attr_timeout.min(core.options.entry_timeout);
             let add = |e: Listed<'_>| {
                 // Without attributes (".", "..") the kernel only takes the name; it asks for the rest.
@@ -639,7 +644,7 @@ impl Filesystem for Fs {
             return reply.statfs(0, 0, 0, 0, 0, BLOCK_BYTES as u32, 255, BLOCK_BYTES as u32);
         }
         let core = self.core.clone();
-        self.core.spawn(Job::droppable(Op::Statfs, request), async move {
+        self.run(Job::droppable(Op::Statfs, request), async move {
             match core.client.statfs(&superuser(), at_inode(core.real(inode))).await {
                 Ok(s) => {
                     let (all, free) = (s.capacity_bytes / BLOCK_BYTES, s.free_bytes / BLOCK_BYTES);
@@ -668,7 +673,7 @@ impl Filesystem for Fs {
             _ => return reply.error(Errno::EINVAL),
         };
         let core = self.core.clone();
-        self.core.spawn(Op::Lseek, async move {
+        self.run(Op::Lseek, async move {
             match core.seek(&handle, offset, hole).await {
                 Ok(Some(position)) => reply.offset(position as i64),
                 Ok(None) => reply.error(Errno::ENXIO),
@@ -711,7 +716,7 @@ impl Filesystem for Fs {
             return answer_xattr(reply, size, Ok(Bytes::new()));
         }
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Job::droppable(Op::Listxattr, request), async move {
+        self.run(Job::droppable(Op::Listxattr, request), async move {
             answer_xattr(reply, size, core.listxattr(who, core.real(inode)).await)
         });
     }
@@ -789,7 +794,7 @@ impl Filesystem for Fs {
             (Err(error), _) | (_, Err(error)) => return reply.error(error),
         };
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Op::CopyFileRange, async move {
+        self.run(Op::CopyFileRange, async move {
             match core.copy(&who, &source, &target, Range { from, to, bytes }).await {
                 // The kernel asks for fewer than 4 GiB.
                 Ok(copied) => reply.written(copied as u32),
@@ -816,7 +821,7 @@ impl Filesystem for Fs {
             Err(error) => return reply.error(error),
         };
         let (core, who) = (self.core.clone(), self.core.who(request));
-        self.core.spawn(Op::Fallocate, async move {
+        self.run(Op::Fallocate, async move {
             answer_empty(reply, core.fallocate(&who, &handle, mode, offset, length).await);
         });
     }

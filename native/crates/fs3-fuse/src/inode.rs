@@ -18,6 +18,9 @@ use crate::gather::Gather;
 use crate::io::{FileIo, Io};
 use crate::told::{Teller, Told};
 
+/// Pieces up to this size leave from the thread that wants them written; checksums of larger ones would keep it busy.
+const SMALL_PIECE_BYTES: usize = 64 << 10;
+
 /// An inode with open handles.
 pub(crate) struct Inode<F> {
     pub id: u64,
@@ -313,7 +316,8 @@ impl<F: FileIo> Inode<F> {
         state.flights.push(flight.clone());
         let writer = state.writers.last().cloned();
         let inode = self.clone();
-        io.runtime.spawn(async move {
+        let is_small = data.len() <= SMALL_PIECE_BYTES;
+        let flying = async move {
             for flight in earlier {
                 flight.landed.wait().await;
             }
@@ -322,7 +326,11 @@ impl<F: FileIo> Inode<F> {
                 None => Err(Error::new(Code::StaleHandle, "no file is open for writing")),
             };
             inode.land(&flight, result);
-        });
+        };
+        match is_small {
+            true => fs3_rt::begin_behind(&io.runtime, flying),
+            false => drop(io.runtime.spawn(flying)),
+        }
     }
 
     fn land(&self, flight: &Arc<Flight>, result: Result<usize>) {

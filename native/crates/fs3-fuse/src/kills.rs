@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::task::AbortHandle;
+use tokio::sync::oneshot;
 
 /// How often a process that got a signal is looked at until its request is answered: the kernel tells of the first signal only.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -35,7 +35,7 @@ impl Asker {
 
 struct Waiting {
     pid: u32,
-    task: Option<AbortHandle>,
+    kill: oneshot::Sender<()>,
 }
 
 /// Requests under way that may be given up. Thread-safe.
@@ -60,13 +60,27 @@ impl Kills {
     pub fn run(self: &Arc<Self>, runtime: &Handle, asker: Asker, operation: impl Future<Output = ()> + Send + 'static) {
         let Asker { unique, pid } = asker;
         let entry = Entry { kills: self.clone(), unique };
-        self.waiting.lock().insert(unique, Waiting { pid, task: None });
-        let task = runtime.spawn(async move {
+        let (kill, killed) = oneshot::channel();
+        self.waiting.lock().insert(unique, Waiting { pid, kill });
+        fs3_rt::Handle::from(runtime.clone()).begin(async move {
             let _entry = entry;
-            operation.await;
+            tokio::select! {
+                biased;
+                () = operation => {}
+                Ok(()) = killed => {}
+            }
         });
-        if let Some(waiting) = self.waiting.lock().get_mut(&unique) {
-            waiting.task = Some(task.abort_handle());
+    }
+
+    fn look(&self, unique: u64) -> Look {
+        let mut waiting = self.waiting.lock();
+        match waiting.get(&unique) {
+            None => Look::Unknown,
+            Some(request) if is_killed(request.pid) => match waiting.remove(&unique) {
+                Some(request) => Look::Killed(request.kill),
+                None => Look::Unknown,
+            },
+            Some(_) => Look::Waiting,
         }
     }
 
@@ -76,16 +90,27 @@ impl Kills {
         runtime.spawn(async move {
             let (begun, mut seen) = (Instant::now(), false);
             loop {
-                match kills.waiting.lock().get(&unique) {
-                    Some(Waiting { pid, task: Some(task) }) if is_killed(*pid) => return task.abort(),
-                    Some(_) => seen = true,
-                    None if seen || begun.elapsed() >= ARRIVAL_MAX => return,
-                    None => {}
+                match kills.look(unique) {
+                    Look::Killed(kill) => {
+                        let _ = kill.send(());
+                        return;
+                    }
+                    Look::Waiting => seen = true,
+                    Look::Unknown if seen || begun.elapsed() >= ARRIVAL_MAX => return,
+                    Look::Unknown => {}
                 }
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
         });
     }
+}
+
+/// What a look at a request finds.
+enum Look {
+    Unknown,
+    Waiting,
+    /// Its process is being killed; what gives it up.
+    Killed(oneshot::Sender<()>),
 }
 
 fn is_killed(pid: u32) -> bool {
@@ -100,7 +125,6 @@ fn has_kill(status: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::oneshot;
 
     #[test]
     fn only_a_kill_counts() {
