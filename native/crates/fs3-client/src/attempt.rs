@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result, crc32c};
-use fs3_net::Sink;
+use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result};
+use fs3_net::{Reply, Sink};
 use fs3_proto::v1::{Method, ReadOp, ReadRequest, ReadResponse, ReadResult};
 use fs3_rt::{Instant, JoinSet};
 use prost::Message;
@@ -72,8 +72,9 @@ async fn exchange(
     drop(first);
     inner.latencies.unanswered(sources[0].disk, Load::of(bytes, units.len()), started.elapsed(), Instant::now());
     inner.counters.read_hedges_won.fetch_add(1, Ordering::Relaxed);
-    for Part { at, window, got } in parts {
-        units[at].place(window, got, false).await;
+    for Part { at, came } in parts {
+        units[at].note(came.bytes, came.crcs);
+        units[at].place(came.window, came.bytes, false).await;
     }
     Ok(units.iter().map(|_| Ok(())).collect())
 }
@@ -89,9 +90,28 @@ struct Question {
 
 struct Answer {
     results: Vec<ReadResult>,
-    windows: Vec<RegionMut>,
-    lengths: Vec<usize>,
+    came: Vec<Came>,
     routing_version: u64,
+}
+
+/// What came for one unit.
+struct Came {
+    window: RegionMut,
+    bytes: usize,
+    /// Packed checksums of its blocks, made while it came.
+    crcs: Bytes,
+}
+
+impl Came {
+    fn of(reply: Reply) -> Vec<Self> {
+        let mut rest = Bytes::from(reply.crcs);
+        let came = reply.windows.into_iter().zip(reply.lengths);
+        let came = came.map(|(window, bytes)| {
+            let crcs = rest.split_to(4 * bytes.div_ceil(CRC_BLOCK_BYTES));
+            Self { window, bytes, crcs }
+        });
+        came.collect()
+    }
 }
 
 impl Question {
@@ -118,12 +138,12 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
     let sink = Sink { windows, lengths };
     let call =
         inner.wire.transfer(address, Method::StorageRead, ReadRequest { ops, repair: false }, Vec::new(), sink, until);
-    let reply = trace::detailed(detail, call).await.inspect_err(|error| {
+    let mut reply = trace::detailed(detail, call).await.inspect_err(|error| {
         if error.code == Code::Timeout {
             inner.latencies.unanswered(source.disk, load, started.elapsed(), Instant::now());
         }
     })?;
-    let ReadResponse { results, routing_version } = decode(reply.body)?;
+    let ReadResponse { results, routing_version } = decode(std::mem::take(&mut reply.body))?;
     if results.len() != count {
         return Err(Error::new(Code::Protocol, "storage answered another number of reads than asked"));
     }
@@ -131,18 +151,18 @@ async fn ask(inner: Arc<Inner>, question: Question, deadline: Instant) -> Result
         let now = Instant::now();
         inner.latencies.answered(source.disk, load, now - started, now);
     }
-    Ok(Answer { results, windows: reply.windows, lengths: reply.lengths, routing_version })
+    Ok(Answer { results, came: Came::of(reply), routing_version })
 }
 
 /// Check an answer to the first try and put it in its place.
 async fn accept(inner: &Arc<Inner>, sources: &[Source], units: &[Unit], answer: Answer) -> Vec<Result<()>> {
     let mut results = Vec::with_capacity(units.len());
     let units = sources.iter().zip(units);
-    for ((((source, unit), result), window), got) in units.zip(&answer.results).zip(answer.windows).zip(answer.lengths)
-    {
-        let checked = check(inner, source, unit, result, &window[..got]);
+    for (((source, unit), result), came) in units.zip(&answer.results).zip(answer.came) {
+        let checked = check(inner, source, unit, result, &came);
         if checked.is_ok() {
-            unit.place(window, got, unit.blocks.direct).await;
+            unit.note(came.bytes, came.crcs);
+            unit.place(came.window, came.bytes, unit.blocks.direct).await;
         }
         results.push(checked.map_err(|error| error.with_routing(answer.routing_version)));
     }
@@ -150,8 +170,8 @@ async fn accept(inner: &Arc<Inner>, sources: &[Source], units: &[Unit], answer: 
 }
 
 /// Check what came, and tell the replica when it is not what it thinks it is.
-fn check(inner: &Arc<Inner>, source: &Source, unit: &Unit, result: &ReadResult, data: &[u8]) -> Result<()> {
-    unit.check(result, data).inspect_err(|_| {
+fn check(inner: &Arc<Inner>, source: &Source, unit: &Unit, result: &ReadResult, came: &Came) -> Result<()> {
+    unit.check(result, &came.crcs).inspect_err(|_| {
         if result.code == 0 {
             crate::report::mismatch(inner, source, unit.piece.chunk);
         }
@@ -194,11 +214,10 @@ fn other_questions<'a>(
     Some((groups.into_iter().map(question).collect(), budget))
 }
 
-/// Bytes of unit `at` in memory of their own, verified.
+/// What came for unit `at` in memory of its own, verified.
 struct Part {
     at: usize,
-    window: RegionMut,
-    got: usize,
+    came: Came,
 }
 
 /// All of them or an error.
@@ -211,10 +230,10 @@ async fn ask_all(inner: &Arc<Inner>, units: &[Unit], questions: Vec<Hedge>, dead
     let mut parts = Vec::with_capacity(units.len());
     while let Some(joined) = tasks.join_next().await {
         let (answer, list) = joined.map_err(|e| Error::new(Code::Internal, format!("a hedged read failed: {e}")))?;
-        let Answer { results, windows, lengths, .. } = answer?;
-        for ((((at, source), result), window), got) in list.into_iter().zip(&results).zip(windows).zip(lengths) {
-            check(inner, &source, &units[at], result, &window[..got])?;
-            parts.push(Part { at, window, got });
+        let Answer { results, came, .. } = answer?;
+        for (((at, source), result), came) in list.into_iter().zip(&results).zip(came) {
+            check(inner, &source, &units[at], result, &came)?;
+            parts.push(Part { at, came });
         }
     }
     Ok(parts)
@@ -242,18 +261,17 @@ pub(crate) fn lengths(body: &[u8]) -> Result<Vec<usize>> {
     Ok(decode::<Lengths>(body)?.results.iter().map(|result| result.length as usize).collect())
 }
 
-/// Check blocks against their packed checksums; the first block begins at a block border.
-pub(crate) fn verify(data: &[u8], crcs: &[u8]) -> Result<()> {
-    let blocks = data.chunks(CRC_BLOCK_BYTES);
-    let matches = crcs.len() == 4 * blocks.len()
-        && blocks.zip(crcs.chunks_exact(4)).all(|(block, crc)| crc32c(block).to_le_bytes() == crc);
-    if matches { Ok(()) } else { Err(Error::new(Code::ChecksumMismatch, "the bytes do not match their checksums")) }
+/// Compare checksums of what came, as many as it has blocks, with those that are stored.
+pub(crate) fn verify(came: &[u8], stored: &[u8]) -> Result<()> {
+    if came == stored {
+        return Ok(());
+    }
+    Err(Error::new(Code::ChecksumMismatch, "the bytes do not match their checksums"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fs3_core::{crc_blocks, pack_crcs};
 
     #[test]
     fn the_lengths_are_those_of_the_whole_message() {
@@ -262,17 +280,5 @@ mod tests {
         let response = ReadResponse { results: vec![result(7), result(0), result(9000)], routing_version: 5 };
         assert_eq!(lengths(&response.encode_to_vec()).unwrap(), [7, 0, 9000]);
         assert!(lengths(b"\x0a\xff").is_err());
-    }
-
-    #[test]
-    fn every_block_is_verified_and_none_may_be_missing() {
-        let mut data = vec![3u8; 9000];
-        let crcs = pack_crcs(&crc_blocks(0, &data));
-        assert!(verify(&data, &crcs).is_ok());
-        assert!(verify(&data, &crcs[..8]).is_err());
-        assert!(verify(&data[..8192], &crcs).is_err());
-        data[8999] ^= 1;
-        assert_eq!(verify(&data, &crcs).unwrap_err().code, Code::ChecksumMismatch);
-        assert!(verify(&[], &[]).is_ok());
     }
 }

@@ -7,9 +7,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use fs3_core::RegionMut;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+
+/// Checksums of whole blocks of a buffer that were verified: where the first one begins, and their packed CRC32C.
+pub(crate) type KnownCrcs = (usize, Bytes);
 
 /// A buffer of which parts are lent. Clones are the same loan.
 #[derive(Clone)]
@@ -23,6 +27,8 @@ struct Shared {
     state: Mutex<State>,
     returned: Notify,
     hole: AtomicBool,
+    /// `None`: nobody wants them.
+    known: Option<Mutex<Vec<KnownCrcs>>>,
 }
 
 struct State {
@@ -71,10 +77,34 @@ impl State {
 }
 
 impl Loan {
-    pub fn new(mut region: RegionMut) -> Self {
+    pub fn new(region: RegionMut) -> Self {
+        Self::with_known(region, None)
+    }
+
+    /// A loan that keeps the checksums which become known.
+    pub fn keeping_crcs(region: RegionMut) -> Self {
+        Self::with_known(region, Some(Mutex::default()))
+    }
+
+    fn with_known(mut region: RegionMut, known: Option<Mutex<Vec<KnownCrcs>>>) -> Self {
         let (ptr, len) = (region.as_mut_ptr(), region.len());
         let state = Mutex::new(State { region: Some(region), first: None, more: Vec::new() });
-        Self { shared: Arc::new(Shared { ptr, len, state, returned: Notify::new(), hole: AtomicBool::new(false) }) }
+        let (returned, hole) = (Notify::new(), AtomicBool::new(false));
+        Self { shared: Arc::new(Shared { ptr, len, state, returned, hole, known }) }
+    }
+
+    /// Keep checksums of blocks from byte `at` on, if somebody wants them.
+    pub fn note(&self, at: usize, crcs: Bytes) {
+        if let Some(known) = &self.shared.known {
+            known.lock().push((at, crcs));
+        }
+    }
+
+    /// What was kept, by place.
+    pub fn known(&self) -> Vec<KnownCrcs> {
+        let mut known = self.shared.known.as_ref().map_or_else(Vec::new, |known| std::mem::take(&mut *known.lock()));
+        known.sort_unstable_by_key(|(at, _)| *at);
+        known
     }
 
     pub fn len(&self) -> usize {

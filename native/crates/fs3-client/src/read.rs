@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_core::{Code, Error, RegionMut, Result};
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, RegionMut, Result};
 use fs3_proto::v1::{Layout, ReadOp as WireOp, ReadResult};
 use fs3_rt::{Instant, JoinSet};
 
@@ -13,7 +13,7 @@ use crate::attempt::{attempt, verify};
 use crate::backoff::Backoff;
 use crate::inner::Inner;
 use crate::latency::Size;
-use crate::loan::Loan;
+use crate::loan::{KnownCrcs, Loan};
 use crate::plan::{Blocks, Piece, pieces};
 use crate::routing::{ChainView, Replica, RoutingView, spread};
 use crate::{OpenFile, ReadOp, trace};
@@ -64,10 +64,20 @@ pub(crate) async fn read_one(file: &OpenFile, offset: u64, buf: RegionMut) -> (R
 
 /// Read many ranges; results in the order of `ops`.
 pub(crate) async fn read_many(inner: &Arc<Inner>, ops: Vec<ReadOp>) -> Vec<(Result<usize>, RegionMut)> {
+    let done = read_loans(inner, ops, Loan::new).await;
+    done.into_iter().map(|(result, buf, _)| (result, buf)).collect()
+}
+
+/// Read many ranges into buffers lent by `lend`; results in the order of `ops`, with the checksums that were kept.
+pub(crate) async fn read_loans(
+    inner: &Arc<Inner>,
+    ops: Vec<ReadOp>,
+    lend: fn(RegionMut) -> Loan,
+) -> Vec<(Result<usize>, RegionMut, Vec<KnownCrcs>)> {
     let mut units = Vec::with_capacity(ops.len());
     let mut planned = Vec::with_capacity(ops.len());
     for (op, ReadOp { file, offset, buf }) in ops.into_iter().enumerate() {
-        let loan = Loan::new(buf);
+        let loan = lend(buf);
         let count = plan(op, &file, offset, &loan, &mut units);
         planned.push((file, offset, count, loan));
     }
@@ -80,7 +90,7 @@ pub(crate) async fn read_many(inner: &Arc<Inner>, ops: Vec<ReadOp>) -> Vec<(Resu
             Ok(count) => confirm(&file, offset, &loan, count).await,
             error => error,
         };
-        finished.push((result, loan.finish().await));
+        finished.push((result, loan.finish().await, loan.known()));
     }
     finished
 }
@@ -336,15 +346,24 @@ impl Unit {
         if self.blocks.direct { self.loan.lend(self.piece.at, len).await } else { inner.scratch.take(len) }
     }
 
-    /// Check what came.
-    pub fn check(&self, result: &ReadResult, data: &[u8]) -> Result<()> {
+    /// Check what came, by the checksums of its blocks.
+    pub fn check(&self, result: &ReadResult, crcs: &[u8]) -> Result<()> {
         match Code::from_wire(result.code as u16) {
-            _ if result.code == 0 => verify(data, &result.crcs),
-            Code::ChunkNotFound if data.is_empty() => {
+            _ if result.code == 0 => verify(crcs, &result.crcs),
+            Code::ChunkNotFound if crcs.is_empty() => {
                 self.loan.set_hole();
                 Ok(())
             }
             code => Err(Error::new(code, result.message.clone())),
+        }
+    }
+
+    /// Remember the checksums of the `got` bytes that came, if the operation wants them and their first block is that of
+    /// the piece.
+    pub fn note(&self, got: usize, crcs: Bytes) {
+        if self.blocks.offset == self.piece.offset {
+            let whole = got.min(self.piece.len as usize) / CRC_BLOCK_BYTES;
+            self.loan.note(self.piece.at, crcs.slice(..4 * whole));
         }
     }
 

@@ -345,7 +345,7 @@ mod tests {
     }
 
     fn reply() -> Reply {
-        Reply { body: Bytes::new(), windows: Vec::new(), lengths: vec![3, 4] }
+        Reply { body: Bytes::new(), windows: Vec::new(), lengths: vec![3, 4], crcs: Vec::new() }
     }
 
     fn run<F>(work: F) -> F::Output

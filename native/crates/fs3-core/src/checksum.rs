@@ -1,4 +1,5 @@
 use crate::{Code, Error, Region, Result};
+use std::sync::LazyLock;
 
 /// Bytes that one stored checksum covers.
 pub const CRC_BLOCK_BYTES: usize = 4096;
@@ -6,6 +7,33 @@ pub const CRC_BLOCK_BYTES: usize = 4096;
 /// CRC32C (Castagnoli) of `data`.
 pub fn crc32c(data: &[u8]) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, data) as u32
+}
+
+/// CRC32C of two pieces one after the other, of their checksums and the length of the second.
+pub fn crc32c_join(first: u32, second: u32, second_bytes: usize) -> u32 {
+    let (first, second) = (u64::from(first), u64::from(second));
+    crc_fast::checksum_combine(crc_fast::CrcAlgorithm::Crc32Iscsi, first, second, second_bytes as u64) as u32
+}
+
+/// CRC32C of whole blocks one after the other, of their checksums.
+pub fn crc32c_of_blocks(crcs: impl IntoIterator<Item = u32>) -> u32 {
+    crcs.into_iter().fold(0, |before, crc| BEHIND_A_BLOCK.apply(before) ^ crc)
+}
+
+/// What a block behind some bytes makes of their checksum, beside its own: a linear map of 32 bits, by bytes of it.
+struct Behind([[u32; 256]; 4]);
+
+static BEHIND_A_BLOCK: LazyLock<Behind> = LazyLock::new(|| Behind::of(CRC_BLOCK_BYTES));
+
+impl Behind {
+    fn of(bytes: usize) -> Self {
+        let of_byte = |place: usize| std::array::from_fn(|byte| crc32c_join((byte as u32) << (8 * place), 0, bytes));
+        Self(std::array::from_fn(of_byte))
+    }
+
+    fn apply(&self, crc: u32) -> u32 {
+        crc.to_le_bytes().iter().zip(&self.0).fold(0, |sum, (byte, table)| sum ^ table[*byte as usize])
+    }
 }
 
 /// Checksums of `data`, cut at the crc-block borders of a chunk in which it begins at `offset`.
@@ -94,6 +122,18 @@ pub fn unpack_crcs(bytes: &[u8]) -> Option<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn checksums_of_pieces_make_that_of_the_whole() {
+        let data: Vec<u8> = (0..3 * CRC_BLOCK_BYTES + 77).map(|i| (i * 31 / 5) as u8).collect();
+        for at in [0, 1, 4095, 4096, 10_000, data.len()] {
+            assert_eq!(crc32c_join(crc32c(&data[..at]), crc32c(&data[at..]), data.len() - at), crc32c(&data));
+        }
+        for blocks in 0..=3 {
+            let whole = &data[..blocks * CRC_BLOCK_BYTES];
+            assert_eq!(crc32c_of_blocks(crc_blocks(0, whole)), crc32c(whole));
+        }
+    }
 
     #[test]
     fn only_bytes_that_match_count_as_checked() {

@@ -11,7 +11,10 @@ mod pool;
 
 pub use arena::{Arena, map_aligned};
 pub use buffer::{AlignedBuf, Region, RegionMut};
-pub use checksum::{CRC_BLOCK_BYTES, CheckedBytes, crc_blocks, crc32c, pack_crcs, unpack_crcs, verify_crcs};
+pub use checksum::{
+    CRC_BLOCK_BYTES, CheckedBytes, crc_blocks, crc32c, crc32c_join, crc32c_of_blocks, pack_crcs, unpack_crcs,
+    verify_crcs,
+};
 pub use error::{Code, Error, Result};
 pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
 pub use kv_entry::{KV_HEADER_BYTES_MAX, KV_SPACE, KV_STORED_KEY_BYTES_MAX, KvHeader, kv_header_bytes};

@@ -1,5 +1,6 @@
 use crate::REQUESTS_IN_FLIGHT_MAX;
 use crate::blocking;
+use crate::crcs::Crcs;
 use crate::hello::Hello;
 use crate::incoming::Incoming;
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Way, Windows};
@@ -8,7 +9,7 @@ use crate::shm::{self, SharedMemory};
 use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use bytes::Bytes;
-use fs3_core::{Code, Error, Region, RegionMut, Result};
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, HEADER_BYTES, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_from_response};
 use fs3_proto::v1::{HelloRequest, HelloResponse, Method, RdmaEnd, Role, ShareMemoryRequest, SharedMemoryOffer};
 use parking_lot::Mutex;
@@ -49,6 +50,21 @@ pub struct Reply {
     pub windows: Vec<RegionMut>,
     /// Length of the segment in each window, 0 where there was none.
     pub lengths: Vec<usize>,
+    /// CRC32C of each [`CRC_BLOCK_BYTES`] of the segments, little-endian one after another, made of the windows while
+    /// they were filled; a segment begins with a block of its own.
+    pub crcs: Vec<u8>,
+}
+
+impl Reply {
+    /// The checksums of each segment.
+    pub fn segment_crcs(&self) -> impl Iterator<Item = &[u8]> {
+        let mut rest = &self.crcs[..];
+        self.lengths.iter().map(move |length| {
+            let (crcs, others) = rest.split_at(4 * length.div_ceil(CRC_BLOCK_BYTES));
+            rest = others;
+            crcs
+        })
+    }
 }
 
 /// A client connection to one server. Cheap to clone; the connection ends when the last clone is dropped.
@@ -444,6 +460,7 @@ struct ReplyLanding {
     /// Next byte to fill: window and offset in it.
     window: usize,
     offset: usize,
+    crcs: Crcs,
 }
 
 impl Landing for ReplyLanding {
@@ -466,10 +483,16 @@ impl Landing for ReplyLanding {
 
     fn advance(&mut self, mut bytes: usize) {
         let Ok(lengths) = &self.plan else { return };
+        let mut state = self.slot.as_ref().map(|slot| slot.state.lock());
+        let mut sink = state.as_mut().and_then(|state| state.sink.as_mut());
         while let Some(&length) = lengths.get(self.window) {
             let step = bytes.min(length - self.offset);
             self.offset += step;
             bytes -= step;
+            // Of a call that is over nobody asks for them.
+            if let Some(sink) = &mut sink {
+                self.crcs.follow(&sink.windows[self.window][..self.offset], self.offset == length);
+            }
             if self.offset < length {
                 return;
             }
@@ -510,16 +533,20 @@ impl Endpoint for Caller {
             Some(slot) if header.status == 0 => slot.plan(body, header.payload_bytes as usize),
             _ => Ok(Vec::new()),
         };
-        Ok(ReplyLanding { slot, plan, window: 0, offset: 0 })
+        Ok(ReplyLanding { slot, plan, window: 0, offset: 0, crcs: Crcs::default() })
     }
 
     fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: ReplyLanding) {
         self.take(header.request_id);
         let Some(slot) = landing.slot else { return };
-        slot.finish(|sink| match landing.plan {
-            _ if header.status != 0 => Err(error_from_response(header.status, &body)),
-            Ok(lengths) => Ok(Reply { body, windows: sink.windows, lengths }),
-            Err(error) => Err(error),
+        slot.finish(|sink| {
+            let lengths = match landing.plan {
+                _ if header.status != 0 => return Err(error_from_response(header.status, &body)),
+                planned => planned?,
+            };
+            let crcs = landing.crcs.of(lengths.iter().sum());
+            let crcs = crcs.ok_or_else(|| Error::new(Code::Protocol, "a response came without all of its payload"))?;
+            Ok(Reply { body, windows: sink.windows, lengths, crcs })
         });
     }
 

@@ -12,6 +12,7 @@
 
 mod blocking;
 mod client;
+mod crcs;
 mod hello;
 mod incoming;
 mod link;

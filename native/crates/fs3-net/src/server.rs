@@ -1,3 +1,4 @@
+use crate::crcs::Crcs;
 use crate::hello::{HelloPolicy, PeerInfo, SHARED_MEMORY};
 use crate::link::{Endpoint, Fill, Flush, Landing, Link, Outgoing, Way, Windows};
 use crate::rdma::{RdmaLink, Ready, Transport, decode_end};
@@ -6,7 +7,7 @@ use crate::sim;
 use crate::tcp::{Socket, TcpLink};
 use crate::{CONNECTIONS_MAX, HELLO_TIMEOUT_MS, REQUESTS_IN_FLIGHT_MAX, UNAUTHENTICATED_CONNECTIONS_MAX};
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result, crc32c};
+use fs3_core::{Code, Error, Region, RegionMut, Result};
 use fs3_proto::frame::{BODY_BYTES_MAX, Header, Kind, Limits, PAYLOAD_BYTES_MAX, error_to_detail};
 use fs3_proto::v1::{Method, ShareMemoryRequest};
 use fs3_rt::Instant;
@@ -417,30 +418,6 @@ struct RequestLanding {
     crcs: Option<Crcs>,
 }
 
-/// Checksums of a payload that is coming: while the peer still sends, and before the bytes have left the core's cache.
-#[derive(Default)]
-struct Crcs {
-    packed: Vec<u8>,
-    /// Bytes they cover.
-    bytes: usize,
-}
-
-impl Crcs {
-    /// Cover the whole blocks of what came, and at the end the last one whatever its size.
-    fn follow(&mut self, came: &[u8], is_all: bool) {
-        let end = if is_all { came.len() } else { came.len() - came.len() % CRC_BLOCK_BYTES };
-        for block in came[self.bytes.min(end)..end].chunks(CRC_BLOCK_BYTES) {
-            self.packed.extend_from_slice(&crc32c(block).to_le_bytes());
-        }
-        self.bytes = self.bytes.max(end);
-    }
-
-    /// All of them, if they cover a payload of so many bytes.
-    fn of(self, bytes: usize) -> Option<Vec<u8>> {
-        (self.bytes == bytes).then_some(self.packed)
-    }
-}
-
 impl Landing for RequestLanding {
     fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
         let buffer = self.buffer.as_mut()?;
@@ -591,26 +568,5 @@ impl<S: Service> Endpoint for Callee<S> {
     fn closed(&self, error: &Error) {
         tracing::debug!("a connection ended: {error}");
         self.shared.links.lock().remove(&self.number);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use fs3_core::{crc_blocks, pack_crcs};
-
-    #[test]
-    fn checksums_made_while_a_payload_comes_are_those_of_its_blocks() {
-        let payload: Vec<u8> = (0..20_000u32).map(|i| (i * 7) as u8).collect();
-        for bytes in [1, 4095, 4096, 4097, 20_000] {
-            for step in [1, 100, 4096, 5000, 20_000] {
-                let mut crcs = Crcs::default();
-                for end in (step..bytes).step_by(step).chain([bytes]) {
-                    crcs.follow(&payload[..end], end == bytes);
-                }
-                assert_eq!(crcs.of(bytes), Some(pack_crcs(&crc_blocks(0, &payload[..bytes]))), "{bytes} by {step}");
-            }
-        }
-        assert_eq!(Crcs::default().of(1), None);
     }
 }

@@ -313,15 +313,15 @@ async fn exchange(
     let detail = trace::Detail { node_id, chunks: batch.wants.len() as u32, ..Default::default() };
     let call = inner.wire.transfer(address, Method::StorageKvGet, request, Vec::new(), sink, deadline);
     let reply = trace::detailed(detail, call).await?;
-    let response = KvGetResponse::decode(reply.body)
+    let response = KvGetResponse::decode(&reply.body[..])
         .map_err(|e| Error::new(Code::Protocol, format!("an answer of the cache cannot be read: {e}")))?;
     if response.results.len() != batch.wants.len() {
         return Err(Error::new(Code::Protocol, "storage answered another number of gets than asked"));
     }
-    let mut windows = reply.windows.iter();
+    let mut crcs = reply.segment_crcs();
     let results = batch.wants.iter().zip(&response.results).map(|((_, place), result)| {
-        let data = windows.next().map_or(&[][..], |window| &window[..result.length as usize]);
-        accept(shared, place, result, data).map_err(|error| error.with_routing(response.routing_version))
+        accept(shared, place, result, crcs.next().unwrap_or_default())
+            .map_err(|error| error.with_routing(response.routing_version))
     });
     Ok(results.collect())
 }
@@ -340,12 +340,12 @@ impl Want {
     }
 }
 
-/// Check what came.
-fn accept(shared: &Shared, place: &Place, result: &KvGetResult, data: &[u8]) -> Result<Option<Found>> {
+/// Check what came, by the checksums of its blocks.
+fn accept(shared: &Shared, place: &Place, result: &KvGetResult, crcs: &[u8]) -> Result<Option<Found>> {
     match Code::from_wire(result.code as u16) {
         _ if result.code == 0 => {
-            if !data.is_empty() {
-                verify(data, &result.crcs).inspect_err(|_| shared.calls.damaged())?;
+            if !crcs.is_empty() {
+                verify(crcs, &result.crcs).inspect_err(|_| shared.calls.damaged())?;
             }
             let id = (result.writer, result.sequence);
             Ok(Some(Found { stored: result.stored as usize, total: result.total, id }))

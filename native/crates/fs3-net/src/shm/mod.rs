@@ -40,7 +40,7 @@ const STAGING_BYTES_MAX: usize = 64 << 20;
 /// How often a sender looks whether it may let go, when nothing else makes it look.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes copied at a time while a call's windows are locked; few enough that their checksums are made from the core's cache.
-const COPY_BYTES_MAX: usize = 128 << 10;
+const COPY_BYTES_MAX: usize = 32 << 10;
 
 /// What moved by reference in this process. Thread-safe.
 #[derive(Default)]
