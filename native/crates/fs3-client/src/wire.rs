@@ -53,7 +53,9 @@ impl Wire {
             return Err(Error::new(Code::Timeout, format!("no time left to ask {addr}")));
         }
         let sent = payload.iter().map(|region| region.len()).sum();
-        trace::request(addr, method, sent, self.peers.call(addr, method, body, payload, sink, left)).await
+        // Boxed, so that the futures of whatever makes calls are small: who wraps a future in another one copies it.
+        let call = Box::pin(self.peers.call(addr, method, body, payload, sink, left));
+        trace::request(addr, method, sent, call).await
     }
 
     /// What moved by each RDMA device.

@@ -221,6 +221,8 @@ impl Core {
         self.tasks.running.fetch_add(1, Ordering::AcqRel);
         let guard = TaskGuard(self.tasks.clone());
         let timing = op.map(|op| self.stats.begin(op));
+        // Boxed before it is wrapped: a future that waits for another one has room for it twice.
+        let operation = Box::pin(operation);
         let operation = async move {
             operation.await;
             drop(timing);

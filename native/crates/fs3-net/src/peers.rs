@@ -73,7 +73,8 @@ impl Peers {
         let peer = self.peer(addr);
         let connection = match peer.pick(self.0.connections_per_peer) {
             Some(connection) => connection,
-            None => self.connect(addr, &peer, timeout).await?,
+            // Boxed, so that the future of a call is small: callers move it about.
+            None => Box::pin(self.connect(addr, &peer, timeout)).await?,
         };
         let left = timeout.saturating_sub(started.elapsed());
         connection.call(method, body, payload, sink, left).await

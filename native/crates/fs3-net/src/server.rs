@@ -545,9 +545,8 @@ impl<S: Service> Endpoint for Callee<S> {
         let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(payload.len()));
         let request = Request { peer: self.peer, method, deadline, body, payload, payload_crcs };
         let callee = self.clone();
-        let handling = async move { callee.service.handle(request).await };
+        let mut handling = Box::pin(async move { callee.service.handle(request).await });
         fs3_rt::Handle::current().begin(async move {
-            let mut handling = std::pin::pin!(handling);
             // Only what is answered at once is sent from within this call.
             let mut flush = Some(Flush::Batch);
             let handled = poll_fn(|cx| {

@@ -165,7 +165,8 @@ impl Target {
         let address = routing.address(to).ok_or_else(|| {
             Error::new(Code::Unavailable, format!("the routing has no address of target {to}'s node"))
         })?;
-        self.core.peers.call(address, method, request, payload, sink, timeout).await
+        // Boxed, so that the futures around it are small: they are copied before they run.
+        Box::pin(self.core.peers.call(address, method, request, payload, sink, timeout)).await
     }
 }
 
