@@ -4,7 +4,7 @@
 //! does what it waits for. For work of some microseconds that is most of the cost. So a task can run where it is begun up
 //! to its first wait, and a thread outside of the runtime can go on itself with the tasks that it wakes.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -16,12 +16,35 @@ use tokio::runtime::Handle;
 
 /// Tasks that one [`run_woken`] goes on with at most; the runtime gets the others.
 const RUNS_MAX: usize = 64;
+/// Tasks that are begun one within the other on a thread at most: each takes some of its stack.
+const NESTED_MAX: usize = 8;
 
 type BoxTask = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 thread_local! {
     /// Tasks that this thread is to go on with; `None` when it leaves them to the runtime.
     static WOKEN: RefCell<Option<VecDeque<Arc<Task>>>> = const { RefCell::new(None) };
+    static NESTED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// A task is being begun on this thread.
+pub(crate) struct Nesting;
+
+impl Nesting {
+    /// `None`: so many are, one within the other, that the next one has to run elsewhere.
+    pub fn enter() -> Option<Self> {
+        let nested = NESTED.get();
+        (nested < NESTED_MAX).then(|| {
+            NESTED.set(nested + 1);
+            Self
+        })
+    }
+}
+
+impl Drop for Nesting {
+    fn drop(&mut self) {
+        NESTED.set(NESTED.get() - 1);
+    }
 }
 
 /// A task that no thread of the runtime knows of, yet.
@@ -253,6 +276,24 @@ mod tests {
         assert_eq!(told.try_recv(), Ok(here()));
         begin_behind(runtime.handle(), task(shared.clone(), tell));
         assert_ne!(told.recv_timeout(PATIENCE).unwrap(), here());
+    }
+
+    fn begin_within(left: u32, tell: mpsc::Sender<()>) {
+        crate::Handle::current().begin(async move {
+            match left {
+                0 => tell.send(()).unwrap(),
+                _ => begin_within(left - 1, tell),
+            }
+        });
+    }
+
+    #[test]
+    fn tasks_that_begin_others_do_not_exhaust_the_stack() {
+        let runtime = runtime();
+        let (tell, told) = mpsc::channel();
+        let _entered = runtime.enter();
+        begin_within(100_000, tell);
+        told.recv_timeout(PATIENCE).unwrap();
     }
 
     #[test]

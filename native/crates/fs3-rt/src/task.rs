@@ -128,6 +128,7 @@ impl Handle {
     /// The caller must hold no lock that the task takes.
     pub fn begin(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut task = Box::pin(task);
+        let Some(_nesting) = near::Nesting::enter() else { return drop(self.spawn(task)) };
         match &self.0 {
             Place::Tokio(handle) => near::begin(handle, task),
             // The waker of this first poll is never woken: a future that is pending is polled again by its own task.
