@@ -21,7 +21,7 @@ import lmdb
 from fs3.kv import lmdb_records as records
 from fs3.kv import lmdb_wal
 from fs3.kv.api import TRANSACTION_MS_MAX, KvError, TooOld, Unavailable
-from fs3.kv.buffer import BufferedTransaction
+from fs3.kv.buffer import FIRST_KEY, KEYS_END, BufferedTransaction, State
 from fs3.kv.lmdb_commit import QUEUED_TRANSACTIONS_MAX, Committer, Request
 
 MAP_BYTES = 64 << 30
@@ -362,15 +362,15 @@ class LmdbTransaction(BufferedTransaction):
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
         """Read one key; see the protocol."""
-        reader = self._reader
-        if reader is None or self._writes or self._clears or len(key) > records.SHORT_KEY_BYTES_MAX:
+        if self._writes or self._clears or len(key) > records.SHORT_KEY_BYTES_MAX:
             return await super().get(key, snapshot=snapshot)
         # The short way for the common case; its checks are those of the long one.
-        if not b"\x00" <= key < b"\xff" or self._store._now_ms() - self._started_ms > TRANSACTION_MS_MAX:
+        if self._state is not State.OPEN or not FIRST_KEY <= key < KEYS_END:
             return await super().get(key, snapshot=snapshot)
+        self._snapshot()
         if not snapshot:
             self._read_keys.append(key)
-        value: bytes | None = reader.get(key)
+        value: bytes | None = self._reader.get(key)
         return value
 
     def _snapshot(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import grpc
@@ -47,9 +48,8 @@ def frame_handlers(
     """Handlers by method for :class:`fs3.rpc.server.FrameServer`."""
 
     def handler(operation: Operation) -> HandlerFn:
-        async def handle(ctx: Context, request: Any) -> Message:
-            response: Message = await engine.call(operation, request, ends_s=ctx.deadline_s)
-            return response
+        def handle(ctx: Context, request: Any) -> Coroutine[Any, Any, Message]:
+            return engine.call(operation, request, ends_s=ctx.deadline_s)
 
         return handle
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fs3.core.clock import Clock
@@ -20,6 +20,8 @@ class RoutingView:
     chains: dict[int, Chain] = field(default_factory=dict)
     tables: dict[tuple[int, int], ChainTable] = field(default_factory=dict)
     node_of_target: dict[int, int] = field(default_factory=dict)
+    # By table id; 0: of the first table.
+    newest_tables: dict[int, ChainTable] = field(default_factory=dict)
 
     @classmethod
     def of(cls, routing: Routing) -> RoutingView:
@@ -30,6 +32,7 @@ class RoutingView:
             {chain.chain_id: chain for chain in routing.chains},
             {(table.table_id, table.table_version): table for table in routing.tables},
             {target.target_id: target.node_id for target in routing.targets},
+            _newest(routing.tables),
         )
 
     @property
@@ -39,8 +42,7 @@ class RoutingView:
 
     def newest_table(self, table_id: int = 0) -> ChainTable | None:
         """The newest version of a table, by default of the first table; None before there is one."""
-        tables = [t for t in self.routing.tables if t.chain_ids and table_id in (0, t.table_id)]
-        return max(tables, key=lambda t: (-t.table_id, t.table_version), default=None)
+        return self.newest_tables.get(table_id)
 
     def serving(self, chain: Chain) -> list[int]:
         """Targets of the chain that serve, head first."""
@@ -55,6 +57,13 @@ class RoutingView:
         """Node ids of the metadata services that heartbeat, in order."""
         connected = NodeStatus.NODE_STATUS_CONNECTED
         return sorted(n.node_id for n in self.routing.nodes if n.role == "meta" and n.status == connected)
+
+
+def _newest(tables: Iterable[ChainTable]) -> dict[int, ChainTable]:
+    """The newest version of each table by its id, and under 0 that of the first; without those that have no chains."""
+    usable = sorted((t for t in tables if t.chain_ids), key=lambda t: t.table_version)
+    newest = {table.table_id: table for table in usable}
+    return {0: newest[min(newest)], **newest} if newest else newest
 
 
 class RoutingHolder:

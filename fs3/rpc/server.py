@@ -170,7 +170,10 @@ class ServerConnection(asyncio.Protocol):
         self._out: list[Buffer] = []
         self._flush_scheduled = False
         self._in_flight = 0
-        self._tasks: dict[asyncio.Task[Reply], asyncio.TimerHandle] = {}
+        # With their deadlines. The alarm goes off at the first one, or early.
+        self._tasks: dict[asyncio.Task[Reply], float] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = 0.0
         self._transport: asyncio.Transport | None = None
         self._write_blocked = False
         self._reading = True
@@ -202,6 +205,8 @@ class ServerConnection(asyncio.Protocol):
         self._out.clear()
         for task in list(self._tasks):
             task.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
         self.server._forget(self)
 
     def pause_writing(self) -> None:
@@ -352,12 +357,32 @@ class ServerConnection(asyncio.Protocol):
         task = loop.create_task(_finish(_Resumed(coro, waited)))
         inline.task = task
         self._in_flight += 1
-        timer = loop.call_at(ctx.deadline_s, task.cancel)
-        self._tasks[task] = timer
+        self._tasks[task] = ctx.deadline_s
+        self._wake_at(ctx.deadline_s)
         task.add_done_callback(lambda done: self._task_done(ctx, done))
 
+    def _wake_at(self, deadline_s: float) -> None:
+        """Have the alarm go off by then. One for all costs less than each its own: nearly all tasks end long before."""
+        if self._alarm is not None:
+            if self._alarm_s <= deadline_s:
+                return
+            self._alarm.cancel()
+        self._alarm_s = deadline_s
+        self._alarm = self.server.loop.call_at(deadline_s, self._ring)
+
+    def _ring(self) -> None:
+        """Cancel the tasks whose deadline has passed."""
+        self._alarm = None
+        now_s = self.server.loop.time()
+        left = [deadline_s for deadline_s in self._tasks.values() if deadline_s > now_s]
+        for task, deadline_s in self._tasks.items():
+            if deadline_s <= now_s:
+                task.cancel()
+        if left:
+            self._wake_at(min(left))
+
     def _task_done(self, ctx: Context, task: asyncio.Task[Reply]) -> None:
-        self._tasks.pop(task).cancel()
+        del self._tasks[task]
         self._in_flight -= 1
         self.server._changed.set()
         if task.cancelled():

@@ -6,8 +6,9 @@ from collections import Counter
 
 from fs3.core import settings
 from fs3.core.layout import chains_of, place_of, width
+from fs3.meta.routing import RoutingView
 from fs3.v1 import meta_pb2 as pb
-from fs3.v1.routing_pb2 import Routing
+from fs3.v1.routing_pb2 import ChainTable, Routing
 from meta.harness import CHUNK, FakeChunks, Meta, audit, run
 
 MANY = list(range(1, 101))
@@ -26,6 +27,14 @@ def test_with_few_chains_a_file_is_on_all_with_many_its_stripe_grows() -> None:
         assert (layout.stripe, layout.stripe_first, layout.stripe_max) == (20, 0, 0)
 
     run(main())
+
+
+def test_the_newest_version_of_a_table_that_has_chains_counts_and_the_first_table_where_none_is_named() -> None:
+    tables = [(3, 9, [1]), (2, 7, [1]), (2, 8, [1]), (2, 5, [1]), (2, 10, []), (1, 4, [])]
+    routing = Routing(tables=[ChainTable(table_id=i, table_version=v, chain_ids=chains) for i, v, chains in tables])
+    view = RoutingView.of(routing)
+    newest = {number: table and table.table_version for number in range(5) for table in [view.newest_table(number)]}
+    assert newest == {0: 8, 1: None, 2: 8, 3: 9, 4: None}
 
 
 def test_settings_of_the_cluster_take_the_place_of_the_services_own() -> None:
