@@ -37,6 +37,7 @@ pub use client::Client;
 pub use config::ClientConfig;
 pub use file::{OpenFile, Retained};
 pub use fs3_core::{AlignedBuf, ClientId, Code, Error, Region, RegionMut, Result};
+pub use fs3_net::Waiter;
 pub use fs3_proto::v1::{
     Attr, Caller, ChunkInfo, ContentVersion, DirEntry, FileLock, FileType, Layout, ListResponse as DirPage, LockKind,
     LockType, Method, PathAt, Routing, StatfsResponse as Statfs, XattrBit,

@@ -215,6 +215,11 @@ impl Core {
         }
     }
 
+    /// Whether no operation is running.
+    pub fn is_idle(&self) -> bool {
+        self.tasks.running.load(Ordering::Relaxed) == 0
+    }
+
     /// Run an operation here as far as it goes without waiting, then where it is woken; [`Core::drain`] waits for it.
     pub fn spawn(&self, job: impl Into<Job>, operation: impl Future<Output = ()> + Send + 'static) {
         let Job { op, asker } = job.into();

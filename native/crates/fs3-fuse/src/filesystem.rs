@@ -1,13 +1,15 @@
 //! The kernel's requests, each handed to the runtime and answered from there.
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use fs3_client::{Result, Setattr, at_inode};
+use fs3_client::{Result, Setattr, Waiter, at_inode};
 use fs3_ring::layout::{FS_MAGIC, FS_VERSION, IOC_MAGIC, IOC_REGISTER, IOC_VERSION};
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
@@ -25,11 +27,14 @@ use crate::inode::Place;
 use crate::locks::Asked;
 use crate::mount::Cache;
 use crate::names::{Change, Listed, NewMode, Opened};
+use crate::readahead::Plan;
 use crate::stats::Op;
 use crate::virt::{self, is_reserved, is_virtual};
 
 /// Largest write that the kernel sends, in bytes.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
+/// Reads up to this size are usually answered sooner than a thread that sleeps could be woken.
+const SMALL_READ_BYTES: usize = 64 << 10;
 /// Read-ahead requests of the kernel that may be under way at a time.
 const BACKGROUND_MAX: u16 = 64;
 /// Unit of `statfs` counts in bytes.
@@ -99,10 +104,35 @@ fn is_virtual_name(parent: INodeNo, name: &OsStr) -> bool {
     is_virtual(parent.0) || is_reserved(parent.0, name.as_bytes())
 }
 
+thread_local! {
+    /// What a thread of the kernel's requests receives with.
+    static WAITER: Cell<Option<Waiter>> = const { Cell::new(None) };
+}
+
+fn take_waiter() -> Option<Waiter> {
+    WAITER.take().or_else(|| Waiter::new().ok())
+}
+
 impl Fs {
     /// Run an operation on this thread, which the kernel's request has woken, as far as it goes without waiting.
     fn run(&self, job: impl Into<Job>, operation: impl Future<Output = ()> + Send + 'static) {
         fs3_rt::run_woken(|| self.core.spawn(job, operation));
+    }
+
+    /// As [`Fs::run`], and this thread receives the answers itself if they come soon: no other one has to wake for them. Not
+    /// while there are other operations, which the kernel's requests may have to wait for then.
+    fn run_attended(&self, job: impl Into<Job>, operation: impl Future<Output = ()> + Send + 'static) {
+        let waiter = if self.core.is_idle() { take_waiter() } else { None };
+        let Some(mut waiter) = waiter else { return self.run(job, operation) };
+        let ended = Arc::new(AtomicBool::new(false));
+        let end = ended.clone();
+        let operation = async move {
+            operation.await;
+            end.store(true, Ordering::Relaxed);
+        };
+        let begin = || self.core.spawn(job, operation);
+        waiter.attend(&self.core.io.runtime, begin, || ended.load(Ordering::Relaxed));
+        WAITER.set(Some(waiter));
     }
 
     /// Run `operation` with the mount's state and a copy of the name.
@@ -419,8 +449,9 @@ impl Filesystem for Fs {
         let open = handle.open_file().is_some();
         let job = if open { Job::droppable(Op::Read, request) } else { Op::Read.into() };
         let read = self.core.plan_read(handle, offset, size as usize);
-        let core = self.core.clone();
-        self.run(job, async move { core.read(read, reply).await });
+        let (core, is_small) = (self.core.clone(), size as usize <= SMALL_READ_BYTES && read.plan == Plan::Exact);
+        let reading = async move { core.read(read, reply).await };
+        if is_small { self.run_attended(job, reading) } else { self.run(job, reading) }
     }
 
     fn write(

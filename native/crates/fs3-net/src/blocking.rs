@@ -81,6 +81,23 @@ impl Waiter {
         }
     }
 
+    /// Begin operations by `begin`, and receive their answers on this thread for a moment, as long as `has_ended` says no.
+    /// What has not ended then goes on without this thread. Does not sleep.
+    pub fn attend(&mut self, runtime: &tokio::runtime::Handle, begin: impl FnOnce(), has_ended: impl Fn() -> bool) {
+        let _runtime = runtime.enter();
+        let _wanting = Wanting::begin();
+        fs3_rt::run_woken(begin);
+        if has_ended() {
+            return;
+        }
+        self.lead();
+        self.spin(|waiter| {
+            fs3_rt::run_woken(|| waiter.receive());
+            has_ended()
+        });
+        self.follow();
+    }
+
     /// Become the reader of the wanted connections that nobody reads.
     fn lead(&mut self) {
         WANTED.with_borrow(|wanted| {
@@ -103,7 +120,11 @@ impl Waiter {
     fn receive_until_woken(&mut self, until: Instant) -> bool {
         loop {
             self.receive();
-            if self.parker.is_woken() || self.spin() {
+            let woken = |waiter: &mut Self| {
+                waiter.receive();
+                waiter.parker.is_woken()
+            };
+            if self.parker.is_woken() || self.spin(woken) {
                 return true;
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -113,18 +134,15 @@ impl Waiter {
         }
     }
 
-    /// Go on receiving for a moment; whether the thread was woken.
-    fn spin(&mut self) -> bool {
+    /// Go on receiving for a moment by `succeeds`, until it does; whether it did.
+    fn spin(&mut self, mut succeeds: impl FnMut(&mut Self) -> bool) -> bool {
         if self.led.is_empty() {
             return false;
         }
         let mut spin = std::mem::take(&mut self.spin);
-        let woken = spin.until(|| {
-            self.receive();
-            self.parker.is_woken()
-        });
+        let succeeded = spin.until(|| succeeds(self));
         self.spin = spin;
-        woken
+        succeeded
     }
 
     fn receive(&mut self) {

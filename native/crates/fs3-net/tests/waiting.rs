@@ -8,6 +8,8 @@ use fs3_net::{Connection, Reply, Sink, Waiter};
 use fs3_proto::v1::Method;
 use std::convert::Infallible;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -192,4 +194,59 @@ fn a_thread_is_woken_by_what_is_no_connection() {
         let done = waiter.block_on(runtime.handle(), pin!(receiver), LONG, || Err::<(), _>("woken too late"));
         assert_eq!(done, Ok(Ok(number)));
     }
+}
+
+impl Caller {
+    /// Begin a call and attend to it; what becomes of it.
+    fn attend(&mut self, method: Method, number: u64) -> mpsc::Receiver<Result<Reply>> {
+        let ((tell, told), connection) = (mpsc::channel(), self.connection.clone());
+        let ended = Arc::new(AtomicBool::new(false));
+        let end = ended.clone();
+        let operation = async move {
+            let called = connection.call(method, body(number), Vec::new(), Sink::none(), LONG).await;
+            tell.send(called).unwrap();
+            end.store(true, Ordering::Relaxed);
+        };
+        let runtime = fs3_rt::Handle::from(self.runtime.clone());
+        self.waiter.attend(&self.runtime, || runtime.begin(operation), || ended.load(Ordering::Relaxed));
+        told
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_threads_attend_to_are_all_answered_beside_others() {
+    let service = Scripted::new(64 << 20);
+    let (server, addr) = serve(&service).await;
+    let connection = connect(&addr).await;
+    let attending = (0..3).map(|_| {
+        thread(&connection, |caller| {
+            for number in 0..300 {
+                assert!(caller.attend(Method::StorageRemove, number).recv_timeout(LONG).unwrap().is_ok());
+            }
+        })
+    });
+    let blocking = thread(&connection, |caller| (0..100).for_each(|i| caller.echo(size(i))));
+    for thread in attending.collect::<Vec<_>>() {
+        joined(thread).await;
+    }
+    joined(blocking).await;
+    assert_eq!(connection.in_flight(), 0);
+    server.shutdown(LONG).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_takes_long_goes_on_without_the_thread_that_attended_to_it() {
+    let service = Scripted::new(64 << 20);
+    let (server, addr) = serve(&service).await;
+    let connection = connect(&addr).await;
+    let told = joined(thread(&connection, |caller| {
+        (0..5).for_each(|_| caller.echo(10));
+        caller.attend(Method::StorageSync, 1)
+    }))
+    .await;
+    service.waiting.acquire().await.unwrap().forget();
+    assert!(told.try_recv().is_err());
+    service.gate.add_permits(1);
+    assert!(tokio::task::spawn_blocking(move || told.recv_timeout(LONG)).await.unwrap().unwrap().is_ok());
+    server.shutdown(LONG).await;
 }
