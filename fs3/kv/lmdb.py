@@ -218,8 +218,6 @@ class LmdbKv:
         self._pending: list[Request] = []
         self._turn_commits = 0
         self._one_at_a_time = False
-        # Commits that were begun here wait for the log.
-        self._committing = False
         self._unhurried: list[Request] = []
         self._company = _Company()
         self._company_timer: asyncio.TimerHandle | None = None
@@ -250,11 +248,7 @@ class LmdbKv:
             self._sweeper.cancel()
         for transaction in list(self._live):
             transaction._release()
-        self._gather()
-        if self._pending:
-            # Not to wait for a commit that is under way here: the committer's thread does that.
-            self._shared.committer.submit(self._pending)
-            self._pending = []
+        self._flush()
         await asyncio.get_running_loop().run_in_executor(None, self._shared.release)
 
     def _begin(self) -> Any:
@@ -280,8 +274,7 @@ class LmdbKv:
             raise Unavailable(f"more than {QUEUED_TRANSACTIONS_MAX} commits are waiting")
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        hurried = transaction._hurried or self._pending or self._committing
-        if not hurried and self._shared.durable and self._company.worth_waiting():
+        if not (transaction._hurried or self._pending) and self._shared.durable and self._company.worth_waiting():
             self._unhurried.append((transaction, future))
             if len(self._unhurried) == 1:
                 self._company_timer = loop.call_later(COMPANY_S_MAX, self._flush)
@@ -304,31 +297,17 @@ class LmdbKv:
         self._flush()
 
     def _flush(self) -> None:
-        """Commit what waits; while a commit of this loop is under way, as soon as that is done."""
-        self._gather()
-        if not self._pending or self._committing:
-            return
-        pending, self._pending = self._pending, []
-        committer = self._shared.committer
-        self._committing = True
-        if not committer.commit_here(pending, self._committed):
-            self._committing = False
-            committer.submit(pending)
-
-    def _committed(self) -> None:
-        self._committing = False
+        if self._unhurried:
+            if self._company_timer is not None:
+                self._company_timer.cancel()
+            self._company.found(len(self._unhurried) + len(self._pending) > 1)
+            self._pending = self._unhurried + self._pending
+            self._unhurried = []
         if self._pending:
-            self._flush()
-
-    def _gather(self) -> None:
-        """Let unhurried commits go with the others."""
-        if not self._unhurried:
-            return
-        if self._company_timer is not None:
-            self._company_timer.cancel()
-        self._company.found(len(self._unhurried) + len(self._pending) > 1)
-        self._pending = self._unhurried + self._pending
-        self._unhurried = []
+            pending, self._pending = self._pending, []
+            committer = self._shared.committer
+            if not committer.commit_here(pending):
+                committer.submit(pending)
 
     def _track(self, transaction: LmdbTransaction) -> None:
         self._live[transaction] = None

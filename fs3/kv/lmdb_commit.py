@@ -1,15 +1,12 @@
 """The LMDB engine's committer: validates and writes in groups, one group at a time per directory and process.
 
-The event loop commits a group itself while nothing keeps it waiting: a change of threads costs more than such a commit.
-While the disk is slow, a thread writes the group's record to the log, and the loop goes on with the commit when that is
-done: of all steps this one needs the interpreter least. While other processes keep the store locked, another thread
-does the whole commit.
+The event loop commits a group itself while the disk is quick: a change of threads costs more than such a commit. When
+the disk, or another process's commit, has kept the loop waiting, a thread of the committer takes over for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -18,13 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lmdb
 
 from fs3.kv import lmdb_records as records
-from fs3.kv import lmdb_wal
 from fs3.kv.api import (
     TRANSACTION_MS_MAX,
     CommitUnknown,
@@ -47,10 +42,9 @@ QUEUED_TRANSACTIONS_MAX = 20_000
 LOG_PRUNE_INTERVAL_MS = 1_000
 LOG_PRUNE_ENTRIES_MAX = 20_000
 READER_CHECK_INTERVAL_S = 10.0
-# The event loop does not wait itself for what has lately kept commits waiting for longer than this, on average.
-INLINE_WAIT_S_MAX = 0.0005
-# Commits that the average is of, roughly. A busy machine makes single ones slow whatever they wait for.
-WAITS_AVERAGED = 16
+# A commit that took longer is the last one for some time that an event loop waits for itself.
+INLINE_COMMIT_S_MAX = 0.003
+INLINE_PAUSE_S = 0.5
 INLINE_TRANSACTIONS_MAX = 64
 # py-lmdb gives up the interpreter's lock at every write of a key. By Python's default of 5 ms a busy event loop
 # would hand it back so late that a batch takes hundreds of milliseconds; 50 µs measured best of 10 µs to 5 ms.
@@ -76,31 +70,6 @@ def _is_full(error: Exception) -> bool:
 
 class _OutcomeUnknown(Exception):
     """LMDB's commit failed in a way that does not say whether it took effect."""
-
-
-class _Wait:
-    """A moving average of how long something keeps commits waiting."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def note(self, seconds: float) -> None:
-        self.seconds += (seconds - self.seconds) / WAITS_AVERAGED
-
-
-@dataclass(slots=True)
-class _Group:
-    """Transactions that were judged.
-
-    The effect of the accepted ones is in `txn`, not committed yet; None: there is nothing to commit. `record` has to be
-    in the log first; None without durability.
-    """
-
-    batch: list[Request]
-    outcomes: list[Outcome]
-    txn: Any = None
-    entry: Entry | None = None
-    record: lmdb_wal.Entry | None = None
 
 
 class Committer:
@@ -129,43 +98,35 @@ class Committer:
         self._broken: str | None = None
         self._next_reader_check_s = 0.0
         self._next_prune_ms = 0
-        # Held by whoever commits; by a loop also while a thread writes to the log for it.
+        # Held by whoever commits.
         self._turn = threading.Lock()
-        self._lock_wait = _Wait()
-        self._log_wait = _Wait()
+        self._inline_after_s = 0.0
         self._queue: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
-        self._log_queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._log_thread: threading.Thread | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._thread = threading.Thread(target=self._run, name="fs3-kv-committer", daemon=True)
         self._thread.start()
 
-    def commit_here(self, requests: list[Request], done: Callable[[], None]) -> bool:
-        """Commit on the calling thread, that of the futures' loop, unless the store is locked; returns whether it does.
-
-        Calls `done` when the futures are complete: before it returns, or later from the loop when a thread writes to
-        the log. The caller's next transactions are to wait for that.
-        """
-        if self._lock_wait.seconds > INLINE_WAIT_S_MAX or len(requests) > INLINE_TRANSACTIONS_MAX:
+    def commit_here(self, requests: list[Request]) -> bool:
+        """Commit on the calling thread, that of the futures' loop, if it should be quick; returns whether it did."""
+        started_s = time.monotonic()
+        if started_s < self._inline_after_s or len(requests) > INLINE_TRANSACTIONS_MAX:
             return False
         if not self._turn.acquire(blocking=False):
             return False
-        waits = False
         try:
-            batch, rest = _split(requests)
             # What is queued for the thread comes first.
-            if rest or not self._queue.empty():
+            if not self._queue.empty():
                 return False
-            group = self._commit_or_stage(batch)
-            waits = group.txn is not None
+            batch, rest = _split(requests)
+            if rest:
+                return False
+            outcomes = self._commit_safely(batch)
         finally:
-            if not waits:
-                self._turn.release()
-        if waits:
-            self._write_apart(group, done)
-        else:
-            _deliver(group.outcomes)
-            done()
+            self._turn.release()
+        ended_s = time.monotonic()
+        if ended_s - started_s > INLINE_COMMIT_S_MAX:
+            self._inline_after_s = ended_s + INLINE_PAUSE_S
+        _deliver(outcomes)
         return True
 
     def submit(self, requests: list[Request]) -> None:
@@ -173,13 +134,9 @@ class Committer:
         self._queue.put(requests)
 
     def stop(self) -> None:
-        """Finish what is queued and under way, then end the threads. Blocks meanwhile, so that no loop may call it."""
+        """Finish what is queued, then end the thread. Blocks for as long as the last commit takes."""
         self._queue.put(None)
         self._thread.join()
-        with self._turn:
-            self._log_queue.put(None)
-        if self._log_thread is not None:
-            self._log_thread.join()
 
     def _run(self) -> None:
         waiting: list[Request] = []
@@ -229,54 +186,11 @@ class Committer:
             except RuntimeError:
                 continue  # the loop was closed: nobody waits for these any more
 
-    def _commit_or_stage(self, batch: list[Request]) -> _Group:
-        """Commit, or stage only while the log is slow."""
-        if self._wal is not None and self._broken is None and self._log_wait.seconds > INLINE_WAIT_S_MAX:
-            # What cannot be staged goes the other way, which finds out which transactions are to blame.
-            with contextlib.suppress(Exception):
-                return self._stage(batch)
-        return _Group(batch, self._commit_safely(batch))
-
-    def _write_apart(self, group: _Group, done: Callable[[], None]) -> None:
-        """Have a thread write the group's record, then commit the group from the loop. The turn lasts until then.
-
-        LMDB wants one thread to begin and to end a write transaction, so that all of it but the wait stays here.
-        """
-        loop = asyncio.get_running_loop()
-
-        def write() -> None:
-            failure = self._write_log(group)
-            try:
-                loop.call_soon_threadsafe(finish, failure)
-            except RuntimeError:
-                _log.error("an event loop was closed during a commit: the store is locked until the process ends")
-
-        def finish(failure: Exception | None) -> None:
-            try:
-                outcomes = self._safely(group.batch, lambda: self._conclude(group, failure))
-            finally:
-                self._turn.release()
-            _deliver(outcomes)
-            done()
-
-        self._log_queue.put(write)
-        if self._log_thread is None:
-            self._log_thread = threading.Thread(target=self._run_log, name="fs3-kv-log", daemon=True)
-            self._log_thread.start()
-
-    def _run_log(self) -> None:
-        while (write := self._log_queue.get()) is not None:
-            write()
-
     def _commit_safely(self, batch: list[Request]) -> list[Outcome]:
         if self._broken is not None:
             return [(future, Unavailable(self._broken)) for _, future in batch]
-        return self._safely(batch, lambda: self._commit(batch))
-
-    def _safely(self, batch: list[Request], commit: Callable[[], list[Outcome]]) -> list[Outcome]:
-        """The outcomes of `commit`, which is to commit the batch or raise."""
         try:
-            return commit()
+            return self._commit(batch)
         except _OutcomeUnknown as error:
             return self._fail(batch, error)
         except Exception as error:
@@ -298,17 +212,10 @@ class Committer:
         return outcomes
 
     def _commit(self, batch: list[Request]) -> list[Outcome]:
-        group = self._stage(batch)
-        return group.outcomes if group.txn is None else self._conclude(group, self._write_log(group))
-
-    def _stage(self, batch: list[Request]) -> _Group:
-        """Judge the transactions, and put the effect of the accepted ones into an LMDB transaction."""
         now_ms = self._now_ms()
-        started_s = time.monotonic()
         txn = self._begin()
-        self._lock_wait.note(time.monotonic() - started_s)
         if isinstance(txn, KvError):
-            return _Group(batch, [(future, txn) for _, future in batch])
+            return [(future, txn) for _, future in batch]
         try:
             version = self._base + int(txn.id())
             self._catch_up(txn, version - 1)
@@ -316,43 +223,16 @@ class Committer:
             outcomes, staged = self._stage_all(batch, txn, version, now_ms)
             if staged is None:
                 txn.abort()
-                return _Group(batch, outcomes)
+                return outcomes
             staged.flush()
             if now_ms >= self._next_prune_ms:
                 self._next_prune_ms = now_ms + LOG_PRUNE_INTERVAL_MS
                 self._prune_stored(txn, version, now_ms)
             txn.put(records.log_key(version), records.encode_log(now_ms, staged.keys, staged.ranges))
-            entry = Entry(version, now_ms, staged.keys, staged.ranges)
-            group = _Group(batch, outcomes, txn, entry)
-            if self._wal is not None:
-                group.record = self._wal.reserve(txn, Record(version, staged.removed, staged.changes))
-            return group
+            begun = self._log_durably(txn, version, staged)
         except BaseException:
             txn.abort()
             raise
-
-    def _write_log(self, group: _Group) -> Exception | None:
-        """Write the group's record, if there is to be one; returns what failed."""
-        if self._wal is None or group.record is None:
-            return None
-        started_s = time.monotonic()
-        try:
-            self._wal.write(group.record)
-            return None
-        except Exception as error:
-            return error
-        finally:
-            self._log_wait.note(time.monotonic() - started_s)
-
-    def _conclude(self, group: _Group, failure: Exception | None) -> list[Outcome]:
-        """Commit what was staged, and in the log unless `failure`."""
-        txn, entry = group.txn, group.entry
-        assert entry is not None
-        if failure is not None:
-            txn.abort()
-            if _is_full(failure):
-                raise failure  # nothing was written
-            raise _OutcomeUnknown from failure
         try:
             txn.commit()
         except lmdb.Error as error:
@@ -360,13 +240,24 @@ class Committer:
             if _is_full(error):
                 raise  # pages did not fit, so the new root was not written
             raise _OutcomeUnknown from error
-        if group.record is not None and group.record.begins and self._snapshots is not None:
+        if begun and self._snapshots is not None:
             self._snapshots.consider()
-        self._log.append(entry)
-        self._known = entry.version
+        self._log.append(Entry(version, now_ms, staged.keys, staged.ranges))
+        self._known = version
         self.batches += 1
-        self.transactions += len(group.batch)
-        return group.outcomes
+        self.transactions += len(batch)
+        return outcomes
+
+    def _log_durably(self, txn: Any, version: int, staged: _Staged) -> bool:
+        """Write the batch to the log; returns whether a new segment began."""
+        if self._wal is None:
+            return False
+        try:
+            return self._wal.append(txn, Record(version, staged.removed, staged.changes))
+        except OSError as error:
+            if _is_full(error):
+                raise
+            raise _OutcomeUnknown from error
 
     def _retract(self, error: Exception) -> None:
         if self._wal is None:

@@ -141,14 +141,6 @@ def set_position(txn: Any, where: Position) -> None:
     txn.put(POSITION_KEY, _POSITION.pack(*where))
 
 
-class Entry(NamedTuple):
-    """A record that has its place in the log; `begins`: it begins a segment."""
-
-    where: Position
-    data: bytes
-    begins: bool
-
-
 class Wal:
     """Appends commits to the log. Used within an LMDB write transaction, which keeps out all other writers."""
 
@@ -159,28 +151,24 @@ class Wal:
         self._bytes = 0
         self._offset = 0
 
-    def reserve(self, txn: Any, record: Record) -> Entry:
-        """Give a record its place, and write into `txn` where the log goes on behind it."""
+    def append(self, txn: Any, record: Record) -> bool:
+        """Write the new position into `txn` and make the record survive power loss; returns whether a segment began.
+
+        Raises OSError: with ENOSPC nothing counts as written; after any other the record may or may not be there.
+        """
         where = position(txn)
         if where is None:
             raise KvError("another process uses the store without durability: stop it, then open the store again")
         data = encode(record)
-        begins = where.offset > 0 and where.offset + len(data) > SEGMENT_BYTES
-        if begins:
+        begun = where.offset > 0 and where.offset + len(data) > SEGMENT_BYTES
+        if begun:
             where = Position(where.segment + 1, 0)
         set_position(txn, Position(where.segment, where.offset + len(data)))
-        return Entry(where, data, begins)
-
-    def write(self, entry: Entry) -> None:
-        """Make the record survive power loss. May run in another thread than `reserve`.
-
-        Raises OSError: with ENOSPC nothing counts as written; after any other the record may or may not be there.
-        """
-        where, data, _ = entry
         self._open(where.segment)
         self._extend(where.offset + len(data))
         self._offset = where.offset
         _write_all(self._fd, data, where.offset)
+        return begun
 
     def retract(self) -> None:
         """Take back the record written last: its commit failed. Raises OSError."""

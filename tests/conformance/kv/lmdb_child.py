@@ -10,7 +10,6 @@ import lmdb
 from fs3.kv.api import Transaction
 from fs3.kv.lmdb import LmdbKv
 from fs3.kv.retry import run
-from tests.conformance.kv.support import slow_log
 
 
 def say(line: str) -> None:
@@ -18,11 +17,9 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-async def count(path: str, name: str, times: int, mode: str) -> None:
+async def count(path: str, name: str, times: int, durable: bool) -> None:
     """Add one to a shared counter `times` times, 4 at once; say each number once it is acknowledged."""
-    store = LmdbKv(path, durable=mode != "fast")
-    if mode == "slow-log":
-        slow_log(store)
+    store = LmdbKv(path, durable=durable)
     numbers = iter(range(times))
 
     async def worker() -> None:
@@ -67,7 +64,7 @@ def hold(path: str, writing: bool) -> None:
 def main() -> None:
     command, path, *rest = sys.argv[1:]
     if command == "count":
-        asyncio.run(count(path, rest[0], int(rest[1]), rest[2]))
+        asyncio.run(count(path, rest[0], int(rest[1]), rest[2] == "durable"))
     elif command == "write":
         asyncio.run(write(path, rest[0], int(rest[1])))
     elif command == "hold":

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from fs3.kv.api import Conflict, KvStore, Transaction
-from fs3.kv.lmdb import LmdbKv
 
 DEADLINE_S = 30.0
 ALL = (b"", b"\xff")
@@ -18,21 +17,6 @@ ALL = (b"", b"\xff")
 
 def i64(value: int) -> bytes:
     return (value & (2**64 - 1)).to_bytes(8, "little")
-
-
-class _AlwaysSlow:
-    """Stands for an average that fast writes cannot lower."""
-
-    seconds = 1.0
-
-    def note(self, seconds: float) -> None:
-        return
-
-
-def slow_log(store: LmdbKv) -> LmdbKv:
-    """Let the store take its disk for slow."""
-    store._shared.committer._log_wait = _AlwaysSlow()  # type: ignore[assignment]
-    return store
 
 
 class Clock:
