@@ -34,7 +34,11 @@ RULES: Final = {
 
 @dataclass(frozen=True)
 class Sample:
-    """Figures of a process at a time. ``at_s``: seconds since the run began; ``rss``: bytes."""
+    """Figures of a process at a time. ``at_s``: seconds since the run began; ``rss``: bytes.
+
+    Pages of files do not count: the embedded store is mapped, and what is read of it stays in the page cache, which
+    the kernel takes back.
+    """
 
     at_s: float
     rss: float
@@ -46,7 +50,8 @@ def sample(pid: int, at_s: float) -> Sample:
     """Figures of a running process. Raises OSError when it is gone."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return Sample(at_s, int(status["VmRSS"].split()[0]) * 1024, descriptors, int(status["Threads"]))
+    resident_kib = sum(int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
+    return Sample(at_s, resident_kib * 1024, descriptors, int(status["Threads"]))
 
 
 def rise(samples: Sequence[Sample], figure: str) -> tuple[float, float]:
