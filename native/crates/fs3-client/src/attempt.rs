@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, Error, RegionMut, Result};
+use fs3_core::{ChunkId, Code, Error, RegionMut, Result};
 use fs3_net::{Reply, Sink};
 use fs3_proto::v1::{Method, ReadOp, ReadRequest, ReadResponse, ReadResult};
 use fs3_rt::{Instant, JoinSet};
@@ -104,13 +104,9 @@ struct Came {
 
 impl Came {
     fn of(reply: Reply) -> Vec<Self> {
-        let mut rest = Bytes::from(reply.crcs);
-        let came = reply.windows.into_iter().zip(reply.lengths);
-        let came = came.map(|(window, bytes)| {
-            let crcs = rest.split_to(4 * bytes.div_ceil(CRC_BLOCK_BYTES));
-            Self { window, bytes, crcs }
-        });
-        came.collect()
+        let crcs: Vec<Bytes> = reply.segment_crcs().map(Bytes::copy_from_slice).collect();
+        let came = reply.windows.into_iter().zip(reply.lengths).zip(crcs);
+        came.map(|((window, bytes), crcs)| Self { window, bytes, crcs }).collect()
     }
 }
 

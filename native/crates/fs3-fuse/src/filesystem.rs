@@ -1,4 +1,4 @@
-//! The kernel's requests, each handed to the runtime and answered from there.
+//! The kernel's requests, each begun on the thread that brings it and answered from where it ends.
 
 use std::cell::Cell;
 use std::ffi::OsStr;

@@ -1,7 +1,7 @@
 //! The mount daemon: serves a cluster to the kernel through FUSE.
 //!
-//! Requests are read by a few threads of fuser and answered from tasks on the client's runtime, so that a slow
-//! one holds up nobody else. All handles of an inode share one state ([`inode`]): writes are gathered into
+//! Requests are read by a few threads of fuser, begun on them, and go on where they are woken, so that a slow one holds
+//! up nobody else. All handles of an inode share one state ([`inode`]): writes are gathered into
 //! large pieces ([`gather`]) that go to storage in the background, reads see them at once, and `close` returns
 //! after the data is on every serving replica and the length is published. Memory is bounded by two pools of
 //! recycled buffers ([`buffers`]).

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use fs3_core::{Code, Region, Result};
+use fs3_core::{Code, Region, Result, crc_blocks, pack_crcs};
 use fs3_net::{Connection, Reply, Sink, Waiter};
 use fs3_proto::v1::Method;
 use std::convert::Infallible;
@@ -33,6 +33,7 @@ impl Caller {
     fn echo(&mut self, bytes: usize) {
         let reply = self.transfer(Method::StorageWrite, bytes as u64, bytes, LONG).unwrap();
         assert_eq!(reply.lengths, [bytes]);
+        assert_eq!(reply.crcs, pack_crcs(&crc_blocks(0, &pattern(bytes))));
         assert!(reply.windows[0][..] == pattern(bytes));
     }
 

@@ -1,8 +1,8 @@
 //! How two processes of one host get mappings of each other's memory.
 //!
 //! The server listens on an abstract Unix socket, which exists only in its network namespace, for this one connection. The
-//! client says there what the hello told it, and brings its memory; the server answers with the page
-//! of counters and its memory. Whatever fails leaves the connection with plain TCP.
+//! client says there what the hello told it, and brings its memory; the server answers with the page of counters and its
+//! memory. Whatever fails leaves the connection with plain TCP.
 
 use super::memory::{Control, Mapped};
 use super::{Counters, SharedMemory, descriptors};

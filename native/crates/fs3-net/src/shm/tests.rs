@@ -2,7 +2,7 @@ use super::*;
 use crate::hello::{Hello, HelloPolicy};
 use crate::rdma::Transport;
 use crate::{Connection, Request, Response, Server, Service, Sink, Way};
-use fs3_core::{AlignedBuf, BufferPool, RegionMut};
+use fs3_core::{AlignedBuf, BufferPool, RegionMut, crc_blocks, pack_crcs};
 use fs3_proto::frame::Kind;
 use fs3_proto::v1::{GetRoutingRequest, HelloRequest, HelloResponse, Method, Role, ShareMemoryRequest};
 use prost::Message;
@@ -63,7 +63,9 @@ async fn echo(connection: &Connection, payload: Vec<Region>) -> Result<RegionMut
     let sink = Sink { windows: vec![RegionMut::zeroed(bytes)], lengths };
     let body = GetRoutingRequest { known_version: bytes as u64, wait_ms: 0, known: None };
     let mut reply = connection.call(Method::StorageWrite, body, payload, sink, LONG).await?;
-    Ok(reply.windows.remove(0))
+    let echoed = reply.windows.remove(0);
+    assert_eq!(reply.crcs, pack_crcs(&crc_blocks(0, &echoed)));
+    Ok(echoed)
 }
 
 fn counter(transport: &Transport, name: &str) -> usize {
