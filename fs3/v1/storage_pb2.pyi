@@ -1121,6 +1121,7 @@ class KvPutOp(_message.Message):
     sequence: _builtins.int
     """raised by the client with every put and removal"""
     crcs: _builtins.bytes
+    """empty: they come with the payload (shared memory), or it is refused as damaged"""
     def __init__(
         self,
         *,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use fs3_core::{ClientId, Code, Error, Region, Result};
-use fs3_net::{Hello, Peers, Reply, Sink};
+use fs3_net::{Hello, Payload, Peers, Reply, Sink};
 use fs3_proto::v1::{Method, Role};
 use fs3_rt::Instant;
 use prost::Message;
@@ -41,7 +41,7 @@ impl Wire {
         addr: &str,
         method: Method,
         body: impl Message,
-        payload: Vec<Region>,
+        payload: impl Into<Payload>,
         sink: Sink,
         until: Instant,
     ) -> Result<Reply> {
@@ -52,10 +52,16 @@ impl Wire {
         if left.is_zero() {
             return Err(Error::new(Code::Timeout, format!("no time left to ask {addr}")));
         }
-        let sent = payload.iter().map(|region| region.len()).sum();
+        let payload = payload.into();
+        let sent = payload.pieces.iter().map(|region| region.len()).sum();
         // Boxed, so that the futures of whatever makes calls are small: who wraps a future in another one copies it.
         let call = Box::pin(self.peers.call(addr, method, body, payload, sink, left));
         trace::request(addr, method, sent, call).await
+    }
+
+    /// Whether this payload would go with its checksums, so that they need not be made before. Not for certain.
+    pub fn sends_crcs(&self, addr: &str, payload: &[Region]) -> bool {
+        self.peers.sends_crcs(addr, payload)
     }
 
     /// What moved by each RDMA device.

@@ -219,7 +219,7 @@ async fn head_call<Req: Message>(
         let result = match head {
             None => Err(Error::new(Code::NotServing, format!("chain {chain_id} has no serving replica"))),
             Some((chain, head, address)) => {
-                let payload = payload.iter().cloned().collect();
+                let payload: Vec<_> = payload.iter().cloned().collect();
                 let call = inner.wire.transfer(address, method, build(chain, head), payload, Sink::none(), deadline);
                 let (node_id, target_id) = (head.node_id, head.target_id);
                 let chunks = u32::from(method != Method::StorageSync);

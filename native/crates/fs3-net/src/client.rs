@@ -42,6 +42,22 @@ impl Sink {
     }
 }
 
+/// What is sent with a request. Must not be modified until the call returns.
+#[derive(Default)]
+pub struct Payload {
+    /// It is their concatenation.
+    pub pieces: Vec<Region>,
+    /// Whether its checksums are to go with it where the transport makes them without reading it once more
+    /// ([`crate::Request::sent_crcs`]). See [`Connection::sends_crcs`].
+    pub with_crcs: bool,
+}
+
+impl From<Vec<Region>> for Payload {
+    fn from(pieces: Vec<Region>) -> Self {
+        Self { pieces, with_crcs: false }
+    }
+}
+
 /// A successful response.
 pub struct Reply {
     /// The encoded response message.
@@ -175,8 +191,7 @@ impl Connection {
 
     /// Make one call and wait for its response.
     ///
-    /// `payload` is sent as the pieces' concatenation and must not be modified until the call returns. The
-    /// response's payload goes straight into the sink's windows. A call that is given up (its future dropped, or timed
+    /// The response's payload goes straight into the sink's windows. A call that is given up (its future dropped, or timed
     /// out) drops the windows: at once with TCP, with RDMA as soon as the peer cannot write to them any more. So
     /// memory behind a window is free when its owner is dropped.
     ///
@@ -188,12 +203,12 @@ impl Connection {
         &self,
         method: Method,
         body: impl Message,
-        payload: Vec<Region>,
+        payload: impl Into<Payload>,
         sink: Sink,
         timeout: Duration,
     ) -> Result<Reply> {
         let caller = &self.0.endpoint;
-        let (header, mut message) = request(method, timeout, &body, payload)?;
+        let (header, mut message) = request(method, timeout, &body, payload.into())?;
         drop(body);
         let slot = Arc::new(Slot::new(sink));
         let waited = async {
@@ -222,6 +237,11 @@ impl Connection {
         self.0.endpoint.link.is_closed()
     }
 
+    /// Whether this payload would go with its checksums if asked to. It may still go without, when much is sent at a time.
+    pub fn sends_crcs(&self, pieces: &[Region]) -> bool {
+        self.0.endpoint.link.sends_crcs(pieces)
+    }
+
     /// Calls that wait for an answer now.
     pub fn in_flight(&self) -> usize {
         self.0.endpoint.pending.lock().slots.len()
@@ -230,7 +250,7 @@ impl Connection {
 
 /// One request before there is a link.
 async fn ask(socket: &Socket, method: Method, body: &impl Message, timeout: Duration) -> Result<Bytes> {
-    let (header, mut request) = request(method, timeout, body, Vec::new())?;
+    let (header, mut request) = request(method, timeout, body, Payload::default())?;
     request.head[..HEADER_BYTES].copy_from_slice(&header.encode());
     socket.write_all(&request.head).await?;
     let (header, body) = socket.read_frame(Limits::UNAUTHENTICATED).await;
@@ -285,7 +305,12 @@ async fn share_memory(
 }
 
 /// A request without its id: the header is encoded into the first bytes of `head` when the id is known.
-fn request(method: Method, timeout: Duration, body: &impl Message, payload: Vec<Region>) -> Result<(Header, Outgoing)> {
+fn request(
+    method: Method,
+    timeout: Duration,
+    body: &impl Message,
+    Payload { pieces: payload, with_crcs }: Payload,
+) -> Result<(Header, Outgoing)> {
     let body_bytes = body.encoded_len();
     let payload_bytes: usize = payload.iter().map(|piece| piece.len()).sum();
     if body_bytes > BODY_BYTES_MAX || payload_bytes > PAYLOAD_BYTES_MAX {
@@ -304,7 +329,8 @@ fn request(method: Method, timeout: Duration, body: &impl Message, payload: Vec<
     let mut head = Vec::with_capacity(HEADER_BYTES + body_bytes);
     head.resize(HEADER_BYTES, 0);
     body.encode(&mut head).expect("a vector grows as needed");
-    Ok((header, Outgoing { head, body: Bytes::new(), payload, segments: Vec::new(), landing: None, permit: None }))
+    let (body, segments) = (Bytes::new(), Vec::new());
+    Ok((header, Outgoing { head, body, payload, with_crcs, segments, landing: None, permit: None }))
 }
 
 /// Where one call waits for its response.

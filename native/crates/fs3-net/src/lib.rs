@@ -25,7 +25,7 @@ mod spin;
 mod tcp;
 
 pub use blocking::Waiter;
-pub use client::{Connection, Reply, Sink};
+pub use client::{Connection, Payload, Reply, Sink};
 pub use hello::{Hello, HelloPolicy, PeerInfo};
 pub use link::Way;
 pub use peers::Peers;

@@ -42,6 +42,8 @@ pub(crate) struct Outgoing {
     pub body: Bytes,
     /// The payload's pieces in order.
     pub payload: Vec<Region>,
+    /// Whether the payload's checksums are to go with it where the transport reads it anyway.
+    pub with_crcs: bool,
     /// Responses: lengths of the payload's segments; empty: it is one.
     pub segments: Vec<u32>,
     /// Requests: where the response goes. Told when the message begins to leave.
@@ -82,6 +84,11 @@ pub(crate) trait Link: Send + Sync + 'static {
     }
     /// Whether payloads may go by reference.
     fn shares_memory(&self) -> bool {
+        false
+    }
+    /// Whether this payload would go with its checksums, as far as can be known.
+    fn sends_crcs(&self, payload: &[Region]) -> bool {
+        let _ = payload;
         false
     }
     /// The call of this request was given up, and these were its windows. They are dropped when the peer cannot
@@ -126,6 +133,10 @@ pub(crate) trait Landing: Send + Sync {
     /// Requests: memory for the whole payload, to read it into. `None` when nobody wants it.
     fn memory(&mut self) -> Option<&mut [u8]> {
         None
+    }
+    /// Requests: the checksums that the sender made of the payload, after all of it.
+    fn sent_crcs(&mut self, crcs: Vec<u8>) {
+        let _ = crcs;
     }
     /// Responses: put what a window got elsewhere into it.
     fn put(&mut self, window: usize, bytes: &[u8]) {

@@ -1,4 +1,4 @@
-use crate::client::{Connection, Reply, Sink};
+use crate::client::{Connection, Payload, Reply, Sink};
 use crate::hello::Hello;
 use crate::link::Way;
 use fs3_core::{Code, Error, Region, Result};
@@ -65,7 +65,7 @@ impl Peers {
         addr: &str,
         method: Method,
         body: impl Message,
-        payload: Vec<Region>,
+        payload: impl Into<Payload>,
         sink: Sink,
         timeout: Duration,
     ) -> Result<Reply> {
@@ -78,6 +78,11 @@ impl Peers {
         };
         let left = timeout.saturating_sub(started.elapsed());
         connection.call(method, body, payload, sink, left).await
+    }
+
+    /// [`Connection::sends_crcs`] of the connection that would be used now; false when there is none.
+    pub fn sends_crcs(&self, addr: &str, pieces: &[Region]) -> bool {
+        self.peer(addr).least_loaded().is_some_and(|connection| connection.sends_crcs(pieces))
     }
 
     /// Drop the connections to all addresses but these; calls in flight on them fail.

@@ -41,7 +41,9 @@ pub struct Request {
     pub payload: Region,
     /// CRC32C of each [`CRC_BLOCK_BYTES`] of the payload, little-endian one after another, made while it came. Only for
     /// [`Service::wants_crcs`], and not by every transport.
-    pub payload_crcs: Option<Vec<u8>>,
+    pub payload_crcs: Option<Bytes>,
+    /// The same as the requester made them, when they came with the payload.
+    pub sent_crcs: Option<Bytes>,
 }
 
 /// What a service answers.
@@ -370,6 +372,7 @@ fn answer(request: &Header, result: Result<Response>) -> Outgoing {
         head: header.encode().to_vec(),
         body: response.body,
         payload: response.payload,
+        with_crcs: false,
         segments: response.segments,
         landing: None,
         permit: None,
@@ -416,6 +419,7 @@ struct RequestLanding {
     filled: usize,
     refusal: Option<Error>,
     crcs: Option<Crcs>,
+    sent_crcs: Option<Bytes>,
 }
 
 impl Landing for RequestLanding {
@@ -431,6 +435,10 @@ impl Landing for RequestLanding {
         if let (Some(crcs), Some(buffer)) = (&mut self.crcs, &self.buffer) {
             crcs.follow(&buffer[..self.filled], self.filled == buffer.len());
         }
+    }
+
+    fn sent_crcs(&mut self, crcs: Vec<u8>) {
+        self.sent_crcs = Some(crcs.into());
     }
 
     fn memory(&mut self) -> Option<&mut [u8]> {
@@ -526,7 +534,7 @@ impl<S: Service> Endpoint for Callee<S> {
         };
         let wanted = Method::try_from(i32::from(header.method)).is_ok_and(|method| self.service.wants_crcs(method));
         let crcs = (wanted && buffer.is_some()).then(Crcs::default);
-        Ok(RequestLanding { buffer, filled: 0, refusal, crcs })
+        Ok(RequestLanding { buffer, filled: 0, refusal, crcs, sent_crcs: None })
     }
 
     fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: RequestLanding) {
@@ -542,8 +550,9 @@ impl<S: Service> Endpoint for Callee<S> {
         let wait_ms = if header.deadline_ms == 0 { DEADLINE_MS_DEFAULT } else { header.deadline_ms };
         let deadline = Instant::now() + Duration::from_millis(u64::from(wait_ms));
         let payload = landing.buffer.map_or_else(Region::empty, RegionMut::freeze);
-        let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(payload.len()));
-        let request = Request { peer: self.peer, method, deadline, body, payload, payload_crcs };
+        let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(payload.len())).map(Bytes::from);
+        let sent_crcs = landing.sent_crcs;
+        let request = Request { peer: self.peer, method, deadline, body, payload, payload_crcs, sent_crcs };
         let callee = self.clone();
         let mut handling = Box::pin(async move { callee.service.handle(request).await });
         fs3_rt::Handle::current().begin(async move {

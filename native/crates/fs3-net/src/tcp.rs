@@ -5,8 +5,8 @@ use crate::link::{Endpoint, Flush, Landing, Link, Outgoing, PIECES_MAX};
 use crate::shm::SharedMemory;
 use crate::{PEER_SILENT_MS_MAX, STALL_TIMEOUT_MS};
 use bytes::Bytes;
-use fs3_core::{Code, Error, Result};
-use fs3_proto::frame::{HEADER_BYTES, Header, Limits, REFERENCES_MAX, Reference};
+use fs3_core::{Code, Error, Region, Result};
+use fs3_proto::frame::{HEADER_BYTES, Header, Limits, REFERENCES_MAX, Reference, References};
 use parking_lot::Mutex;
 use socket2::{SockRef, TcpKeepalive};
 use std::collections::VecDeque;
@@ -267,8 +267,8 @@ impl TcpLink {
         .await
     }
 
-    /// A header, and how many references stand for the payload.
-    fn parse(&self, head: &[u8; HEADER_BYTES]) -> Result<(Header, Option<u32>)> {
+    /// A header, and the references that stand for the payload.
+    fn parse(&self, head: &[u8; HEADER_BYTES]) -> Result<(Header, Option<References>)> {
         match &self.memory {
             Some(memory) if memory.takes_references() => Header::parse_by_reference(head),
             _ => Ok((Header::parse(head)?, None)),
@@ -322,9 +322,10 @@ impl TcpLink {
 
 impl Link for TcpLink {
     fn send(&self, mut message: Outgoing, flush: Flush) {
+        let mut staging = None;
         if let Some(memory) = &self.memory {
             memory.release();
-            memory.stage(&mut message);
+            staging = memory.stage(&mut message);
         }
         {
             let mut queue = self.queue.lock();
@@ -332,7 +333,7 @@ impl Link for TcpLink {
                 return;
             }
             if let Some(memory) = &self.memory {
-                memory.refer(&mut message);
+                memory.refer(&mut message, staging.as_mut());
             }
             queue.push_back(message);
         }
@@ -340,6 +341,9 @@ impl Link for TcpLink {
             Flush::Now => self.flush(),
             Flush::Soon => self.wake_writer.notify_one(),
             Flush::Batch => {}
+        }
+        if let (Some(memory), Some(staging)) = (&self.memory, &staging) {
+            memory.copy_staged(staging);
         }
     }
 
@@ -374,6 +378,10 @@ impl Link for TcpLink {
 
     fn shares_memory(&self) -> bool {
         self.memory.is_some()
+    }
+
+    fn sends_crcs(&self, payload: &[Region]) -> bool {
+        self.memory.as_ref().is_some_and(|memory| memory.sends_crcs(payload))
     }
 }
 
@@ -487,7 +495,7 @@ impl Reader {
         let body = self.body(header.body_bytes as usize).await?;
         let mut landing = endpoint.place(&header, &body)?;
         match references {
-            Some(count) => self.references(count as usize, header.payload_bytes as usize, &mut landing).await?,
+            Some(references) => self.references(references, header.payload_bytes as usize, &mut landing).await?,
             None => self.payload(header.payload_bytes as usize, &mut landing).await?,
         }
         endpoint.deliver(header, body, landing);
@@ -512,15 +520,18 @@ impl Reader {
     }
 
     /// Read what stands for a payload, and copy the payload from the peer's memory to where it belongs.
-    async fn references<L: Landing>(&mut self, count: usize, payload_bytes: usize, landing: &mut L) -> Result<()> {
-        let bytes = count * Reference::BYTES;
+    async fn references<L: Landing>(&mut self, kind: References, payload_bytes: usize, landing: &mut L) -> Result<()> {
+        let bytes = kind.count as usize * Reference::BYTES;
         self.buffer(bytes).await?;
-        let references = Reference::decode_all(&self.buf[self.start..self.start + bytes], payload_bytes)?;
+        let wire = &self.buf[self.start..self.start + bytes];
+        let (wire, crcs) = wire.split_at(if kind.crcs { bytes - Reference::BYTES } else { bytes });
+        let references = Reference::decode_all(wire, payload_bytes)?;
+        let crcs = kind.crcs.then(|| Reference::decode(crcs));
         self.start += bytes;
         // Nothing that can leave waits for the copy.
         self.link.flush();
         let memory = self.link.memory.as_ref().expect("references are parsed with shared memory only");
-        memory.receive(&references, landing)
+        memory.receive(&references, crcs, kind.copying, landing).await
     }
 
     /// Move `remaining` payload bytes to where they belong: first what is buffered, then straight from the socket.

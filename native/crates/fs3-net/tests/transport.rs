@@ -72,7 +72,7 @@ async fn the_largest_payload_travels_both_ways_in_pieces() {
     let connection = connect(&addr).await;
     let data = Region::from_vec(pattern(PAYLOAD_BYTES_MAX));
     let cuts = [0, 1, 4096, 1 << 20, PAYLOAD_BYTES_MAX];
-    let payload = cuts.windows(2).map(|w| data.slice(w[0], w[1] - w[0])).collect();
+    let payload: Vec<_> = cuts.windows(2).map(|w| data.slice(w[0], w[1] - w[0])).collect();
     let sink = one_window(PAYLOAD_BYTES_MAX);
     let number = body(PAYLOAD_BYTES_MAX as u64);
     let reply = connection.call(Method::StorageWrite, number, payload, sink, LONG).await.unwrap();

@@ -19,6 +19,10 @@ pub const PAYLOAD_BYTES_MAX: usize = 64 << 20;
 pub const REFERENCES_MAX: usize = 4096;
 /// Flag of a frame whose payload is in memory that the receiver has mapped.
 const FLAG_REFERENCES: u16 = 1;
+/// Flag beside that: the sender still copies the payload there.
+const FLAG_COPYING: u16 = 2;
+/// Flag beside that: the last reference is of the payload's checksums, and no part of it.
+const FLAG_CRCS: u16 = 4;
 /// Largest whole frame (header, body, payload) from a peer whose hello has not been accepted.
 pub const UNAUTHENTICATED_BYTES_MAX: usize = 64 << 10;
 
@@ -95,11 +99,13 @@ impl Header {
         out
     }
 
-    /// The wire form of a frame in which `references` ([`Reference`]) stand for the payload.
-    pub fn encode_by_reference(&self, references: u32) -> [u8; HEADER_BYTES] {
+    /// The wire form of a frame in which references stand for the payload.
+    pub fn encode_by_reference(&self, references: References) -> [u8; HEADER_BYTES] {
         let mut out = self.encode();
-        out[6..8].copy_from_slice(&FLAG_REFERENCES.to_le_bytes());
-        out[32..36].copy_from_slice(&references.to_le_bytes());
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        let flags = FLAG_REFERENCES | flag(references.copying, FLAG_COPYING) | flag(references.crcs, FLAG_CRCS);
+        out[6..8].copy_from_slice(&flags.to_le_bytes());
+        out[32..36].copy_from_slice(&references.count.to_le_bytes());
         let crc = crc32c(&out[..36]);
         out[36..].copy_from_slice(&crc.to_le_bytes());
         out
@@ -125,9 +131,9 @@ impl Header {
         }
     }
 
-    /// As [`Header::parse`], on a connection with shared memory. With the header comes the number of references when
-    /// these stand for the payload.
-    pub fn parse_by_reference(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, Option<u32>)> {
+    /// As [`Header::parse`], on a connection with shared memory. With the header come the references when these stand for
+    /// the payload.
+    pub fn parse_by_reference(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, Option<References>)> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         if bytes[..4] != MAGIC {
@@ -146,8 +152,12 @@ impl Header {
         };
         let references = match (u16_at(6), u32_at(32)) {
             (0, 0) => None,
-            (FLAG_REFERENCES, count) if (1..=REFERENCES_MAX as u32).contains(&count) => Some(count),
-            (FLAG_REFERENCES, _) => return Err(protocol("a frame has no or too many references")),
+            (flags, count) if flags & !(FLAG_COPYING | FLAG_CRCS) == FLAG_REFERENCES => {
+                if !(1..=REFERENCES_MAX as u32).contains(&count) {
+                    return Err(protocol("a frame has no or too many references"));
+                }
+                Some(References { count, copying: flags & FLAG_COPYING != 0, crcs: flags & FLAG_CRCS != 0 })
+            }
             _ => return Err(protocol("a frame has flags that this version does not know")),
         };
         let header = Self {
@@ -186,6 +196,17 @@ impl Header {
     }
 }
 
+/// What stands for a payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct References {
+    /// How many ([`Reference`]), 1 to [`REFERENCES_MAX`].
+    pub count: u32,
+    /// Whether the sender still copies the payload to where they point.
+    pub copying: bool,
+    /// Whether the last is of the payload's checksums: CRC32C of each 4 KiB, little-endian one after another.
+    pub crcs: bool,
+}
+
 /// A part of a payload, in memory of the sender that the receiver has mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reference {
@@ -207,16 +228,20 @@ impl Reference {
         out
     }
 
+    /// Parse the wire form, of [`Reference::BYTES`].
+    pub fn decode(wire: &[u8]) -> Self {
+        Self {
+            offset: u64::from_le_bytes(wire[..8].try_into().expect("eight bytes")),
+            bytes: u32::from_le_bytes(wire[8..12].try_into().expect("four bytes")),
+        }
+    }
+
     /// Parse references that stand for a payload of `payload_bytes`.
     ///
     /// # Errors
     /// `Protocol` when they do not add up to that.
     pub fn decode_all(wire: &[u8], payload_bytes: usize) -> Result<Vec<Self>> {
-        let decode = |one: &[u8]| Self {
-            offset: u64::from_le_bytes(one[..8].try_into().expect("eight bytes")),
-            bytes: u32::from_le_bytes(one[8..12].try_into().expect("four bytes")),
-        };
-        let all: Vec<Self> = wire.chunks_exact(Self::BYTES).map(decode).collect();
+        let all: Vec<Self> = wire.chunks_exact(Self::BYTES).map(Self::decode).collect();
         if all.iter().map(|one| u64::from(one.bytes)).sum::<u64>() != payload_bytes as u64 {
             return Err(protocol("references do not add up to the payload"));
         }

@@ -220,7 +220,9 @@ fn refused_frames() -> Vec<Value> {
         ("reserved_not_zero", patched(ping, 32, &[1]), "authenticated", "CODE_PROTOCOL"),
         (
             "references_not_agreed_on",
-            response(6, 512, 0, &[], &[0; 64]).encode_by_reference(2).to_vec(),
+            response(6, 512, 0, &[], &[0; 64])
+                .encode_by_reference(References { count: 2, copying: false, crcs: false })
+                .to_vec(),
             "authenticated",
             "CODE_PROTOCOL",
         ),
@@ -246,14 +248,17 @@ fn refused_frames() -> Vec<Value> {
 #[test]
 fn references_come_back_where_they_were_agreed_on() {
     let header = response(6, 512, 0, &[], &[0; 300]);
-    for count in [1, REFERENCES_MAX as u32] {
-        let back = Header::parse_by_reference(&header.encode_by_reference(count)).unwrap();
-        assert_eq!(back, (header, Some(count)));
+    for (count, copying, crcs) in
+        [(1, true, false), (1, false, false), (2, true, true), (REFERENCES_MAX as u32, false, true)]
+    {
+        let references = References { count, copying, crcs };
+        let back = Header::parse_by_reference(&header.encode_by_reference(references)).unwrap();
+        assert_eq!(back, (header, Some(references)));
     }
     assert_eq!(Header::parse_by_reference(&header.encode()).unwrap(), (header, None));
     for count in [0, REFERENCES_MAX as u32 + 1] {
-        let error = Header::parse_by_reference(&header.encode_by_reference(count)).unwrap_err();
-        assert_eq!(error.code, Code::Protocol);
+        let bytes = header.encode_by_reference(References { count, copying: false, crcs: false });
+        assert_eq!(Header::parse_by_reference(&bytes).unwrap_err().code, Code::Protocol);
     }
     let all = [Reference { offset: 1 << 40, bytes: 100 }, Reference { offset: 0, bytes: 200 }];
     let wire: Vec<u8> = all.iter().flat_map(Reference::encode).collect();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fs3_core::{CRC_BLOCK_BYTES, Code, Error, KvHeader, Region, Result, crc32c};
-use fs3_net::Sink;
+use fs3_net::{Payload, Sink};
 use fs3_proto::v1::{KvPutOp, KvPutRequest, KvPutResponse, Method};
 use fs3_rt::Instant;
 use prost::Message;
@@ -93,7 +93,8 @@ async fn store(shared: &Arc<Shared>, pieces: Vec<Arc<Piece>>, stored: &mut [bool
         let Planned { requests, homeless } = plan(shared, std::mem::take(&mut left));
         homeless.iter().for_each(|value| stored[*value] = false);
         let (mut newer, mut damaged) = (None, false);
-        for (send, result) in send_all(shared, requests, deadline).await {
+        // What was damaged, or came without its checksums, is sent with them.
+        for (send, result) in send_all(shared, requests, resends == 0, deadline).await {
             let Err(error) = result else { continue };
             let again = match error.code {
                 Code::StaleChain => {
@@ -178,30 +179,33 @@ fn plan(shared: &Shared, pieces: Vec<Arc<Piece>>) -> Planned {
 
 type Sent = (Send, Result<()>);
 
-async fn send_all(shared: &Arc<Shared>, requests: Vec<Vec<Send>>, deadline: Instant) -> Vec<Sent> {
+/// `crcs_follow`: checksums may come behind a request.
+async fn send_all(shared: &Arc<Shared>, requests: Vec<Vec<Send>>, crcs_follow: bool, deadline: Instant) -> Vec<Sent> {
     let bytes = |sends: &Vec<Send>| sends.iter().map(|send| send.piece.bytes()).sum();
-    let request = |sends: Vec<Send>| (bytes(&sends), send(shared.clone(), sends, deadline));
+    let request = |sends: Vec<Send>| (bytes(&sends), send(shared.clone(), sends, crcs_follow, deadline));
     together::run(requests.into_iter().map(request).collect()).await
 }
 
 /// One request to one node.
-async fn send(shared: Arc<Shared>, sends: Vec<Send>, deadline: Instant) -> Vec<Sent> {
-    match exchange(&shared, &sends, deadline).await {
+async fn send(shared: Arc<Shared>, sends: Vec<Send>, crcs_follow: bool, deadline: Instant) -> Vec<Sent> {
+    match exchange(&shared, &sends, crcs_follow, deadline).await {
         Ok(results) => sends.into_iter().zip(results).collect(),
         Err(error) => sends.into_iter().map(|send| (send, Err(error.clone()))).collect(),
     }
 }
 
-async fn exchange(shared: &Shared, sends: &[Send], deadline: Instant) -> Result<Vec<Result<()>>> {
+async fn exchange(shared: &Shared, sends: &[Send], crcs_follow: bool, deadline: Instant) -> Result<Vec<Result<()>>> {
     let inner = shared.inner();
     let bytes = sends.iter().map(|send| send.piece.bytes()).sum();
     let _budget = inner.reserve(&inner.write_budget, bytes, inner.config.write_bytes_in_flight, deadline).await?;
-    let ops = sends.iter().map(Send::to_wire).collect();
     let parts = sends.iter().flat_map(|send| send.piece.header.iter().chain([&send.piece.data]));
-    let payload = parts.filter(|data| !data.is_empty()).cloned().collect();
-    let request = KvPutRequest { namespace: Some(shared.namespace()), ops };
+    let pieces: Vec<Region> = parts.filter(|data| !data.is_empty()).cloned().collect();
     let view = inner.view();
     let address = view.address(sends[0].node_id).ok_or_else(|| Error::new(Code::Unavailable, "the node is gone"))?;
+    let with_crcs = crcs_follow && !shared.space.durable && inner.wire.sends_crcs(address, &pieces);
+    let ops = sends.iter().map(|send| send.to_wire(!with_crcs)).collect();
+    let request = KvPutRequest { namespace: Some(shared.namespace()), ops };
+    let payload = Payload { pieces, with_crcs };
     let detail = trace::Detail { node_id: sends[0].node_id, chunks: sends.len() as u32, ..Default::default() };
     let call = inner.wire.transfer(address, Method::StorageKvPut, request, payload, Sink::none(), deadline);
     let reply = trace::detailed(detail, call).await?;
@@ -219,7 +223,7 @@ async fn exchange(shared: &Shared, sends: &[Send], deadline: Instant) -> Result<
 }
 
 impl Send {
-    fn to_wire(&self) -> KvPutOp {
+    fn to_wire(&self, with_crcs: bool) -> KvPutOp {
         KvPutOp {
             chain_id: self.chain_id,
             chain_version: self.chain_version,
@@ -230,7 +234,7 @@ impl Send {
             length: self.piece.bytes() as u32,
             total: self.piece.total,
             sequence: self.piece.sequence,
-            crcs: self.piece.crcs(),
+            crcs: if with_crcs { self.piece.crcs() } else { Bytes::new() },
         }
     }
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -32,6 +32,29 @@ pub(super) struct Counts {
     pub consumed: AtomicU64,
     /// Not 0: the memory is not kept any more. Written by the sender.
     pub ended: AtomicU64,
+    copied: Copied,
+}
+
+/// Messages in flight of which the sender tells how far it is.
+pub(super) const COPYING_MAX: usize = 16;
+
+/// How many bytes of a payload the sender has copied (low half), and of which message (high half), by the message's number.
+/// Written by the sender.
+#[repr(C, align(128))]
+struct Copied([AtomicU64; COPYING_MAX]);
+
+impl Counts {
+    /// How much of the payload of message `number` is there.
+    pub fn copied(&self, number: u64) -> usize {
+        let seen = self.copied.0[number as usize % COPYING_MAX].load(Ordering::Acquire);
+        if seen >> 32 == number & u64::from(u32::MAX) { seen as u32 as usize } else { 0 }
+    }
+
+    /// So much of it is there.
+    pub fn set_copied(&self, number: u64, bytes: usize) {
+        let value = number << 32 | bytes as u64;
+        self.copied.0[number as usize % COPYING_MAX].store(value, Ordering::Release);
+    }
 }
 
 /// The page of counters, mapped.
@@ -148,7 +171,6 @@ fn sealed_bytes(file: &File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn both_ends_see_the_same_counts() {

@@ -3,7 +3,8 @@
 //! The connection stays TCP. Of a payload that is in memory which the peer has mapped, only its place travels, and the
 //! receiver copies it from there straight to where it belongs: one copy in place of two, and none at the sender. What is in
 //! private memory, such as that of a program, the sender copies into mapped memory that it reuses: two copies, as with TCP,
-//! but nothing of the network's work.
+//! but nothing of the network's work, and of large payloads of clients both at a time: the message leaves first, and the
+//! receiver follows the sender as this says in the shared page how far it is.
 //!
 //! **Release.** The two share a page of counters. The receiver counts there the messages whose payload it has copied, in
 //! order; the sender looks when it sends or receives the next message, and now and then while it holds any.
@@ -19,16 +20,17 @@ mod memory;
 
 pub(crate) use handshake::{Offer, fetch};
 
+use crate::STALL_TIMEOUT_MS;
 use crate::link::{Landing, Outgoing};
-use fs3_core::{Arena, BufferPool, Code, Error, Region, Result};
-use fs3_proto::frame::{HEADER_BYTES, Header, REFERENCES_MAX, Reference};
-use memory::{Control, Lane, Mapped};
+use fs3_core::{Arena, BufferPool, CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result, crc32c};
+use fs3_proto::frame::{HEADER_BYTES, Header, REFERENCES_MAX, Reference, References};
+use memory::{COPYING_MAX, Control, Lane, Mapped};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Smaller payloads are copied: that costs less than what is around it.
@@ -37,6 +39,13 @@ const PAYLOAD_BYTES_MIN: usize = 16 << 10;
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// Memory of a process that payloads are copied into.
 const STAGING_BYTES_MAX: usize = 64 << 20;
+/// From this size on a payload is copied while the receiver copies it on. Copying a smaller one takes no longer than waking
+/// the receiver.
+const OVERLAP_BYTES_MIN: usize = 128 << 10;
+/// How long a receiver tries to follow a sender that has stopped, which then is not running; after that it looks every
+/// [`FOLLOW_EVERY`].
+const FOLLOW_SPAN: Duration = Duration::from_millis(1);
+const FOLLOW_EVERY: Duration = Duration::from_millis(1);
 /// How often a sender looks whether it may let go, when nothing else makes it look.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes copied at a time while a call's windows are locked; few enough that their checksums are made from the core's cache.
@@ -111,45 +120,119 @@ impl SharedMemory {
         self.theirs.is_some()
     }
 
-    /// Copy the payload to memory that the peer has mapped, if it is worth it, not there yet, and there is room.
-    pub fn stage(&self, message: &mut Outgoing) {
+    /// Copy the payload to memory that the peer has mapped, if it is worth it, not there yet, and there is room. What is
+    /// returned is to be copied by [`SharedMemory::copy_staged`] when the message has left.
+    pub fn stage(&self, message: &mut Outgoing) -> Option<Staging> {
         let bytes = payload_bytes(message);
-        if !self.shares || bytes < PAYLOAD_BYTES_MIN || self.held.lock().bytes + bytes > HELD_BYTES_MAX {
-            return;
+        if !self.shares || bytes < PAYLOAD_BYTES_MIN {
+            return None;
         }
-        let Some(arena) = Arena::get().filter(|arena| locate(arena, &message.payload).is_none()) else { return };
-        let Some(mut room) = staging(arena).get(bytes) else { return };
+        let (held_bytes, held) = {
+            let held = self.held.lock();
+            (held.bytes, held.payloads.len())
+        };
+        if held_bytes + bytes > HELD_BYTES_MAX {
+            return None;
+        }
+        let arena = Arena::get().filter(|arena| locate(arena, &message.payload).is_none())?;
+        let mut room = staging(arena).get(bytes)?;
+        add(&self.counters.staged_bytes, bytes);
+        if self.overlaps(bytes) && held < COPYING_MAX / 2 {
+            let crcs = message.with_crcs && are_whole_blocks(&message.payload);
+            let crcs = if crcs { staging(arena).get(4 * bytes.div_ceil(CRC_BLOCK_BYTES)) } else { None };
+            return Some(Staging {
+                pieces: message.payload.clone(),
+                room: room.into(),
+                crcs: crcs.map(Room::from),
+                number: None,
+            });
+        }
         let mut at = 0;
         for piece in &message.payload {
             room[at..at + piece.len()].copy_from_slice(piece);
             at += piece.len();
         }
         message.payload = vec![room.freeze()];
-        add(&self.counters.staged_bytes, bytes);
+        None
     }
 
     /// Put references in place of the payload, if it is worth it and its memory allows it. Must be called in the order in
-    /// which the messages leave.
-    pub fn refer(&self, message: &mut Outgoing) {
+    /// which the messages leave. `staging`: what [`SharedMemory::stage`] returned.
+    pub fn refer(&self, message: &mut Outgoing, staging: Option<&mut Staging>) {
         let bytes = payload_bytes(message);
         if !self.shares || bytes < PAYLOAD_BYTES_MIN {
             return;
         }
-        let located = Arena::get().and_then(|arena| locate(arena, &message.payload));
+        let located = Arena::get().and_then(|arena| match &staging {
+            Some(staging) => staging.locate(arena),
+            None => locate(arena, &message.payload),
+        });
         let mut held = self.held.lock();
-        let Some(references) = located.filter(|_| held.bytes + bytes <= HELD_BYTES_MAX && !held.ended) else {
+        let fits = held.bytes + bytes <= HELD_BYTES_MAX
+            && !held.ended
+            && (staging.is_none() || held.payloads.len() < COPYING_MAX);
+        let Some(references) = located.filter(|_| fits) else {
             return add(&self.counters.tcp_bytes, bytes);
         };
+        let count = references.len() as u32;
         let head = message.head.first_chunk_mut::<HEADER_BYTES>().expect("a message begins with its header");
-        *head = Header::parse(head).expect("what was just made").encode_by_reference(references.len() as u32);
+        let (copying, crcs) = (staging.is_some(), staging.as_ref().is_some_and(|staging| staging.crcs.is_some()));
+        let kind = References { count, copying, crcs };
+        *head = Header::parse(head).expect("what was just made").encode_by_reference(kind);
         let wire = references.iter().flat_map(Reference::encode).collect();
-        let payload = std::mem::replace(&mut message.payload, vec![Region::from_vec(wire)]);
+        let mut payload = std::mem::replace(&mut message.payload, vec![Region::from_vec(wire)]);
+        if let Some(staging) = staging {
+            let number = held.released + held.payloads.len() as u64;
+            self.control.lane(self.outgoing).set_copied(number, 0);
+            staging.number = Some(number);
+            payload = staging.rooms().map(|room| room.region.clone()).collect();
+        }
         held.payloads.push_back((payload, bytes));
         held.bytes += bytes;
         if !std::mem::replace(&mut held.looking, true) {
             self.look.notify_one();
         }
         add(&self.counters.sent_bytes, bytes);
+    }
+
+    /// Copy what a message refers to, and tell the peer how far it has come. Nothing is done when it went by TCP.
+    pub fn copy_staged(&self, staging: &Staging) {
+        let Some(number) = staging.number else { return };
+        let lane = self.control.lane(self.outgoing);
+        let (mut at, mut crcs_at) = (0, 0);
+        for step in staging.pieces.iter().flat_map(|piece| piece.chunks(COPY_BYTES_MAX)) {
+            match &staging.crcs {
+                // While the block is in the core's cache.
+                Some(crcs) => {
+                    for block in step.chunks(CRC_BLOCK_BYTES) {
+                        staging.room.write(at, block);
+                        crcs.write(crcs_at, &crc32c(block).to_le_bytes());
+                        (at, crcs_at) = (at + block.len(), crcs_at + 4);
+                    }
+                }
+                None => {
+                    staging.room.write(at, step);
+                    at += step.len();
+                }
+            }
+            lane.set_copied(number, at);
+        }
+    }
+
+    /// Whether this payload would go with its checksums, as far as can be known.
+    pub fn sends_crcs(&self, payload: &[Region]) -> bool {
+        let bytes = payload.iter().map(|piece| piece.len()).sum();
+        let room = || {
+            let held = self.held.lock();
+            held.payloads.len() < COPYING_MAX / 2 && held.bytes + bytes <= HELD_BYTES_MAX
+        };
+        let is_private = || Arena::get().is_some_and(|arena| locate(arena, payload).is_none());
+        self.shares && self.overlaps(bytes) && are_whole_blocks(payload) && room() && is_private()
+    }
+
+    /// Whether a payload that is to be staged leaves before it is copied.
+    fn overlaps(&self, bytes: usize) -> bool {
+        self.outgoing == Lane::Client && bytes >= OVERLAP_BYTES_MIN
     }
 
     /// Let go of what the peer has copied.
@@ -203,20 +286,49 @@ impl SharedMemory {
         self.look.notify_one();
     }
 
-    /// Copy a payload to where it belongs, and tell the peer.
+    /// Copy a payload to where it belongs, and tell the peer. `crcs`: where its checksums are, if they came. `copying`: the
+    /// peer still copies all that to where the references point.
     ///
     /// # Errors
-    /// `Protocol` when a reference is not within the peer's memory, `Unavailable` when the peer has ended the connection:
-    /// the windows then hold anything. Both end the connection.
-    pub fn receive<L: Landing>(&self, references: &[Reference], landing: &mut L) -> Result<()> {
+    /// `Protocol` when a reference is not within the peer's memory, `Unavailable` when the peer has ended the connection
+    /// or stopped copying: the windows then hold anything. Both end the connection.
+    pub async fn receive<L: Landing>(
+        &self,
+        references: &[Reference],
+        crcs: Option<Reference>,
+        copying: bool,
+        landing: &mut L,
+    ) -> Result<()> {
         let theirs = self.theirs.as_ref().ok_or_else(|| protocol("a reference without shared memory"))?;
-        for reference in references {
-            let source = theirs.at(reference.offset, reference.bytes as usize);
-            let source = source.ok_or_else(|| protocol("a reference beyond the shared memory"))?;
-            copy(source, reference.bytes as usize, landing)?;
-            add(&self.counters.received_bytes, reference.bytes as usize);
-        }
         let lane = self.control.lane(self.incoming);
+        let number = lane.consumed.load(Ordering::Relaxed);
+        let (mut there, mut before) = (if copying { 0 } else { usize::MAX }, 0);
+        for reference in references {
+            let bytes = reference.bytes as usize;
+            let source = theirs.at(reference.offset, bytes);
+            // As a number: a pointer must not be held across a wait.
+            let source = source.ok_or_else(|| protocol("a reference beyond the shared memory"))? as usize;
+            let mut at = 0;
+            while at < bytes {
+                if there <= before + at {
+                    there = self.follow(number, before + at).await?;
+                }
+                let step = bytes.min(there - before) - at;
+                copy((source + at) as *const u8, step, landing)?;
+                at += step;
+            }
+            before += bytes;
+        }
+        if let Some(crcs) = crcs {
+            let bytes = crcs.bytes as usize;
+            let source = theirs.at(crcs.offset, bytes).filter(|_| bytes == 4 * before.div_ceil(CRC_BLOCK_BYTES));
+            let source =
+                source.ok_or_else(|| protocol("checksums beyond the shared memory, or not those of the payload"))?;
+            let mut sent = vec![0; bytes];
+            scatter(source, bytes, &mut [IoSliceMut::new(&mut sent)]);
+            landing.sent_crcs(sent);
+        }
+        add(&self.counters.received_bytes, before);
         fence(Ordering::Acquire);
         if lane.ended.load(Ordering::Relaxed) != 0 {
             return Err(Error::new(Code::Unavailable, "the peer has ended the connection"));
@@ -224,6 +336,80 @@ impl SharedMemory {
         lane.consumed.fetch_add(1, Ordering::Release);
         Ok(())
     }
+
+    /// Wait until the peer has copied more than `bytes` of the payload of message `number`: how much.
+    async fn follow(&self, number: u64, bytes: usize) -> Result<usize> {
+        let lane = self.control.lane(self.incoming);
+        let began = Instant::now();
+        loop {
+            let there = lane.copied(number);
+            if there > bytes {
+                return Ok(there);
+            }
+            if lane.ended.load(Ordering::Relaxed) != 0 || began.elapsed() > Duration::from_millis(STALL_TIMEOUT_MS) {
+                return Err(Error::new(Code::Unavailable, "the peer stopped in the middle of a payload"));
+            }
+            if began.elapsed() < FOLLOW_SPAN {
+                // Who is waited for may want this core.
+                std::thread::yield_now();
+            } else {
+                tokio::time::sleep(FOLLOW_EVERY).await;
+            }
+        }
+    }
+}
+
+/// A payload that is copied when its message has left.
+pub(crate) struct Staging {
+    pieces: Vec<Region>,
+    room: Room,
+    /// For the checksums of the pieces, which are whole blocks but for the last.
+    crcs: Option<Room>,
+    /// Of the message among those that went by reference, if it did.
+    number: Option<u64>,
+}
+
+impl Staging {
+    fn rooms(&self) -> impl Iterator<Item = &Room> {
+        std::iter::once(&self.room).chain(&self.crcs)
+    }
+
+    /// A reference for each room.
+    fn locate(&self, arena: &Arena) -> Option<Vec<Reference>> {
+        let one = |room: &Room| {
+            let offset = arena.locate(room.region.as_ptr(), room.region.len())?;
+            Some(Reference { offset, bytes: room.region.len() as u32 })
+        };
+        self.rooms().map(one).collect()
+    }
+}
+
+/// Memory that is written while the peer reads it.
+struct Room {
+    start: *mut u8,
+    /// Keeps the memory, also when the connection ends meanwhile. Nobody in this process reads it.
+    region: Region,
+}
+
+impl From<RegionMut> for Room {
+    fn from(mut memory: RegionMut) -> Self {
+        Self { start: memory.as_mut_ptr(), region: memory.freeze() }
+    }
+}
+
+impl Room {
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.region.len(), "it was made for them");
+        // SAFETY: within the memory that the region keeps; it was the only window over it when it was frozen.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at), bytes.len()) };
+    }
+}
+
+/// Whether every piece but the last ends where a block does.
+fn are_whole_blocks(pieces: &[Region]) -> bool {
+    pieces
+        .split_last()
+        .is_some_and(|(_, others)| others.iter().all(|piece| piece.len().is_multiple_of(CRC_BLOCK_BYTES)))
 }
 
 fn payload_bytes(message: &Outgoing) -> usize {

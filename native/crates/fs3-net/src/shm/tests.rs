@@ -1,7 +1,8 @@
 use super::*;
 use crate::hello::{Hello, HelloPolicy};
 use crate::rdma::Transport;
-use crate::{Connection, Request, Response, Server, Service, Sink, Way};
+use crate::{Connection, Payload, Request, Response, Server, Service, Sink, Way};
+use bytes::Bytes;
 use fs3_core::{AlignedBuf, BufferPool, RegionMut, crc_blocks, pack_crcs};
 use fs3_proto::frame::Kind;
 use fs3_proto::v1::{GetRoutingRequest, HelloRequest, HelloResponse, Method, Role, ShareMemoryRequest};
@@ -16,6 +17,8 @@ const MIB: usize = 1 << 20;
 /// Answers with the payload that it got.
 struct Echo {
     pool: BufferPool,
+    /// The checksums that came with the last payload, and those made of it.
+    crcs: Mutex<(Option<Bytes>, Option<Bytes>)>,
 }
 
 impl Service for Echo {
@@ -23,7 +26,12 @@ impl Service for Echo {
         self.pool.get(bytes)
     }
 
+    fn wants_crcs(&self, _method: Method) -> bool {
+        true
+    }
+
     async fn handle(&self, request: Request) -> Result<Response> {
+        *self.crcs.lock() = (request.sent_crcs, request.payload_crcs);
         Ok(Response { body: request.body, payload: vec![request.payload], ..Response::default() })
     }
 }
@@ -44,10 +52,15 @@ fn hello(transport: &Transport) -> Hello {
 }
 
 async fn serve(transport: &Transport) -> (Server, String) {
-    let echo = Arc::new(Echo { pool: BufferPool::new(64 * MIB) });
-    let server = Server::bind("127.0.0.1:0", policy(transport), echo).await.unwrap();
-    let addr = server.local_addr().to_string();
+    let (server, addr, _) = serve_echo(transport).await;
     (server, addr)
+}
+
+async fn serve_echo(transport: &Transport) -> (Server, String, Arc<Echo>) {
+    let echo = Arc::new(Echo { pool: BufferPool::new(64 * MIB), crcs: Mutex::default() });
+    let server = Server::bind("127.0.0.1:0", policy(transport), echo.clone()).await.unwrap();
+    let addr = server.local_addr().to_string();
+    (server, addr, echo)
 }
 
 fn patterned(bytes: usize) -> Region {
@@ -57,8 +70,9 @@ fn patterned(bytes: usize) -> Region {
 }
 
 /// Send the payload there and back.
-async fn echo(connection: &Connection, payload: Vec<Region>) -> Result<RegionMut> {
-    let bytes: usize = payload.iter().map(|piece| piece.len()).sum();
+async fn echo(connection: &Connection, payload: impl Into<Payload>) -> Result<RegionMut> {
+    let payload = payload.into();
+    let bytes: usize = payload.pieces.iter().map(|piece| piece.len()).sum();
     let lengths = |body: &[u8]| Ok(vec![GetRoutingRequest::decode(body).unwrap().known_version as usize]);
     let sink = Sink { windows: vec![RegionMut::zeroed(bytes)], lengths };
     let body = GetRoutingRequest { known_version: bytes as u64, wait_ms: 0, known: None };
@@ -85,7 +99,7 @@ async fn payloads_arrive_intact_by_reference_both_ways() {
     for cuts in
         [vec![0, 3 * MIB], vec![0, 1, 5000, MIB, 3 * MIB], vec![7, 100_007], (0..=2000).map(|i| i * 9).collect()]
     {
-        let pieces = cuts.windows(2).map(|w| data.slice(w[0], w[1] - w[0])).collect();
+        let pieces: Vec<_> = cuts.windows(2).map(|w| data.slice(w[0], w[1] - w[0])).collect();
         let (from, to) = (cuts[0], *cuts.last().unwrap());
         assert!(echo(&connection, pieces).await.unwrap()[..] == data[from..to]);
         moved += to - from;
@@ -113,6 +127,30 @@ async fn small_payloads_go_by_tcp_and_private_memory_is_copied_once_more() {
     assert_eq!(counter(&ours, "shared_memory_staged_bytes"), bytes);
     assert_eq!(counter(&ours, "shared_memory_sent_bytes"), bytes);
     assert_eq!(counter(&ours, "shared_memory_tcp_bytes"), 0);
+    server.shutdown(LONG).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn checksums_come_with_a_payload_that_is_copied_on_the_way() {
+    let (ours, theirs) = (sharing(), sharing());
+    let (server, addr, service) = serve_echo(&theirs).await;
+    let (connection, _) = Connection::connect(&addr, &hello(&ours), LONG).await.unwrap();
+    let private = |bytes| Region::from_vec(patterned(bytes).to_vec());
+    let cases = [
+        (vec![private(MIB + 5)], true),
+        (vec![private(64 << 10), private(64 << 10), private(100_001)], true),
+        (vec![private(100_001), private(64 << 10)], false),
+        (vec![private(OVERLAP_BYTES_MIN - 1)], false),
+        (vec![patterned(MIB)], false),
+    ];
+    for (pieces, come) in cases {
+        let all: Vec<u8> = pieces.iter().flat_map(|piece| piece.to_vec()).collect();
+        assert_eq!(connection.sends_crcs(&pieces), come);
+        assert!(echo(&connection, Payload { pieces, with_crcs: true }).await.unwrap()[..] == all);
+        let expected = pack_crcs(&crc_blocks(0, &all));
+        assert_eq!(service.crcs.lock().0.as_deref(), come.then_some(&expected[..]));
+        assert_eq!(service.crcs.lock().1.as_deref(), Some(&expected[..]));
+    }
     server.shutdown(LONG).await;
 }
 
@@ -150,15 +188,25 @@ fn message(payload: Vec<Region>) -> Outgoing {
         payload_bytes,
     };
     let (head, body) = (header.encode().to_vec(), bytes::Bytes::new());
-    Outgoing { head, body, payload, segments: Vec::new(), landing: None, permit: None }
+    Outgoing { head, body, payload, with_crcs: false, segments: Vec::new(), landing: None, permit: None }
 }
 
 /// Refer to the payload; its references, if it went so.
 fn referred(end: &SharedMemory, payload: Vec<Region>) -> Option<Vec<Reference>> {
     let mut message = message(payload);
-    end.refer(&mut message);
-    let (header, count) = Header::parse_by_reference(message.head.first_chunk().unwrap()).unwrap();
-    count.map(|_| Reference::decode_all(&message.payload[0], header.payload_bytes as usize).unwrap())
+    end.refer(&mut message, None);
+    let (header, references) = Header::parse_by_reference(message.head.first_chunk().unwrap()).unwrap();
+    references.map(|_| Reference::decode_all(&message.payload[0], header.payload_bytes as usize).unwrap())
+}
+
+/// Refer to a payload in private memory before it is copied.
+fn staged(end: &SharedMemory, payload: Vec<Region>) -> (Vec<Reference>, Staging) {
+    let mut message = message(payload);
+    let mut staging = end.stage(&mut message).expect("it is large enough");
+    end.refer(&mut message, Some(&mut staging));
+    let (header, references) = Header::parse_by_reference(message.head.first_chunk().unwrap()).unwrap();
+    assert_eq!(references, Some(References { count: 1, copying: true, crcs: false }));
+    (Reference::decode_all(&message.payload[0], header.payload_bytes as usize).unwrap(), staging)
 }
 
 struct Window(Vec<u8>, usize);
@@ -175,8 +223,8 @@ impl Landing for Window {
     fn refuse(&mut self, _error: Error) {}
 }
 
-#[test]
-fn what_the_peer_has_copied_is_let_go_of_in_order() {
+#[tokio::test]
+async fn what_the_peer_has_copied_is_let_go_of_in_order() {
     let (server, client) = pair();
     let pool = BufferPool::new(64 * MIB);
     let payload = |byte| {
@@ -189,15 +237,15 @@ fn what_the_peer_has_copied_is_let_go_of_in_order() {
     assert_eq!(pool.usage().0, 3 * MIB);
     for (i, references) in sent.iter().enumerate() {
         let mut window = Window(vec![9; MIB], 0);
-        client.receive(references, &mut window).unwrap();
+        client.receive(references, None, false, &mut window).await.unwrap();
         assert!(window.0.iter().all(|&byte| byte == i as u8));
         server.release();
         assert_eq!(pool.usage().0, (2 - i) * MIB);
     }
 }
 
-#[test]
-fn beyond_the_bound_payloads_go_by_tcp_until_some_are_copied() {
+#[tokio::test]
+async fn beyond_the_bound_payloads_go_by_tcp_until_some_are_copied() {
     let (server, client) = pair();
     let payload = patterned(MIB);
     let first = referred(&server, vec![payload.clone()]).unwrap();
@@ -205,20 +253,20 @@ fn beyond_the_bound_payloads_go_by_tcp_until_some_are_copied() {
         assert!(referred(&server, vec![payload.clone()]).is_some());
     }
     assert!(referred(&server, vec![payload.clone()]).is_none());
-    client.receive(&first, &mut Window(vec![0; MIB], 0)).unwrap();
+    client.receive(&first, None, false, &mut Window(vec![0; MIB], 0)).await.unwrap();
     server.release();
     assert!(referred(&server, vec![payload.clone()]).is_some());
     assert_eq!(server.counters.tcp_bytes.load(Ordering::Relaxed), MIB as u64);
 }
 
-#[test]
-fn a_sender_that_has_ended_keeps_nothing_and_its_late_payload_is_refused() {
+#[tokio::test]
+async fn a_sender_that_has_ended_keeps_nothing_and_its_late_payload_is_refused() {
     let (server, client) = pair();
     let pool = BufferPool::new(4 * MIB);
     let references = referred(&server, vec![pool.get(MIB).unwrap().freeze()]).unwrap();
     server.end();
     assert_eq!(pool.usage().0, 0);
-    let error = client.receive(&references, &mut Window(vec![0; MIB], 0)).unwrap_err();
+    let error = client.receive(&references, None, false, &mut Window(vec![0; MIB], 0)).await.unwrap_err();
     assert_eq!(error.code, Code::Unavailable);
     assert!(referred(&server, vec![patterned(MIB)]).is_none());
 }
@@ -234,16 +282,87 @@ fn a_count_that_is_too_high_releases_no_more_than_was_sent() {
     }
 }
 
-#[test]
-fn a_reference_beyond_the_memory_is_refused() {
+#[tokio::test]
+async fn a_reference_beyond_the_memory_is_refused() {
     let (_server, client) = pair();
     for offset in [u64::MAX, u64::MAX - 5, 1 << 50] {
         let reference = Reference { offset, bytes: 10 };
-        let error = client.receive(&[reference], &mut Window(vec![0; 10], 0)).unwrap_err();
+        let error = client.receive(&[reference], None, false, &mut Window(vec![0; 10], 0)).await.unwrap_err();
         assert_eq!(error.code, Code::Protocol);
     }
     let longer = Reference { offset: 0, bytes: 11 };
-    assert!(client.receive(&[longer], &mut Window(vec![0; 10], 0)).is_err());
+    assert!(client.receive(&[longer], None, false, &mut Window(vec![0; 10], 0)).await.is_err());
+    let payload = Reference { offset: 0, bytes: 4097 };
+    for (offset, bytes) in [(0, 4), (0, 12), (u64::MAX - 7, 8)] {
+        let crcs = Some(Reference { offset, bytes });
+        assert!(client.receive(&[payload], crcs, false, &mut Window(vec![0; 4097], 0)).await.is_err());
+    }
+}
+
+/// Two ends of which the client sends by reference.
+fn sending_pair() -> (SharedMemory, SharedMemory) {
+    let arena = Arena::enable().unwrap();
+    let (control, page) = Control::create().unwrap();
+    let theirs = Mapped::map(&File::from(arena.descriptor().try_clone_to_owned().unwrap())).unwrap();
+    let server = SharedMemory::new(control, true, false, Some(theirs), Arc::default());
+    let client = SharedMemory::new(Control::map(&page).unwrap(), false, true, None, Arc::default());
+    (server, client)
+}
+
+fn private(byte: u8) -> Region {
+    Region::from_vec((0..MIB + 5).map(|i| byte ^ (i >> 10) as u8).collect())
+}
+
+#[tokio::test]
+async fn a_receiver_follows_the_sender_that_still_copies() {
+    let (server, client) = sending_pair();
+    for round in 0..3 * COPYING_MAX {
+        let (mine, data) = (private(round as u8), private(round as u8));
+        let (references, staging) = staged(&client, vec![mine.slice(0, 7), mine.slice(7, mine.len() - 7)]);
+        let mut window = Window(vec![0; data.len()], 0);
+        let mut received = Box::pin(server.receive(&references, None, true, &mut window));
+        let waiting = tokio::time::timeout(FOLLOW_EVERY, received.as_mut()).await;
+        assert!(waiting.is_err(), "nothing was copied yet");
+        client.copy_staged(&staging);
+        received.await.unwrap();
+        assert!(window.0[..] == data[..]);
+        client.release();
+        assert_eq!(client.held.lock().bytes, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_sender_that_ends_while_it_copies_frees_its_receiver_and_keeps_the_memory() {
+    let (server, client) = sending_pair();
+    let (references, staging) = staged(&client, vec![private(1)]);
+    let mut window = Window(vec![0; MIB + 5], 0);
+    let received = server.receive(&references, None, true, &mut window);
+    client.end();
+    assert_eq!(received.await.unwrap_err().code, Code::Unavailable);
+    client.copy_staged(&staging);
+    assert!(staging.room.region[..] == private(1)[..]);
+}
+
+#[test]
+fn with_many_in_flight_a_payload_is_copied_before_it_leaves() {
+    let (_server, client) = sending_pair();
+    let staged: Vec<_> = (0..COPYING_MAX / 2).map(|_| staged(&client, vec![private(3)])).collect();
+    let mut message = message(vec![private(3)]);
+    assert!(client.stage(&mut message).is_none());
+    assert!(Arena::get().unwrap().locate(message.payload[0].as_ptr(), MIB + 5).is_some());
+    drop(staged);
+}
+
+#[tokio::test]
+async fn what_could_not_go_by_reference_is_not_copied() {
+    let (_server, client) = sending_pair();
+    let mut message = message(vec![private(4)]);
+    let mut staging = client.stage(&mut message).unwrap();
+    client.end();
+    client.refer(&mut message, Some(&mut staging));
+    client.copy_staged(&staging);
+    assert!(message.payload[0][..] == private(4)[..]);
+    assert_eq!(Header::parse_by_reference(message.head.first_chunk().unwrap()).unwrap().1, None);
 }
 
 /// A client by hand, up to the answer to its hello.
@@ -295,7 +414,11 @@ async fn a_bad_reference_ends_the_connection() {
         let memory = fetch(&welcome.shared_memory.unwrap(), Arc::default()).unwrap();
         ask(&mut stream, Method::ShareMemory, &ShareMemoryRequest { ready: true }.encode_to_vec());
         let reference = Reference { offset: u64::MAX - 9, bytes: 10 };
-        let head = request(Method::StorageWrite, &[], 10).encode_by_reference(1);
+        let head = request(Method::StorageWrite, &[], 10).encode_by_reference(References {
+            count: 1,
+            copying: false,
+            crcs: false,
+        });
         stream.write_all(&[&head[..], &reference.encode()].concat()).unwrap();
         let closed = is_closed(&mut stream);
         drop(memory);

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, Result, crc32c};
 use fs3_kv::{Found, Key, Namespace, Put, PutId, Refused};
 use fs3_net::{Request, Response};
@@ -132,9 +133,11 @@ pub(crate) async fn put(core: &Arc<Core>, request: Request) -> Result<Response> 
     let mut at = 0;
     for op in &message.ops {
         let data = request.payload.slice(at, op.length as usize);
-        let crcs = crcs_of(&request, at, data.len());
+        let part = |crcs: &Option<Bytes>| part_of(crcs.as_ref()?, request.payload.len(), at, data.len());
+        let sent = if op.crcs.is_empty() { part(&request.sent_crcs).unwrap_or_default() } else { op.crcs.clone() };
+        let value = Arrived { made: part(&request.payload_crcs), sent, data };
         at += op.length as usize;
-        response.results.push(match put_one(core, namespace, op, writer, (data, crcs), alone) {
+        response.results.push(match put_one(core, namespace, op, writer, value, alone) {
             Ok(()) => KvPutResult::default(),
             Err(error) => KvPutResult { code: error.code as u32, message: error.to_string() },
         });
@@ -143,33 +146,40 @@ pub(crate) async fn put(core: &Arc<Core>, request: Request) -> Result<Response> 
     Ok(Response::new(&response))
 }
 
-/// The checksums of a part of the payload, if they were made while it came: its blocks must be blocks of the payload.
-fn crcs_of(request: &Request, at: usize, len: usize) -> Option<&[u8]> {
-    let (first, end) = (at / CRC_BLOCK_BYTES, at + len);
-    let whole =
-        at.is_multiple_of(CRC_BLOCK_BYTES) && (end.is_multiple_of(CRC_BLOCK_BYTES) || end == request.payload.len());
-    request.payload_crcs.as_ref().filter(|_| whole)?.get(4 * first..4 * end.div_ceil(CRC_BLOCK_BYTES))
+/// Bytes to be kept.
+struct Arrived {
+    data: Region,
+    /// Their checksums as the client made them.
+    sent: Bytes,
+    /// Those that were made while they came.
+    made: Option<Bytes>,
 }
 
-/// `data`: the bytes, and their checksums if these are known.
+/// Of the checksums of a payload, those of a part: its blocks must be blocks of the payload.
+fn part_of(crcs: &Bytes, payload_bytes: usize, at: usize, bytes: usize) -> Option<Bytes> {
+    let (first, end) = (at / CRC_BLOCK_BYTES, at + bytes);
+    let whole = at.is_multiple_of(CRC_BLOCK_BYTES) && (end.is_multiple_of(CRC_BLOCK_BYTES) || end == payload_bytes);
+    let part = 4 * first..4 * end.div_ceil(CRC_BLOCK_BYTES);
+    (whole && part.end <= crcs.len()).then(|| crcs.slice(part))
+}
+
 fn put_one(
     core: &Core,
     namespace: Namespace,
     op: &KvPutOp,
     writer: u64,
-    (data, crcs): (Region, Option<&[u8]>),
+    Arrived { data, sent, made }: Arrived,
     alone: bool,
 ) -> Result<()> {
     // Read before the put is admitted: what is forgotten after that must not be followed by it.
     let epoch = core.kv.with(|cache, _| cache.epoch(op.target_id));
     let address = address!(op);
     let (target, key) = address.admit(core, namespace.id)?;
-    match crcs {
-        Some(crcs) if crcs == op.crcs => {}
+    if made.is_none_or(|made| made != sent) {
         // Whatever is wrong is found once more.
-        _ => check_bytes(&data, &op.crcs)?,
+        check_bytes(&data, &sent)?;
     }
-    let value = core.kv.value(data, op.crcs.clone(), alone);
+    let value = core.kv.value(data, sent, alone);
     let id = PutId { writer, sequence: op.sequence };
     let put = Put { key, namespace, epoch, id, total: op.total, value };
     let done = core.kv.with(|cache, now_ms| cache.put(put, now_ms));
