@@ -76,7 +76,7 @@ def mount_command(
     registered_bytes_max.
 
     With --takeover a new daemon takes the place of the one that serves MOUNTPOINT, for an upgrade or for other options:
-    files stay open and locks stay held. It gets cluster and options of the old one, changed by what is given.
+    files stay open, locks stay held, rings go on. It gets cluster and options of the old one, changed by what is given.
     """  # noqa: D301
     files = {"log_file": log_file, "pid_file": pid_file}
     given: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in files.items() if path}

@@ -115,10 +115,10 @@ def take_over(
 ) -> None:
     """Have a new daemon go on with the mount on `mountpoint`, with what `options` makes of its options.
 
-    Files stay open, locks stay held; whoever uses the mount waits for a moment. When it fails the old daemon serves on.
-    Returns when the new one serves, within `timeout_s` seconds. Raises Fs3Error: not mounted by a daemon that can hand
-    over, BUSY when its requests do not end or rings are in use, INVALID_ARGUMENT for options that the kernel was told
-    when it was mounted.
+    Files stay open, locks stay held, rings go on; whoever uses the mount waits for a moment. When it fails the old
+    daemon serves on. Returns when the new one serves, within `timeout_s` seconds. Raises Fs3Error: not mounted by a
+    daemon that can hand over, BUSY when its requests or those of rings do not end, INVALID_ARGUMENT for options that
+    the kernel was told when it was mounted.
     """
     path = real_path(mountpoint)
     there = mounted_at(path)

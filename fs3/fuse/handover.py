@@ -1,8 +1,9 @@
 """A mount that goes on in another daemon: the socket over which its successor asks for it.
 
 Messages are JSON with their length before them. The successor asks for the parameters, then for the mount, which
-comes with descriptors of the kernel's device; when it serves the mount it tells its predecessor to depart. If it goes
-away before that, the predecessor serves on. Whoever uses the mount only waits meanwhile.
+comes with descriptors of the kernel's device and of memory that programs announced, then for more descriptors until
+it has all; when it serves the mount it tells its predecessor to depart. If it goes away before that, the predecessor
+serves on. Whoever uses the mount only waits meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fs3.core.errors import Fs3Error, error
 from fs3.v1.frame_pb2 import Code
 
 MESSAGE_BYTES_MAX = 1 << 30
+# Of one message: the kernel takes 253.
 DESCRIPTORS_MAX = 250
 # How long the other end may take for one step.
 STEP_S_MAX = 60.0
@@ -34,7 +36,7 @@ class HandsOver(Protocol):
     """What the native mount does of it."""
 
     def hand_over(self, successor: bytes) -> tuple[bytes, list[int]]:
-        """Stop serving; the state and descriptors of the device."""
+        """Stop serving; the state, and descriptors of the device and of memory."""
 
     def take_back(self, successor: bytes) -> None:
         """Serve again."""
@@ -150,6 +152,17 @@ class Door:
                 case _:
                     return
 
+    @staticmethod
+    def _send_all(channel: socket.socket, state: bytes, descriptors: Sequence[int]) -> bool:
+        """Send in portions, each when that before has arrived: the system bounds what is on its way. False: it left."""
+        first = {"state": state.decode(), "descriptors": len(descriptors)}
+        _send(channel, first, descriptors[:DESCRIPTORS_MAX])
+        for start in range(DESCRIPTORS_MAX, len(descriptors), DESCRIPTORS_MAX):
+            if _receive(channel)[0].get("ask") != "more":
+                return False
+            _send(channel, {"start": start}, descriptors[start : start + DESCRIPTORS_MAX])
+        return True
+
     def _give(self, channel: socket.socket, successor: bytes) -> None:
         try:
             state, descriptors = self._mount.hand_over(successor)
@@ -159,10 +172,10 @@ class Door:
         self._single.close()
         try:
             try:
-                _send(channel, {"state": state.decode()}, descriptors)
+                if not self._send_all(channel, state, descriptors):
+                    return
             finally:
-                for descriptor in descriptors:
-                    os.close(descriptor)
+                _close_all(descriptors)
             # However long it takes: one that has not gone away may be about to serve, and two must not.
             channel.settimeout(None)
             self.departed = _receive(channel)[0].get("ask") == "depart"
@@ -172,6 +185,11 @@ class Door:
             else:
                 self._mount.take_back(successor)
                 self._single.open()
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _peer_uid(channel: socket.socket) -> int:
@@ -222,6 +240,15 @@ class Predecessor:
     def hand_over(self, successor: bytes) -> tuple[bytes, list[int]]:
         """Have it stop and give the mount to the client with this id: the state, and descriptors, now the caller's."""
         answer, descriptors = self._ask({"ask": "mount", "client": successor.hex()})
+        try:
+            while len(descriptors) < answer.get("descriptors", 0):
+                _, more = self._ask({"ask": "more"})
+                if not more:
+                    raise error(Code.CODE_PROTOCOL, "the daemon that serves the mount gives too few descriptors")
+                descriptors += more
+        except BaseException:
+            _close_all(descriptors)
+            raise
         return str(answer["state"]).encode(), descriptors
 
     def depart(self) -> None:

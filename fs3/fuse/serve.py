@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -244,6 +245,10 @@ def main(argv: list[str]) -> int:
     report = os.fdopen(int(argv[0]), "w")
     os.chdir("/")
     parameters = Parameters.from_json(sys.stdin.readline())
+    # Each piece of memory and each process that announced it has a descriptor, and one more while it is handed over.
+    _, descriptors_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors_max, descriptors_max))
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text("fs3 mount")
 

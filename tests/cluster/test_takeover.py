@@ -6,13 +6,19 @@ import fcntl
 import json
 import mmap
 import os
+import subprocess
+import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
 
+import hf3fs_fuse.io as h3
 from fs3.core.errors import Fs3Error
 from fs3.fuse import parse_options, take_over
 from fs3.fuse.handover import Predecessor
@@ -22,6 +28,11 @@ from fs3.testing.cluster import LocalCluster
 from fs3.testing.process import wait_until
 
 from .mounts import mounted
+from .test_ring import make_ring, one, registered
+
+LOOP = Path(__file__).parent.parent / "ring" / "loop.py"
+# Needs more than one message to hand over.
+PIECES = 300
 
 
 @pytest.fixture
@@ -196,6 +207,114 @@ def test_a_successor_that_dies_leaves_the_mount_to_its_predecessor(mount_a: Path
         with descriptor(mount_a / "file", os.O_RDWR) as again, pytest.raises(BlockingIOError):
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert daemon_of(mount_a).pid == old.pid
+
+
+@pytest.fixture
+def no_tracker() -> Iterator[None]:
+    """Python keeps a process that watches over shared memory: end it with the test."""
+    yield
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def looping(mount: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that reads and writes through rings until `directory`/stop is there."""
+    process = subprocess.Popen([sys.executable, LOOP, mount, directory], stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def await_rounds(process: subprocess.Popen[str], directory: Path, more: int) -> None:
+    """Wait until it has done `more` rounds than now."""
+    file = directory / "rounds"
+
+    def rounds() -> int:
+        return int(file.read_text() or "0") if file.exists() else 0
+
+    wanted = rounds() + more
+    wait_until(lambda: process.poll() is not None or rounds() >= wanted, timeout_s=120, what="further rounds")
+    if process.poll() is not None:
+        pytest.fail(process.communicate()[1])
+
+
+def links(mount: Path) -> dict[str, tuple[object, ...]]:
+    """What processes announced, all that is to be seen of it."""
+    seen = {}
+    for entry in os.scandir(mount / "3fs-virt" / "iovs"):
+        found = entry.stat(follow_symlinks=False)
+        seen[entry.name] = (os.readlink(entry.path), found.st_ino, found.st_uid, found.st_mtime_ns)
+    return seen
+
+
+def test_programs_with_rings_do_not_notice(mount_a: Path, tmp_path: Path, no_tracker: None) -> None:
+    with looping(mount_a, tmp_path) as process:
+        await_rounds(process, tmp_path, 2)
+        before = links(mount_a)
+        assert len(before) == 4
+        for _ in range(2):
+            take_over(str(mount_a))
+            await_rounds(process, tmp_path, 3)
+            assert links(mount_a) == before
+        (tmp_path / "stop").touch()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert links(mount_a) == {}
+
+
+def test_what_a_killed_process_announced_to_a_predecessor_is_withdrawn(mount_a: Path, tmp_path: Path) -> None:
+    with looping(mount_a, tmp_path) as process:
+        await_rounds(process, tmp_path, 1)
+        take_over(str(mount_a))
+        assert len(links(mount_a)) == 4
+        process.kill()
+        process.wait()
+        wait_until(lambda: links(mount_a) == {}, timeout_s=30, what="the withdrawal of what it announced")
+
+
+def test_any_number_of_pieces_of_memory_goes_on(mount_a: Path, no_tracker: None) -> None:
+    (mount_a / "file").write_bytes(b"abcd" * 1024)
+    memory = SharedMemory(create=True, size=4096)
+    announced = [mount_a / "3fs-virt" / "iovs" / str(uuid.uuid4()) for _ in range(PIECES)]
+    for link in announced:
+        link.symlink_to(f"/dev/shm/{memory.name}")
+    iov = h3.make_iovec(memory, str(mount_a))
+    memory.unlink()
+    before = links(mount_a)
+    assert len(before) == PIECES + 1
+    with registered(mount_a / "file", os.O_RDONLY) as file:
+        take_over(str(mount_a))
+        assert links(mount_a) == before
+        ring = make_ring(mount_a)
+        assert one(ring, iov[:], file, 0) == 4096
+        assert memory.buf == b"abcd" * 1024
+        for link in announced:
+            link.unlink()
+        assert one(ring, iov[:10], file, 2) == 10
+    del ring
+    iov.withdraw()
+    assert links(mount_a) == {}
+    del iov
+    memory.close()
+
+
+def test_a_successor_that_dies_leaves_rings_to_its_predecessor(mount_a: Path, tmp_path: Path) -> None:
+    with looping(mount_a, tmp_path) as process:
+        for _ in range(2):
+            await_rounds(process, tmp_path, 2)
+            with Predecessor(door_file(real_path(str(mount_a)))) as predecessor:
+                state, descriptors = predecessor.hand_over(bytes(16))
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            assert len(json.loads(state)["virt"]["links"]) == 4
+        await_rounds(process, tmp_path, 2)
+        take_over(str(mount_a))
+        await_rounds(process, tmp_path, 2)
+        (tmp_path / "stop").touch()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_options_may_change_but_not_what_the_kernel_was_told(mount_a: Path) -> None:

@@ -29,9 +29,13 @@ impl Who {
         self.caller().uid == 0
     }
 
-    #[cfg(test)]
-    pub fn new(uid: u32, gid: u32, pid: u32) -> Self {
-        Self { uid, gid, pid, ids: None }
+    pub fn new(uid: u32, gid: u32, pid: u32, ids: Option<&'static IdMaps>) -> Self {
+        Self { uid, gid, pid, ids }
+    }
+
+    /// The thread.
+    pub fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// The caller without its supplementary groups.

@@ -2,7 +2,7 @@
 //!
 //! The kernel keeps the mount as long as somebody has its device open; what it knows are numbers of inodes, which mean the
 //! same in every process, and numbers of handles. So a predecessor stops receiving requests, ends those it has, writes
-//! everything, and gives its devices and the list of its handles away. The successor is another client of the cluster: it
+//! everything, and gives its devices and the list of its handles away, with what processes announced for rings. The successor is another client of the cluster: it
 //! opens the files again, before the predecessor closes its own, and takes over its locks. Requests that wait for a
 //! lock stay unanswered: the successor answers them.
 
@@ -22,9 +22,10 @@ use crate::core::{Core, HandleFlags};
 use crate::dirs::DirStream;
 use crate::locks::{Asked, LockEnd};
 use crate::stats::Op;
+use crate::virt::VirtState;
 
 /// What is handed over has this form.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Files that a successor opens at the same time.
 const OPENING_MAX: usize = 64;
 /// How long a predecessor keeps its files open for the successor to tell the services of its own.
@@ -34,8 +35,8 @@ const LINGER: Duration = Duration::from_secs(5);
 pub struct Predecessor {
     /// The state as bytes of a form of its own, which later releases know.
     pub state: Vec<u8>,
-    /// Descriptors of the kernel's device.
-    pub devices: Vec<OwnedFd>,
+    /// Of the kernel's device, and of the memory that processes announced; the state tells which.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -45,7 +46,9 @@ pub(crate) struct State {
     /// The directory of the cluster that is the root of the mount.
     root: u64,
     next_handle: u64,
-    next_virtual_handle: u64,
+    /// The first descriptors are of the kernel's device.
+    devices: usize,
+    virt: VirtState,
     handles: Vec<HandleState>,
     dirs: Vec<DirState>,
     waits: Vec<WaitState>,
@@ -115,6 +118,21 @@ impl State {
         self.root
     }
 
+    /// Part the descriptors that came with it: those of the kernel's device, those of memory. Errors: Protocol.
+    pub fn part(&self, mut descriptors: Vec<OwnedFd>) -> Result<(Vec<OwnedFd>, Vec<OwnedFd>)> {
+        let wanted = self.devices + self.virt.descriptors();
+        if descriptors.len() != wanted {
+            let message = format!("{} descriptors came with the mount, and not {wanted}", descriptors.len());
+            return Err(Error::new(Code::Protocol, message));
+        }
+        let memory = descriptors.split_off(self.devices);
+        Ok((descriptors, memory))
+    }
+
+    pub fn virt(&self) -> &VirtState {
+        &self.virt
+    }
+
     pub fn waits(&self) -> &[WaitState] {
         &self.waits
     }
@@ -122,7 +140,7 @@ impl State {
 
 impl Core {
     /// Everything a successor needs to know. Nothing may be at work.
-    pub fn export(&self, waits: Vec<WaitState>) -> Vec<u8> {
+    pub fn export(&self, waits: Vec<WaitState>, devices: usize, virt: VirtState) -> Vec<u8> {
         let handles = self.handles_by_number().into_iter().map(|(number, handle)| HandleState {
             handle: number,
             inode: handle.inode.id,
@@ -146,7 +164,8 @@ impl Core {
             client: self.client.client_id().0,
             root: self.root,
             next_handle: self.next_handle.load(Ordering::Relaxed),
-            next_virtual_handle: self.virt.next_handle(),
+            devices,
+            virt,
             handles: handles.collect(),
             dirs: dirs.collect(),
             waits,
@@ -158,7 +177,6 @@ impl Core {
     /// locking, but for files that are gone: their handles stay and fail when they are used.
     pub async fn import(self: &Arc<Self>, state: &State) -> Result<()> {
         self.next_handle.fetch_max(state.next_handle, Ordering::Relaxed);
-        self.virt.skip_handles(state.next_virtual_handle);
         let mut opening = JoinSet::new();
         for handle in &state.handles {
             while opening.len() >= OPENING_MAX {
@@ -257,6 +275,7 @@ impl Core {
 
     /// A successor serves the mount. Close the files, once it has told the services of its own.
     pub async fn retire(&self) {
+        self.rings.leave_all();
         tokio::time::sleep(LINGER).await;
         self.locks.forget_all();
         self.release_all().await;
@@ -296,7 +315,8 @@ mod tests {
             client: [7; 16],
             root: 1,
             next_handle: 12,
-            next_virtual_handle: 1,
+            devices: 2,
+            virt: VirtState::default(),
             handles: Vec::new(),
             dirs: vec![DirState { handle: 4, inode: 5, parent: 1, pages: vec![(2, b"\xff/".to_vec())] }],
             waits: vec![WaitState { device: 1, request: 99, handle: 3, asked }],
@@ -308,7 +328,8 @@ mod tests {
             ([7; 16], 12, (2, b"\xff/".to_vec()))
         );
         assert_eq!(again.waits()[0].left(), LeftRequest { device: 1, request: 99 });
-        assert_eq!(State::decode(br#"{"format": 2}"#).unwrap_err().code, Code::NotSupported);
+        assert_eq!(State::decode(br#"{"format": 1}"#).unwrap_err().code, Code::NotSupported);
         assert_eq!(State::decode(b"{").unwrap_err().code, Code::Protocol);
+        assert_eq!(again.part(Vec::new()).unwrap_err().code, Code::Protocol, "descriptors are missing");
     }
 }

@@ -252,13 +252,21 @@ pub fn succeed(
     predecessor: Predecessor,
 ) -> Result<MountHandle> {
     let state = State::decode(&predecessor.state)?;
+    let (devices, memory) = state.part(predecessor.descriptors)?;
     let config = options.config();
     let core = Arc::new(Core::new(client, runtime.clone(), mountpoint, state.root(), options));
-    let session = Session::succeed(Fs { core: core.clone() }, predecessor.devices, &config)
+    let session = Session::succeed(Fs { core: core.clone() }, devices, &config)
         .map_err(|e| io_error("cannot go on with a mount", &e))?;
     let _ = core.io.notifier.set(session.notifier());
     runtime.block_on(core.import(&state))?;
-    serve(core, session, mountpoint.to_owned(), state.waits().to_vec())
+    let served = core
+        .import_virtual(state.virt(), memory)
+        .and_then(|()| serve(core.clone(), session, mountpoint.to_owned(), state.waits().to_vec()));
+    match &served {
+        Ok(_) => core.begin_rings(),
+        Err(_) => core.rings.leave_all(),
+    }
+    served
 }
 
 /// Serve a mount on threads of its own. `waits`: requests that a predecessor left.
@@ -332,6 +340,10 @@ async fn finish(core: &Arc<Core>) {
     }
 }
 
+fn busy(what: &str) -> Error {
+    Error::new(Code::Busy, format!("{what} within {} s", HANDOVER_WAIT_MAX.as_secs()))
+}
+
 fn ended(phase: &mut Phase) -> Option<Result<()>> {
     match phase {
         Phase::Ended(result) => Some(result.clone()),
@@ -366,9 +378,6 @@ impl MountHandle {
     /// [`MountHandle::take_back`]. Errors: Busy when requests do not end, or another successor is there, and it is
     /// served on; Unavailable when it has ended. Must not be called from a task of the runtime.
     pub fn hand_over(&self, successor: ClientId) -> Result<Predecessor> {
-        if self.core.virt.is_used() {
-            return Err(Error::new(Code::Busy, "programs use the mount through 3fs-virt: end them first"));
-        }
         {
             // Under the lock: a pause that is about to end must not find that the mount is to be given away again.
             let phase = self.stage.phase.lock();
@@ -376,6 +385,22 @@ impl MountHandle {
                 return Err(Error::new(Code::Busy, "the mount is being handed over, or has ended"));
             }
         }
+        let handed = self.rest_rings().and_then(|()| self.rest());
+        if handed.is_err() {
+            self.take_back(successor);
+        }
+        handed
+    }
+
+    /// Let I/Os of rings end, and begin none. The kernel is served meanwhile: writes of rings may wait for its pages.
+    fn rest_rings(&self) -> Result<()> {
+        self.core.rings.pause();
+        let rests = self.core.rings.wait_for_rest(Instant::now() + HANDOVER_WAIT_MAX);
+        if rests { Ok(()) } else { Err(busy("I/Os of rings did not end")) }
+    }
+
+    /// Stop serving the kernel; what a successor gets.
+    fn rest(&self) -> Result<Predecessor> {
         self.core.locks.leave_all();
         self.pauser.pause();
         let devices = self.stage.wait(Some(HANDOVER_WAIT_MAX), |phase| match phase {
@@ -383,27 +408,27 @@ impl MountHandle {
             Phase::Ended(_) => Some(Err(std::io::Error::from_raw_os_error(libc::ENODEV))),
             _ => None,
         });
-        let handed = self.state_at_rest().and_then(|state| match devices {
-            Some(Ok(devices)) => Ok(Predecessor { state, devices }),
-            Some(Err(error)) => Err(io_error("the mount cannot be handed over", &error)),
-            None => Err(Error::new(Code::Busy, "the kernel's requests could not be stopped")),
-        });
-        if handed.is_err() {
-            self.take_back(successor);
-        }
-        handed
+        let mut descriptors = match devices {
+            Some(Ok(devices)) => devices,
+            Some(Err(error)) => return Err(io_error("the mount cannot be handed over", &error)),
+            None => return Err(Error::new(Code::Busy, "the kernel's requests could not be stopped")),
+        };
+        let waits = self.settle()?;
+        let (virt, memory) = self.core.export_virtual(Instant::now() + HANDOVER_WAIT_MAX)?;
+        let state = self.core.export(waits, descriptors.len(), virt);
+        descriptors.extend(memory);
+        Ok(Predecessor { state, descriptors })
     }
 
-    /// End what is at work, write everything, and tell what a successor has to know.
-    fn state_at_rest(&self) -> Result<Vec<u8>> {
-        let busy = |what| Error::new(Code::Busy, format!("{what} within {} s", HANDOVER_WAIT_MAX.as_secs()));
+    /// End what is at work, and write everything; the requests that are left.
+    fn settle(&self) -> Result<Vec<WaitState>> {
         self.core.io.runtime.block_on(async {
             if !self.core.drain(HANDOVER_WAIT_MAX).await {
                 return Err(busy("requests of the kernel did not end"));
             }
             let written = tokio::time::timeout(HANDOVER_WAIT_MAX, self.core.flush_all()).await;
             written.map_err(|_| busy("data could not be written"))?;
-            Ok(self.core.export(self.core.locks.left()))
+            Ok(self.core.locks.left())
         })
     }
 
@@ -413,6 +438,7 @@ impl MountHandle {
         if self.core.io.runtime.block_on(took).is_err() {
             tracing::warn!("locks could not be taken back from a successor that failed");
         }
+        self.core.rings.resume();
         let _phase = self.stage.phase.lock();
         self.stage.given.store(false, Ordering::Release);
         self.stage.changed.notify_all();

@@ -83,8 +83,8 @@ fn taken_over(py: Python<'_>, ask: &Py<PyAny>, client_id: ClientId) -> PyResult<
     let answer = ask.call1(py, (PyBytes::new(py, &client_id.0),))?;
     let (state, descriptors): (Vec<u8>, Vec<i32>) = answer.extract(py)?;
     // SAFETY: the descriptors are the caller's, who gives them away.
-    let devices = descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
-    Ok(Predecessor { state, devices })
+    let descriptors = descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+    Ok(Predecessor { state, descriptors })
 }
 
 fn client_id(bytes: &[u8]) -> PyResult<ClientId> {
@@ -179,13 +179,13 @@ impl Mount {
     }
 
     /// Stop serving and write everything, for a successor that is the client with this id (16 bytes). Returns what its
-    /// `predecessor` has to return: the state, and descriptors of the kernel's device, which are the caller's to
-    /// close. Call `depart` or `take_back` afterwards: meanwhile whoever uses the mount waits. Raises BUSY when
+    /// `predecessor` has to return: the state, and descriptors of the kernel's device and of announced memory, which are the
+    /// caller's to close. Call `depart` or `take_back` afterwards: meanwhile whoever uses the mount waits. Raises BUSY when
     /// requests do not end; it is served on then.
     fn hand_over<'py>(&self, py: Python<'py>, successor: &[u8]) -> PyResult<(Bound<'py, PyBytes>, Vec<i32>)> {
         let successor = client_id(successor)?;
         let handed = py.detach(|| self.handle.hand_over(successor)).map_err(|e| to_python(py, &e))?;
-        let descriptors = handed.devices.into_iter().map(IntoRawFd::into_raw_fd).collect();
+        let descriptors = handed.descriptors.into_iter().map(IntoRawFd::into_raw_fd).collect();
         Ok((PyBytes::new(py, &handed.state), descriptors))
     }
 

@@ -1,8 +1,11 @@
 //! The daemon's side of a ring. The application may be hostile: whatever is read from its memory is copied once and then
 //! checked, counters are only believed within bounds, and what the daemon counts by is its own.
+//!
+//! A ring can be paused, and resumed by this daemon or by another one, which goes on from the same counter. A daemon that
+//! has paused a ring does not touch its memory until it resumes it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::futex::{self, Until};
@@ -13,16 +16,34 @@ use crate::{Errno, Result};
 /// A sleeping daemon looks whether it shall end at least this often, should a wake-up have been lost.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// How often a thread that shall pause is woken, should the application have hidden that from it.
+const WAKE_EVERY: Duration = Duration::from_millis(10);
+
 /// A ring that is being served. One thread takes, any may complete.
 pub struct Served {
     memory: Guarded,
     places: Places,
-    ending: AtomicBool,
     results: Mutex<Results>,
+    /// `results` tell something new to who waits for a pause, or for its end.
+    changed: Condvar,
+}
+
+/// What shall become of a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    Take,
+    Pause,
+    End,
 }
 
 /// Results wait here until those before them are there, too.
 struct Results {
+    wanted: Wanted,
+    /// The thread that takes may be using the memory.
+    taking: bool,
+    /// What the memory said of completed I/Os when it was paused last: once it says something else, another daemon has
+    /// served it meanwhile.
+    said_completed: u64,
     /// I/Os taken from the ring since the beginning.
     taken: u64,
     /// I/Os told the application since the beginning.
@@ -42,12 +63,7 @@ pub struct Taken {
 impl Served {
     /// Serve the ring in `memory`, which was announced with `places`. Errors: EINVAL when it is no such ring.
     pub fn new(memory: Guarded, places: Places) -> Result<Self> {
-        if memory.bytes() < places.bytes() || !(memory.start() as usize).is_multiple_of(align_of::<Header>()) {
-            return Err(Errno(libc::EINVAL));
-        }
-        let waiting = vec![None; places.entries as usize];
-        let results = Mutex::new(Results { taken: 0, told: 0, waiting });
-        let ring = Self { memory, places, ending: AtomicBool::new(false), results };
+        let ring = Self::at(memory, places, 0, Wanted::Take)?;
         let header = ring.header();
         let said = (
             header.magic.load(Ordering::Acquire),
@@ -60,8 +76,25 @@ impl Served {
         Ok(ring)
     }
 
+    /// Go on with a ring that another daemon has paused at `told` I/Os; paused until [`Served::resume`], or closed. Errors:
+    /// EINVAL when the memory is too small.
+    pub fn succeeding(memory: Guarded, places: Places, told: u64, closed: bool) -> Result<Self> {
+        let ring = Self::at(memory, places, told, if closed { Wanted::End } else { Wanted::Pause })?;
+        ring.lock().said_completed = ring.header().completed.load(Ordering::SeqCst);
+        Ok(ring)
+    }
+
+    fn at(memory: Guarded, places: Places, told: u64, wanted: Wanted) -> Result<Self> {
+        if memory.bytes() < places.bytes() || !(memory.start() as usize).is_multiple_of(align_of::<Header>()) {
+            return Err(Errno(libc::EINVAL));
+        }
+        let waiting = vec![None; places.entries as usize];
+        let results = Results { wanted, taking: false, said_completed: 0, taken: told, told, waiting };
+        Ok(Self { memory, places, results: Mutex::new(results), changed: Condvar::new() })
+    }
+
     fn header(&self) -> &Header {
-        // SAFETY: in the mapping and aligned, both checked in `new`; all that is used of it is atomic.
+        // SAFETY: in the mapping and aligned, both checked in `at`; all that is used of it is atomic.
         unsafe { &*self.memory.start().cast::<Header>() }
     }
 
@@ -75,17 +108,22 @@ impl Served {
         Ok(prepared - results.taken)
     }
 
-    /// Wait for the next batch, as `config` makes them. `None`: the ring ends. Errors: EINVAL when what is in it cannot be;
-    /// it shall be closed then.
+    /// Wait for the next batch, as `config` makes them, and while it is paused. `None`: the ring ends. Errors: EINVAL when
+    /// what is in it cannot be; it shall be closed then.
     pub fn take(&self, config: &Config) -> Result<Option<Vec<Taken>>> {
         let depth = u64::from(config.io_depth.unsigned_abs());
         let mut gathering: Option<Instant> = None;
         loop {
-            let seen = self.header().submits.load(Ordering::SeqCst);
-            if self.ending.load(Ordering::Acquire) {
+            if !self.may_take() {
                 return Ok(None);
             }
-            let ready = self.ready(&self.lock())?;
+            let seen = self.header().submits.load(Ordering::SeqCst);
+            let mut results = self.lock();
+            // Asked again behind `seen`: what comes from here on ends the sleep.
+            if results.wanted != Wanted::Take {
+                continue;
+            }
+            let ready = self.ready(&results)?;
             let limit = match config.io_depth {
                 0 => ready,
                 1.. if ready >= depth => depth,
@@ -93,18 +131,35 @@ impl Served {
                 _ => 0,
             };
             if limit > 0 {
-                return Ok(Some(self.copy(limit)));
+                return Ok(Some(self.copy(&mut results, limit)));
             }
             let mut sleep = LOOK_EVERY;
             if config.io_depth < 0 && ready > 0 {
                 let since = *gathering.get_or_insert_with(Instant::now);
                 let left = Duration::from_millis(config.timeout_ms.into()).saturating_sub(since.elapsed());
                 if left.is_zero() {
-                    return Ok(Some(self.copy(ready)));
+                    return Ok(Some(self.copy(&mut results, ready)));
                 }
                 sleep = sleep.min(left);
             }
+            drop(results);
             self.sleep(seen, sleep);
+        }
+    }
+
+    /// Wait while it is paused; says whether to take.
+    fn may_take(&self) -> bool {
+        let mut results = self.lock();
+        loop {
+            results.taking = results.wanted == Wanted::Take;
+            match results.wanted {
+                Wanted::Take => return true,
+                Wanted::End => return false,
+                Wanted::Pause => {
+                    self.changed.notify_all();
+                    results = self.changed.wait(results).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
         }
     }
 
@@ -116,10 +171,10 @@ impl Served {
         header.idle.store(0, Ordering::SeqCst);
     }
 
-    fn copy(&self, count: u64) -> Vec<Taken> {
-        let mut results = self.lock();
+    fn copy(&self, results: &mut Results, count: u64) -> Vec<Taken> {
         let first = results.taken;
         results.taken += count;
+        results.taking = false;
         (first..first + count)
             .map(|number| {
                 let at = self.memory.start().wrapping_add(self.places.submission(number)).cast::<Submission>();
@@ -129,9 +184,9 @@ impl Served {
             .collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Results> {
+    fn lock(&self) -> MutexGuard<'_, Results> {
         // Nothing that holds it can panic halfway.
-        self.results.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.results.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tell the results of I/Os that were taken (bytes, or a negative errno), each once. The application hears of them in
@@ -159,23 +214,79 @@ impl Served {
             if header.waiters.load(Ordering::SeqCst) != 0 {
                 futex::wake(&header.completions);
             }
+            if results.wanted != Wanted::Take {
+                self.changed.notify_all();
+            }
         }
     }
 
     /// End it: the thread that takes returns, and who waits for results gets `errno`.
     pub fn close(&self, errno: i32) {
-        self.ending.store(true, Ordering::Release);
+        self.leave();
         let header = self.header();
         let _ = header.state.compare_exchange(SERVED, errno as u32, Ordering::SeqCst, Ordering::SeqCst);
-        header.submits.fetch_add(1, Ordering::SeqCst);
-        futex::wake(&header.submits);
+        self.wake_taker();
         header.completions.fetch_add(1, Ordering::SeqCst);
         futex::wake(&header.completions);
     }
 
-    /// Whether it was closed.
-    pub fn is_closed(&self) -> bool {
-        self.ending.load(Ordering::Acquire)
+    fn wake_taker(&self) {
+        let header = self.header();
+        header.submits.fetch_add(1, Ordering::SeqCst);
+        futex::wake(&header.submits);
+    }
+
+    /// Take nothing more, as long as it is not resumed. Does not wait for anything, see [`Served::wait_for_rest`].
+    pub fn pause(&self) {
+        let mut results = self.lock();
+        if results.wanted == Wanted::Take {
+            results.wanted = Wanted::Pause;
+            drop(results);
+            self.wake_taker();
+        }
+    }
+
+    /// Wait until everything that was taken before a pause is told, and nobody here uses the memory. `None` when that is
+    /// not so at `deadline`; otherwise the number of I/Os told, and whether the ring was closed.
+    pub fn wait_for_rest(&self, deadline: Instant) -> Option<(u64, bool)> {
+        let mut results = self.lock();
+        loop {
+            let closed = results.wanted == Wanted::End;
+            if results.told == results.taken && (closed || !results.taking) {
+                results.said_completed = self.header().completed.load(Ordering::SeqCst);
+                return Some((results.told, closed));
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            if results.taking {
+                drop(results);
+                self.wake_taker();
+                results = self.lock();
+            }
+            results = self.changed.wait_timeout(results, WAKE_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The end of a pause. Says whether it can go on: not when another daemon has told results meanwhile; it shall be
+    /// closed then.
+    pub fn resume(&self) -> bool {
+        let mut results = self.lock();
+        if results.wanted != Wanted::Pause {
+            return true;
+        }
+        if results.said_completed != self.header().completed.load(Ordering::SeqCst) {
+            return false;
+        }
+        results.wanted = Wanted::Take;
+        self.changed.notify_all();
+        true
+    }
+
+    /// Another daemon serves it from here on: the thread that takes returns. Its memory is not touched.
+    pub fn leave(&self) {
+        self.lock().wanted = Wanted::End;
+        self.changed.notify_all();
     }
 
     /// The memory.

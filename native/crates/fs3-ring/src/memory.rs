@@ -77,6 +77,16 @@ impl Memory {
         Self::map(file, bytes)
     }
 
+    /// Map `bytes` of a file that another process had mapped as far and gave away; it may have been cut since.
+    pub fn inherited(file: OwnedFd, bytes: usize) -> Result<Self> {
+        Self::map(file.into(), bytes)
+    }
+
+    /// One more descriptor of the file, for another process. Errors: EMFILE.
+    pub fn share(&self) -> Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
+
     fn map(file: File, bytes: usize) -> Result<Self> {
         if bytes == 0 {
             return Err(Errno(libc::EINVAL));

@@ -22,6 +22,13 @@ struct Both {
 }
 
 impl Both {
+    /// What another daemon makes of it that goes on with the ring.
+    fn successor(&self, told: u64, closed: bool) -> Arc<Served> {
+        let shared = self.served.memory().share().unwrap();
+        let memory = Guarded::new(Memory::inherited(shared, self.served.memory().bytes()).unwrap()).unwrap();
+        Arc::new(Served::succeeding(memory, self.places, told, closed).unwrap())
+    }
+
     fn new(entries: u32) -> Self {
         let places = Places::new(entries).unwrap();
         let (path, app) = shm(places.bytes());
@@ -130,6 +137,80 @@ fn closing_wakes_whoever_sleeps() {
     ring.served.close(libc::ENOTCONN);
     assert!(taker.join().unwrap());
     assert_eq!(ring.header().state.load(Ordering::SeqCst), libc::ENOTCONN as u32);
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+#[test]
+fn a_paused_ring_rests_once_what_was_taken_is_told_and_goes_on_when_it_is_resumed() {
+    let ring = Arc::new(Both::new(4));
+    ring.tell(2);
+    assert_eq!(ring.take(&CONFIG).len(), 2);
+    let taking = ring.clone();
+    let taker = std::thread::spawn(move || taking.take(&CONFIG));
+    while ring.header().idle.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
+    ring.served.pause();
+    ring.tell(3);
+    assert_eq!(ring.served.wait_for_rest(Instant::now()), None, "two are not told");
+    let completing = ring.clone();
+    let completer = std::thread::spawn(move || completing.served.complete([(0, 1), (1, 1)]));
+    assert_eq!(ring.served.wait_for_rest(soon()), Some((2, false)));
+    completer.join().unwrap();
+    assert_eq!(ring.header().idle.load(Ordering::SeqCst), 0, "nobody sleeps there any more");
+    assert!(!taker.is_finished(), "nothing is taken");
+    assert!(ring.served.resume());
+    assert_eq!(taker.join().unwrap(), [(2, 0)]);
+}
+
+#[test]
+fn another_daemon_goes_on_where_a_ring_was_paused() {
+    let ring = Both::new(4);
+    ring.tell(3);
+    ring.take(&CONFIG);
+    ring.served.complete((0..3).map(|n| (n, 1)));
+    ring.served.pause();
+    assert_eq!(ring.served.wait_for_rest(soon()), Some((3, false)));
+    ring.write(3, 7);
+    ring.tell(4);
+    let successor = ring.successor(3, false);
+    assert!(successor.resume());
+    ring.served.leave();
+    assert!(ring.served.take(&CONFIG).unwrap().is_none());
+    assert_eq!(ring.header().state.load(Ordering::SeqCst), 0, "the application is not told of it");
+    let taken = successor.take(&CONFIG).unwrap().unwrap();
+    assert_eq!((taken.len(), taken[0].number, taken[0].submission.token), (1, 3, 7));
+    successor.complete([(3, 5)]);
+    assert_eq!(ring.header().completed.load(Ordering::Acquire), 4);
+}
+
+#[test]
+fn a_ring_that_another_daemon_has_served_is_not_resumed() {
+    let ring = Both::new(4);
+    ring.served.pause();
+    assert_eq!(ring.served.wait_for_rest(soon()), Some((0, false)));
+    let successor = ring.successor(0, false);
+    assert!(successor.resume());
+    ring.tell(1);
+    successor.take(&CONFIG).unwrap();
+    successor.complete([(0, 1)]);
+    assert!(!ring.served.resume());
+}
+
+#[test]
+fn a_closed_ring_rests_and_stays_closed_elsewhere() {
+    let ring = Both::new(4);
+    ring.tell(9);
+    assert!(ring.served.take(&CONFIG).is_err());
+    ring.served.close(libc::EINVAL);
+    ring.served.pause();
+    assert_eq!(ring.served.wait_for_rest(soon()), Some((0, true)));
+    assert!(ring.served.resume());
+    let successor = ring.successor(0, true);
+    assert!(successor.resume() && successor.take(&CONFIG).unwrap().is_none());
 }
 
 #[test]

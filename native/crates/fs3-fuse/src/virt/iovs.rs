@@ -1,10 +1,10 @@
 //! `3fs-virt/iovs`: shared memory and rings that processes announce, and the files that they registered for them.
 
 use std::collections::HashMap;
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use fs3_ring::daemon::{Iov, Served};
 use fs3_ring::guard::Guarded;
@@ -34,11 +34,11 @@ pub(crate) struct Announced {
 
 /// A file that a process may name in its rings.
 #[derive(Clone)]
-struct Registration {
-    handle: Arc<Handle>,
-    id: u64,
-    uid: u32,
-    process: u32,
+pub(crate) struct Registration {
+    pub handle: Arc<Handle>,
+    pub id: u64,
+    pub uid: u32,
+    pub process: u32,
 }
 
 /// What the processes of a mount announced. Thread-safe.
@@ -52,6 +52,8 @@ pub(crate) struct Rings {
 #[derive(Default)]
 struct Serving {
     by_name: HashMap<Vec<u8>, Arc<Ring>>,
+    /// Nothing is taken from rings, new ones included.
+    paused: bool,
     ended: bool,
 }
 
@@ -76,7 +78,7 @@ impl Core {
     /// is out of sight.
     pub fn announced(self: &Arc<Self>, link: &Link) -> Result<(), Errno> {
         let name = std::str::from_utf8(&link.name).ok().and_then(Name::decode).ok_or(Errno::EINVAL)?;
-        let process = link.who.process().ok_or(Errno::ESRCH)?;
+        let process = link.process.ok_or(Errno::ESRCH)?.number;
         let memory = Memory::open_announced(shared_file(&link.target)?, link.who.uid).map_err(errno)?;
         let memory = Guarded::new(memory).map_err(errno)?;
         match name.ring {
@@ -89,21 +91,26 @@ impl Core {
                     return Err(Errno::EINVAL);
                 }
                 let served = Served::new(memory, places).map_err(errno)?;
-                let ring = Arc::new(Ring { served, config, who: link.who, process });
-                self.rings.add_ring(&link.name, ring.clone())?;
-                let (core, name) = (self.clone(), link.name.clone());
-                let thread = std::thread::Builder::new().name("fs3-ring".to_owned());
-                thread.spawn(move || serve(&core, &ring)).map(drop).map_err(|_| {
-                    self.rings.withdrawn(&name);
-                    Errno::EAGAIN
-                })
+                self.start_ring(&link.name, Ring { served, config, who: link.who, process })
             }
         }
     }
 
+    /// Serve a ring on a thread of its own. Errors: EAGAIN when there cannot be one, those of too many or known names.
+    pub fn start_ring(self: &Arc<Self>, name: &[u8], ring: Ring) -> Result<(), Errno> {
+        let ring = Arc::new(ring);
+        self.rings.add_ring(name, ring.clone())?;
+        let core = self.clone();
+        let thread = std::thread::Builder::new().name("fs3-ring".to_owned());
+        thread.spawn(move || serve(&core, &ring)).map(drop).map_err(|_| {
+            self.rings.forget_ring(name);
+            Errno::EAGAIN
+        })
+    }
+
     /// Withdraw a link when the process that made it has ended, however it did.
     pub fn reap_with_process(self: &Arc<Self>, link: &Link, inode: u64) {
-        let process = link.who.process().and_then(|process| open_process(process).ok());
+        let process = link.process.and_then(|process| process.watch());
         let core = Arc::downgrade(self);
         self.io.runtime.spawn(async move {
             // One that is gone already is not waited for.
@@ -134,19 +141,8 @@ impl Core {
     }
 }
 
-/// A descriptor that becomes readable when the process ends.
-fn open_process(process: u32) -> std::io::Result<OwnedFd> {
-    // SAFETY: an ordinary system call.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, process, libc::PIDFD_NONBLOCK) };
-    if fd < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    // SAFETY: just opened, and owned by nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
 impl Rings {
-    fn add_iov(&self, id: [u8; 16], announced: Announced) -> Result<(), Errno> {
+    pub fn add_iov(&self, id: [u8; 16], announced: Announced) -> Result<(), Errno> {
         let mut iovs = self.iovs.write();
         if iovs.contains_key(&id) {
             return Err(Errno::EEXIST);
@@ -166,8 +162,62 @@ impl Rings {
         if rings.by_name.contains_key(name) {
             return Err(Errno::EEXIST);
         }
+        if rings.paused {
+            ring.served.pause();
+        }
         rings.by_name.insert(name.to_vec(), ring);
         Ok(())
+    }
+
+    /// A ring that was not begun is none.
+    fn forget_ring(&self, name: &[u8]) {
+        self.rings.lock().by_name.remove(name);
+    }
+
+    pub fn ring(&self, name: &[u8]) -> Option<Arc<Ring>> {
+        self.rings.lock().by_name.get(name).cloned()
+    }
+
+    fn all_rings(&self) -> Vec<Arc<Ring>> {
+        self.rings.lock().by_name.values().cloned().collect()
+    }
+
+    /// Take nothing more from any ring.
+    pub fn pause(&self) {
+        self.rings.lock().paused = true;
+        for ring in self.all_rings() {
+            ring.served.pause();
+        }
+    }
+
+    /// Wait until everything that was taken before a pause is told. Says whether that was so at `deadline`.
+    pub fn wait_for_rest(&self, deadline: Instant) -> bool {
+        self.all_rings().iter().all(|ring| ring.served.wait_for_rest(deadline).is_some())
+    }
+
+    /// The end of a pause.
+    pub fn resume(&self) {
+        self.rings.lock().paused = false;
+        for ring in self.all_rings() {
+            if !ring.served.resume() {
+                tracing::warn!(ring.process, "a ring was served by another daemon that failed: it is closed");
+                ring.served.close(WITHDRAWN);
+            }
+        }
+    }
+
+    /// Another daemon has what was announced: nothing of it is served here any more, and nobody is told.
+    pub fn leave_all(&self) {
+        let rings = {
+            let mut state = self.rings.lock();
+            state.ended = true;
+            std::mem::take(&mut state.by_name)
+        };
+        for ring in rings.into_values() {
+            ring.served.leave();
+        }
+        self.iovs.write().clear();
+        self.files.write().clear();
     }
 
     /// A link is gone. I/Os that were begun end; the memory is theirs until then.
@@ -180,6 +230,15 @@ impl Rings {
         if let Some(name) = name.filter(|name| name.ring.is_none()) {
             self.iovs.write().remove(&name.id);
         }
+    }
+
+    pub fn put_file(&self, token: u64, registration: Registration) {
+        self.files.write().insert(token, registration);
+    }
+
+    /// All files, by token.
+    pub fn registrations(&self) -> Vec<(u64, Registration)> {
+        self.files.read().iter().map(|(token, r)| (*token, r.clone())).collect()
     }
 
     /// The kernel's last reference to an open file is gone.
@@ -202,14 +261,18 @@ impl Rings {
         self.iovs.read().get(id).filter(|iov| who.uid == 0 || iov.uid == who.uid).cloned()
     }
 
+    /// Memory, whosever it is.
+    pub fn any_iov(&self, id: &[u8; 16]) -> Option<Arc<Announced>> {
+        self.iovs.read().get(id).cloned()
+    }
+
     /// Put memory where files were cut, so that what is on its way ends.
     pub fn mend(&self) {
         let iovs: Vec<_> = self.iovs.read().values().cloned().collect();
         for announced in iovs {
             announced.iov.memory.mend();
         }
-        let rings: Vec<_> = self.rings.lock().by_name.values().cloned().collect();
-        for ring in rings {
+        for ring in self.all_rings() {
             ring.served.memory().mend();
         }
     }

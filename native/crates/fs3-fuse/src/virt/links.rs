@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use crate::caller::Who;
 use crate::core::Core;
+use crate::virt::process::Process;
 use crate::virt::rmrf;
 
 /// Links of a mount at most; each is memory of the daemon.
@@ -22,6 +23,8 @@ pub(crate) struct Link {
     pub name: Vec<u8>,
     pub target: Vec<u8>,
     pub who: Who,
+    /// Who made it; `None` when that was gone at once.
+    pub process: Option<Process>,
     pub since: SystemTime,
 }
 
@@ -106,8 +109,26 @@ impl LinkTable {
         Ok(inode)
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.state.lock().by_inode.is_empty()
+    /// A link that had this number in a predecessor.
+    pub fn put(&self, inode: u64, link: Link) {
+        let mut state = self.state.lock();
+        state.by_name.insert((link.parent, link.name.clone()), inode);
+        state.by_inode.insert(inode, link);
+    }
+
+    /// The next number.
+    pub fn next_inode(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// Numbers below `next` were given by a predecessor.
+    pub fn skip_inodes(&self, next: u64) {
+        self.next.fetch_max(next, Ordering::Relaxed);
+    }
+
+    /// All links, by number.
+    pub fn all(&self) -> Vec<(u64, Link)> {
+        self.state.lock().by_inode.iter().map(|(inode, link)| (*inode, link.clone())).collect()
     }
 
     pub fn get(&self, inode: u64) -> Option<Link> {
@@ -139,8 +160,8 @@ mod tests {
     use super::*;
 
     fn link(name: &[u8]) -> Link {
-        let who = Who::new(7, 8, 9);
-        Link { parent: 5, name: name.to_vec(), target: b"t".to_vec(), who, since: SystemTime::now() }
+        let who = Who::new(7, 8, 9, None);
+        Link { parent: 5, name: name.to_vec(), target: b"t".to_vec(), who, process: None, since: SystemTime::now() }
     }
 
     #[test]
@@ -154,6 +175,17 @@ mod tests {
         assert!(second > first, "numbers are not used twice");
         assert_eq!(table.list(5), vec![(second, b"a".to_vec())]);
         assert!(table.list(6).is_empty());
+    }
+
+    #[test]
+    fn links_of_a_predecessor_keep_their_numbers_and_new_ones_get_others() {
+        let table = LinkTable::new(100);
+        table.put(107, link(b"a"));
+        table.skip_inodes(110);
+        assert_eq!((table.find(5, b"a"), table.next_inode()), (Some(107), 110));
+        assert_eq!(table.insert(link(b"a")).unwrap_err().code(), libc::EEXIST);
+        assert_eq!(table.insert(link(b"b")).unwrap(), 110);
+        assert_eq!(table.all().iter().map(|(inode, _)| *inode).collect::<Vec<_>>(), [107, 110]);
     }
 
     #[test]

@@ -6,8 +6,10 @@
 
 mod iovs;
 mod links;
+mod process;
 mod ring;
 mod rmrf;
+mod succession;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -27,7 +29,9 @@ use crate::names::Listed;
 pub(crate) use iovs::Rings;
 pub(crate) use links::Link;
 use links::{LinkDir, LinkTable};
+use process::Process;
 pub(crate) use rmrf::forget_in_kernel;
+pub(crate) use succession::VirtState;
 
 /// Name of the virtual directory in the root of a mount.
 pub(crate) const NAME: &[u8] = b"3fs-virt";
@@ -134,11 +138,6 @@ impl Virt {
             blksize: 4096,
             flags: 0,
         }
-    }
-
-    /// Whether somebody has links there.
-    pub fn is_used(&self) -> bool {
-        !self.links.is_empty()
     }
 
     /// The next number of an open file; those below may be the kernel's.
@@ -248,14 +247,16 @@ impl Core {
         if self.virt.links.find(parent, name).is_some() {
             return Err(Errno::EEXIST);
         }
-        let link = Link { parent, name: name.to_vec(), target: target.to_vec(), who, since: SystemTime::now() };
+        let (name, target, process) = (name.to_vec(), target.to_vec(), Process::of(who));
+        let link = Link { parent, name, target, who, process, since: SystemTime::now() };
         if dir.made(self, &link).await? {
             let inode = self.virt.links.insert(link.clone()).inspect_err(|_| dir.removed(self, &link))?;
             dir.stays(self, &link, inode);
             return self.virt.attr(inode);
         }
         // It did its work and is gone; the kernel is told of a link that it will not find again.
-        let mut attr = self.virt.bare_attr(self.virt.links.take_inode(), FileType::Symlink, 0o777, target.len() as u64);
+        let mut attr =
+            self.virt.bare_attr(self.virt.links.take_inode(), FileType::Symlink, 0o777, link.target.len() as u64);
         (attr.uid, attr.gid) = (who.uid, who.gid);
         Ok(attr)
     }
