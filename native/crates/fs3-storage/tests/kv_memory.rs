@@ -14,6 +14,15 @@ const LENGTHS: [usize; 7] = [4096, 8192, 100, 70_000, 4096, 65_536, 5];
 /// Put values of these lengths by one request, the byte `damage` of their payload being another than was checksummed; what
 /// became of each.
 fn put(c: &mut Cluster, lengths: &[usize], damage: Option<usize>) -> Vec<Option<Code>> {
+    put_with(c, lengths, damage, |value| pack_crcs(&crc_blocks(0, value)))
+}
+
+fn put_with(
+    c: &mut Cluster,
+    lengths: &[usize],
+    damage: Option<usize>,
+    crcs: impl Fn(&[u8]) -> Vec<u8>,
+) -> Vec<Option<Code>> {
     let mut payload = Vec::new();
     let ops = lengths.iter().enumerate().map(|(number, &length)| {
         c.sequence += 1;
@@ -28,7 +37,7 @@ fn put(c: &mut Cluster, lengths: &[usize], damage: Option<usize>) -> Vec<Option<
             length: length as u32,
             total: length as u64,
             sequence: c.sequence,
-            crcs: pack_crcs(&crc_blocks(0, &value)).into(),
+            crcs: crcs(&value).into(),
             ..KvPutOp::default()
         }
     });
@@ -64,4 +73,12 @@ fn a_value_alone_is_checked_to_its_last_byte() {
             assert_eq!(put(&mut c, &[length], Some(at)), [Some(Code::PayloadChecksum)], "byte {at} of {length}");
         }
     }
+}
+
+#[test]
+fn a_value_that_comes_without_checksums_is_refused() {
+    let mut c = Cluster::start();
+    let refused = Some(Code::PayloadChecksum);
+    assert_eq!(put_with(&mut c, &[4096, 1 << 20, 7], None, |_| Vec::new()), [refused; 3]);
+    assert_eq!(put_with(&mut c, &[1 << 20], None, |_| Vec::new()), [refused]);
 }
