@@ -210,7 +210,9 @@ class WriteRequest(_message.Message):
     offset: _builtins.int
     length: _builtins.int
     crcs: _builtins.bytes
-    """CRC32C of the payload cut at crc-block borders of the chunk: the first and last piece may be partial."""
+    """CRC32C of the payload cut at crc-block borders of the chunk: the first and last piece may be partial. Empty: they
+    come with the payload (shared memory), or it is refused as damaged.
+    """
     update_version: _builtins.int
     """Forwarded: the version this update creates (committed + 1 at the head)."""
     replace: _builtins.bool

@@ -1,13 +1,13 @@
 //! Writes and syncs: through the head of each chain, again with the same identity until the chain has it.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use fs3_core::{Code, Error, Region, Result, crc_blocks, pack_crcs};
-use fs3_net::Sink;
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, Result, crc_blocks, pack_crcs};
+use fs3_net::{Payload, Sink};
 use fs3_proto::v1::{Layout, Method, PunchChunkRequest, SyncChainRequest, WriteRequest};
 use fs3_rt::{Instant, JoinSet};
 use prost::Message;
@@ -64,17 +64,20 @@ async fn write_piece(
         chunk_bytes: layout.chunk_bytes,
         offset: piece.offset,
         length: piece.len,
-        crcs: pack_crcs(&crc_blocks(piece.offset as usize, &data)).into(),
         writer: Some(claim.id()),
         ..Default::default()
     };
-    let build = |chain: &ChainView, head: Replica| WriteRequest {
+    let crcs = OnceLock::new();
+    let crcs = || crcs.get_or_init(|| Bytes::from(pack_crcs(&crc_blocks(piece.offset as usize, &data)))).clone();
+    let build = |chain: &ChainView, head: Replica, crcs_follow: bool| WriteRequest {
         chain_id,
         chain_version: chain.version,
         target_id: head.target_id,
+        crcs: if crcs_follow { Bytes::new() } else { crcs() },
         ..request.clone()
     };
-    head_call(&inner, chain_id, Method::StorageWrite, build, Some(data), deadline).await.map(drop)
+    let carried = Carried { data: data.clone(), whole_blocks: (piece.offset as usize).is_multiple_of(CRC_BLOCK_BYTES) };
+    head_call(&inner, chain_id, Method::StorageWrite, build, Some(carried), deadline).await.map(drop)
 }
 
 /// Make a range of the file a hole. The pieces travel at the same time.
@@ -108,7 +111,7 @@ async fn punch_piece(
     let claim = inner.channels.claim(deadline).await?;
     let chain_id = locate(&inner, &layout, u64::from(piece.chunk.index), deadline).await?;
     state.touch_chain(chain_id);
-    let build = |chain: &ChainView, head: Replica| PunchChunkRequest {
+    let build = |chain: &ChainView, head: Replica, _| PunchChunkRequest {
         chain_id,
         chain_version: chain.version,
         target_id: head.target_id,
@@ -189,7 +192,7 @@ impl Drop for Unsynced<'_> {
 }
 
 async fn sync_chain(inner: &Inner, chain_id: u32, deadline: Instant) -> Result<()> {
-    let build = |chain: &ChainView, head: Replica| SyncChainRequest {
+    let build = |chain: &ChainView, head: Replica, _| SyncChainRequest {
         chain_id,
         chain_version: chain.version,
         target_id: head.target_id,
@@ -198,13 +201,21 @@ async fn sync_chain(inner: &Inner, chain_id: u32, deadline: Instant) -> Result<(
     head_call(inner, chain_id, Method::StorageSync, build, None, deadline).await.map(drop)
 }
 
-/// Ask the head of a chain, whoever that is at the time, until it succeeds, cannot succeed, or the deadline.
+/// Bytes of a request.
+struct Carried {
+    data: Region,
+    /// They begin where a block of the chunk does, so that checksums of their blocks are those of the chunk's.
+    whole_blocks: bool,
+}
+
+/// Ask the head of a chain, whoever that is at the time, until it succeeds, cannot succeed, or the deadline. The last
+/// argument of `build`: whether checksums come behind the request.
 async fn head_call<Req: Message>(
     inner: &Inner,
     chain_id: u32,
     method: Method,
-    build: impl Fn(&ChainView, Replica) -> Req,
-    payload: Option<Region>,
+    build: impl Fn(&ChainView, Replica, bool) -> Req,
+    carried: Option<Carried>,
     deadline: Instant,
 ) -> Result<Bytes> {
     let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(1));
@@ -219,8 +230,12 @@ async fn head_call<Req: Message>(
         let result = match head {
             None => Err(Error::new(Code::NotServing, format!("chain {chain_id} has no serving replica"))),
             Some((chain, head, address)) => {
-                let payload: Vec<_> = payload.iter().cloned().collect();
-                let call = inner.wire.transfer(address, method, build(chain, head), payload, Sink::none(), deadline);
+                let pieces: Vec<_> = carried.iter().map(|carried| carried.data.clone()).collect();
+                // What was damaged, or came without its checksums, is sent with them.
+                let may_follow = resends == 0 && carried.as_ref().is_some_and(|carried| carried.whole_blocks);
+                let with_crcs = may_follow && inner.wire.sends_crcs(address, &pieces);
+                let (request, payload) = (build(chain, head, with_crcs), Payload { pieces, with_crcs });
+                let call = inner.wire.transfer(address, method, request, payload, Sink::none(), deadline);
                 let (node_id, target_id) = (head.node_id, head.target_id);
                 let chunks = u32::from(method != Method::StorageSync);
                 let detail = trace::Detail { node_id, target_id, chunks, attempt, hedge: false };

@@ -73,10 +73,16 @@ impl CheckedBytes {
     ///
     /// Errors: PayloadChecksum.
     pub fn check(offset: u32, data: Region, crcs: Vec<u32>) -> Result<Self> {
-        match verify_crcs(offset as usize, &data, &crcs) {
-            Ok(()) => Ok(Self { offset, data, crcs }),
-            Err(_) => Err(Error::new(Code::PayloadChecksum, "the bytes arrived damaged; send them again")),
+        let made = crc_blocks(offset as usize, &data);
+        Self::compare(offset, data, &made, crcs)
+    }
+
+    /// As [`CheckedBytes::check`], with the checksums that were `made` of `data` already, while it came.
+    pub fn compare(offset: u32, data: Region, made: &[u32], crcs: Vec<u32>) -> Result<Self> {
+        if made != crcs {
+            return Err(Error::new(Code::PayloadChecksum, "the bytes arrived damaged; send them again"));
         }
+        Ok(Self { offset, data, crcs })
     }
 
     /// Bytes that were made here, with their checksums.
@@ -142,6 +148,8 @@ mod tests {
         let mut crcs = made.crcs().to_vec();
         assert_eq!(CheckedBytes::check(100, data.clone(), crcs.clone()).unwrap().end(), 10_100);
         assert!(CheckedBytes::check(101, data.clone(), crcs.clone()).is_err());
+        assert!(CheckedBytes::compare(100, data.clone(), made.crcs(), crcs.clone()).is_ok());
+        assert!(CheckedBytes::compare(100, data.clone(), &crcs[1..], crcs.clone()).is_err());
         crcs[1] ^= 1;
         let code = CheckedBytes::check(100, data, crcs).err().map(|e| e.code);
         assert_eq!(code, Some(Code::PayloadChecksum));

@@ -21,7 +21,7 @@ impl Service for StorageService {
     }
 
     fn wants_crcs(&self, method: Method) -> bool {
-        method == Method::StorageKvPut
+        matches!(method, Method::StorageWrite | Method::StorageKvPut)
     }
 
     async fn handle(&self, request: Request) -> Result<Response> {

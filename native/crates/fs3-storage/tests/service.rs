@@ -2,6 +2,7 @@
 
 mod common;
 
+use bytes::Bytes;
 use common::*;
 use fs3_core::{CRC_BLOCK_BYTES, ChunkId, Code, monotonic_ns, unpack_crcs, verify_crcs};
 use fs3_proto::v1::*;
@@ -131,6 +132,11 @@ fn damaged_payload_is_refused_before_it_spreads() {
     c.sequence += 1;
     let request = c.write_request(0, chunk(0), 0, b"right");
     assert_eq!(code_of(c.send_write(0, request, b"wrong")), Code::PayloadChecksum);
+    for offset in [0, 5, 4096] {
+        c.sequence += 1;
+        let without = WriteRequest { crcs: Bytes::new(), ..c.write_request(0, chunk(0), offset, b"bytes") };
+        assert_eq!(code_of(c.send_write(0, without, b"bytes")), Code::PayloadChecksum);
+    }
     assert!((0..NODES).all(|n| c.list(n).is_empty()));
 }
 

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use fs3_chain::{Kind, Origin, Outcome};
-use fs3_core::{CheckedBytes, ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs};
+use fs3_core::{CRC_BLOCK_BYTES, CheckedBytes, ChunkId, ClientId, Code, Error, Result, UpdateVersion, unpack_crcs};
 use fs3_io::WriterRecord;
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{PunchChunkRequest, TruncateChunkRequest, WriteRequest, WriteResponse, WriterId};
@@ -25,12 +25,11 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
     let target = core.target(message.target_id, message.chain_id)?;
     let chunk = chunk_id(&message.chunk_id)?;
     check_shape(&target, chunk, &message, request.payload.len())?;
-    if request.payload.len() > INLINE_BYTES_MAX {
+    if request.payload.len() > INLINE_BYTES_MAX && request.payload_crcs.is_none() {
         fs3_rt::yield_now().await;
     }
-    let crcs = unpack_crcs(&message.crcs).ok_or_else(|| invalid("the checksums are not packed u32"))?;
     // Before anything is forwarded: damage is the sender's to repair, not to be spread.
-    let bytes = CheckedBytes::check(message.offset, request.payload, crcs)?;
+    let bytes = checked(message.offset, &request, &message.crcs)?;
     Counters::add(&core.counters.writes, 1);
     Counters::add(&core.counters.write_bytes, bytes.data().len() as u64);
     let body = if message.replace {
@@ -52,6 +51,19 @@ pub(crate) async fn write(core: &Arc<Core>, request: Request) -> Result<Response
         target.update_with_room(job, Kind::Write, chain_version, deadline).await?
     };
     Ok(answer(core, outcome))
+}
+
+/// The payload, which begins at `offset` of its chunk, if it matches the checksums in the body, or those behind it.
+fn checked(offset: u32, request: &Request, crcs: &[u8]) -> Result<CheckedBytes> {
+    let unpack = |packed: &[u8]| unpack_crcs(packed).ok_or_else(|| invalid("the checksums are not packed u32"));
+    // Of the payload and of the chunk, blocks are the same.
+    let whole_blocks = (offset as usize).is_multiple_of(CRC_BLOCK_BYTES);
+    let behind = request.sent_crcs.as_deref().filter(|_| whole_blocks && crcs.is_empty());
+    let sent = unpack(behind.unwrap_or(crcs))?;
+    match request.payload_crcs.as_deref().filter(|_| whole_blocks) {
+        Some(made) => CheckedBytes::compare(offset, request.payload.clone(), &unpack(made)?, sent),
+        None => CheckedBytes::check(offset, request.payload.clone(), sent),
+    }
 }
 
 /// Cut one chunk through the chain.
