@@ -287,6 +287,25 @@ def test_waits_end_when_the_daemon_does(
         leftover.unlink()
 
 
+def test_waits_in_python_end_when_the_daemon_is_killed(shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    with mounted(shared_cluster, tmp_path / "m") as path:
+        daemon = json.loads((shared_cluster.directory / f"mount-{path.name}.pid").read_text())["pid"]
+        ring = make_ring(path, io_depth=4)
+        fd = os.open(path / "file", os.O_RDWR | os.O_CREAT)
+        with shared(4096) as memory:
+            iov = h3.make_iovec(memory, str(path))
+            h3.register_fd(fd)
+            # One of a batch of four does not begin.
+            ring.prepare(iov[:], True, fd, 0)
+            os.kill(daemon, signal.SIGKILL)
+            wait = functools.partial(ring.submit().wait, min_results=1, timeout=timedelta(seconds=60))
+            assert failure(wait) == errno.ENOTCONN
+            h3.deregister_fd(fd)
+            del iov
+        with suppress(OSError):
+            os.close(fd)
+
+
 def as_user(uid: int, call: Callable[..., object], *arguments: object) -> int | None:
     """The errno that a call fails with as another user."""
     os.seteuid(uid)

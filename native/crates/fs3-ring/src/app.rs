@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::futex::{self, Until};
 use crate::layout::{Completion, Config, Header, MAGIC, Places, SERVED, Submission, VERSION};
@@ -154,6 +154,8 @@ struct State {
     /// I/Os prepared and I/Os given back since the beginning.
     prepared: u64,
     given_back: u64,
+    /// When something was given back, or prepared where nothing was outstanding, or the daemon was looked for.
+    alive: Instant,
     userdata: Vec<usize>,
 }
 
@@ -166,7 +168,8 @@ impl Ring {
             return Err(Errno(libc::EINVAL));
         }
         let announced = Announced::prepare(mount, places.bytes(), numa, |id| Name::ring(id, config, places))?;
-        let state = State { prepared: 0, given_back: 0, userdata: vec![0; places.entries as usize] };
+        let state =
+            State { prepared: 0, given_back: 0, alive: Instant::now(), userdata: vec![0; places.entries as usize] };
         let ring = Self { announced, places, config, state: Mutex::new(state) };
         let header = ring.header();
         header.version.store(VERSION, Ordering::Relaxed);
@@ -230,6 +233,9 @@ impl Ring {
         unsafe { at.write_volatile(submission) };
         let index = (number % u64::from(self.places.entries)) as u32;
         state.userdata[index as usize] = io.userdata;
+        if state.prepared == state.given_back {
+            state.alive = Instant::now();
+        }
         state.prepared += 1;
         self.header().prepared.store(state.prepared, Ordering::Release);
         Ok(index)
@@ -265,7 +271,8 @@ impl Ring {
                     return if filled > 0 { Ok(filled) } else { Err(Errno(errno as i32)) };
                 }
             }
-            if !self.sleep(seen, deadline) && self.header().completions.load(Ordering::SeqCst) == seen {
+            self.sleep(seen, deadline);
+            if self.header().completions.load(Ordering::SeqCst) == seen {
                 self.check_daemon()?;
             }
         }
@@ -277,8 +284,8 @@ impl Ring {
         self.wait(out, min, Some(&deadline))
     }
 
-    /// Sleep until something completes; says whether less than [`LOOK_EVERY`] went by.
-    fn sleep(&self, seen: u32, deadline: Option<&libc::timespec>) -> bool {
+    /// Sleep until something completes, [`LOOK_EVERY`] at most.
+    fn sleep(&self, seen: u32, deadline: Option<&libc::timespec>) {
         let now = futex::nanos(&futex::realtime());
         let look = now + LOOK_EVERY.as_nanos() as i128;
         let until = deadline.map_or(look, |at| look.min(futex::nanos(at)));
@@ -286,11 +293,16 @@ impl Ring {
         header.waiters.fetch_add(1, Ordering::SeqCst);
         futex::wait(&header.completions, seen, Until::Realtime(futex::from_nanos(until)));
         header.waiters.fetch_sub(1, Ordering::SeqCst);
-        futex::nanos(&futex::realtime()) < look
     }
 
-    /// A daemon that was killed does not end its rings.
+    /// A daemon that was killed does not end its rings. Short waits, too, look now and then when nothing comes.
     fn check_daemon(&self) -> Result<()> {
+        let mut state = self.lock();
+        if state.alive.elapsed() < LOOK_EVERY {
+            return Ok(());
+        }
+        state.alive = Instant::now();
+        drop(state);
         match std::fs::symlink_metadata(&self.announced.link) {
             Ok(_) => Ok(()),
             Err(_) => Err(Errno(libc::ENOTCONN)),
@@ -303,6 +315,9 @@ impl Ring {
         // More than was prepared cannot be complete.
         let ready = completed.saturating_sub(state.given_back).min(state.prepared - state.given_back);
         let count = out.len().min(ready as usize);
+        if count > 0 {
+            state.alive = Instant::now();
+        }
         for place in &mut out[..count] {
             let number = state.given_back;
             let at = self.announced.memory.start().wrapping_add(self.places.completion(number)).cast::<Completion>();
