@@ -52,3 +52,21 @@ os.write(told, b"done")
 def test_the_level_of_the_native_log_changes_while_it_runs() -> None:
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120, check=False)
     assert (child.returncode, child.stderr) == (0, "done")
+
+
+FULL = """
+import os
+from fs3 import native
+
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+native.init_logging("trace")
+try:
+    native.Client.connect(["127.0.0.1:1"], "token", op_timeout_s=0.2).wait()
+except OSError:
+    os.write(1, b"told of the error")
+"""
+
+
+def test_a_log_on_a_full_disk_stops_nothing() -> None:
+    child = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=120, check=False)
+    assert (child.returncode, child.stdout) == (0, "told of the error")

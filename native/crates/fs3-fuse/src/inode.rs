@@ -68,6 +68,20 @@ struct Flight {
     landed: Event,
 }
 
+/// Lands its piece when it is dropped, so that whoever waits for it goes on whatever became of the task.
+struct Flying<F: FileIo> {
+    inode: Arc<Inode<F>>,
+    flight: Arc<Flight>,
+    result: Option<Result<usize>>,
+}
+
+impl<F: FileIo> Drop for Flying<F> {
+    fn drop(&mut self) {
+        let broke_off = || Err(Error::new(Code::Internal, "a buffered write broke off"));
+        self.inode.land(&self.flight, self.result.take().unwrap_or_else(broke_off));
+    }
+}
+
 /// The question to the service where appends go. One at a time, so that they keep their order.
 struct Placing {
     /// What is kept when it is answered needs a place, too.
@@ -317,15 +331,17 @@ impl<F: FileIo> Inode<F> {
         let writer = state.writers.last().cloned();
         let inode = self.clone();
         let is_small = data.len() <= SMALL_PIECE_BYTES;
+        let flying = Flying { inode, flight, result: None };
         let flying = async move {
+            // All of it, not its fields.
+            let mut flying = flying;
             for flight in earlier {
                 flight.landed.wait().await;
             }
-            let result = match writer {
+            flying.result = Some(match writer {
                 Some(file) => file.write(start, data).await,
                 None => Err(Error::new(Code::StaleHandle, "no file is open for writing")),
-            };
-            inode.land(&flight, result);
+            });
         };
         match is_small {
             true => fs3_rt::begin_behind(&io.runtime, flying),
@@ -338,12 +354,13 @@ impl<F: FileIo> Inode<F> {
         state.flights.retain(|f| !Arc::ptr_eq(f, flight));
         // A publish may have gone out while the piece was on its way.
         state.unpublished = true;
-        if let Err(error) = result {
-            tracing::warn!(inode = self.id, start = flight.start, end = flight.end, %error, "a buffered write failed");
-            state.fail(error);
-        }
+        let failure = result.err();
+        failure.iter().for_each(|error| state.fail(error.clone()));
         drop(state);
         flight.landed.set();
+        if let Some(error) = failure {
+            tracing::warn!(inode = self.id, start = flight.start, end = flight.end, %error, "a buffered write failed");
+        }
     }
 
     /// Remember a failure that no caller was there to be told.

@@ -19,6 +19,7 @@ struct Fake {
     reserved_end: AtomicU64,
     reservations: AtomicUsize,
     failing: AtomicBool,
+    panicking: AtomicBool,
     writes: AtomicUsize,
     published: AtomicUsize,
     closed: AtomicBool,
@@ -38,6 +39,7 @@ impl Fake {
             reserved_end: AtomicU64::new(0),
             reservations: AtomicUsize::new(0),
             failing: AtomicBool::new(false),
+            panicking: AtomicBool::new(false),
             writes: AtomicUsize::new(0),
             published: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
@@ -60,6 +62,7 @@ impl FileIo for Fake {
     async fn write(&self, offset: u64, data: Region) -> Result<usize> {
         self.permits.acquire().await.expect("never closed").forget();
         self.writes.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panicking.load(Ordering::Relaxed), "a fault of the program");
         if self.failing.load(Ordering::Relaxed) {
             return Err(Error::new(Code::NoSpace, "full"));
         }
@@ -321,6 +324,16 @@ async fn a_failed_write_is_told_once_to_every_handle_that_was_open() {
     }
     assert_eq!(inode.new_error(&second, Teller::Sync).map(|e| e.code), Some(Code::NoSpace));
     assert!(inode.new_error(&inode.told(), Teller::Sync).is_none(), "a later handle has nothing to do with it");
+}
+
+#[tokio::test]
+async fn who_waits_for_a_write_whose_task_broke_off_is_told_so() {
+    let (io, inode, file) = setup(10);
+    let told = inode.told();
+    file.panicking.store(true, Ordering::Relaxed);
+    put(&inode, &io, Place::At(0), b"lost");
+    tokio::time::timeout(Duration::from_secs(20), inode.flush(&io)).await.expect("a flush that ends");
+    assert_eq!(inode.new_error(&told, Teller::Sync).map(|e| e.code), Some(Code::Internal));
 }
 
 #[tokio::test]

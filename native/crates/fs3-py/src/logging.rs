@@ -20,7 +20,8 @@ fn filter(level: &str) -> PyResult<EnvFilter> {
 #[pyfunction]
 pub fn init_logging(level: &str) -> PyResult<()> {
     let builder = tracing_subscriber::fmt().with_env_filter(filter(level)?).with_writer(std::io::stderr);
-    let builder = builder.with_filter_reloading();
+    // A line that cannot be written, for a full disk say, is dropped: told on standard error, it would be a panic there.
+    let builder = builder.log_internal_errors(false).with_filter_reloading();
     let handle = builder.reload_handle();
     builder.try_init().map_err(|_| PyRuntimeError::new_err("logging has been set up already"))?;
     // Only one call gets here.
