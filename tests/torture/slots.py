@@ -12,6 +12,8 @@ SYNC_EVERY = 10
 MOUNT_SYNC_EVERY = 3
 REOPEN_EVERY = 40
 WHOLE_FILE_EVERY = 25
+# A slot is read anew so often when a page of it is half old and half new.
+TORN_READS_MAX = 3
 
 
 class Writer(Worker):
@@ -154,7 +156,7 @@ class Reader(Worker):
         same_chains = exact and chains % 2 == 0 and self.board.chains == chains
         for slot, (floor, synced), before in zip(slots, floors, seen, strict=True):
             begin = slot.offset - slots[0].offset
-            found = versions(slot, data[begin : begin + slot.length], slot.pieces if exact else slot.pages)
+            found = self.found(slot, data[begin : begin + slot.length], exact=exact)
             issued = self.board.issued(file, slot.number)
             for piece, version in enumerate(found):
                 least = floor if same_power else synced
@@ -164,6 +166,18 @@ class Reader(Worker):
                     if version > before[piece]:
                         self.board.see(self.number, file, slot.number, piece, chains, version)
         self.done()
+
+    def found(self, slot: Slot, data: bytes, *, exact: bool) -> list[int]:
+        """The versions of the pieces of a slot. Raises WrongBytes."""
+        for _ in range(TORN_READS_MAX if self.client.mounted else 0):
+            try:
+                return versions(slot, data, slot.pages)
+            except WrongBytes:
+                # The kernel copies from a page of its cache while it copies what is written there: a read may see half
+                # of it, once. Whatever else is wrong is still there.
+                data = self.read(slot.file, [slot])
+                self.close(slot.file)
+        return versions(slot, data, slot.pieces if exact else slot.pages)
 
     def floors(self, slot: Slot, power: int) -> tuple[int, int]:
         """The oldest version that may be read as long as the power stays on, and if it does not."""
