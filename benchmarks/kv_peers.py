@@ -21,6 +21,8 @@ import redis as redis_py
 from redis._parsers import Encoder
 from redis.connection import ConnectionPool, PythonRespSerializer
 
+from fs3.testing.ports import lasting_ports
+
 START_S_MAX = 10.0
 HEADER_BYTES_MAX = 4096
 # Of a message that is sent, buffers that one system call takes.
@@ -253,13 +255,6 @@ def _program(name: str, package: str) -> str:
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextmanager
 def _served(command: list[str], port: int) -> Iterator[int]:
     """A server that accepts connections; its pid. It ends with the context."""
@@ -283,7 +278,7 @@ def _served(command: list[str], port: int) -> Iterator[int]:
 @contextmanager
 def redis(memory_mib: int) -> Iterator[list[Store]]:
     """Two clients of a redis of its own, without persistence. Raises Unavailable."""
-    port = _free_port()
+    [port] = lasting_ports(1)
     options = (
         f"--port {port} --bind 127.0.0.1 --appendonly no --maxmemory {memory_mib}mb --maxmemory-policy allkeys-lru"
     )
@@ -295,7 +290,7 @@ def redis(memory_mib: int) -> Iterator[list[Store]]:
 @contextmanager
 def memcached(memory_mib: int) -> Iterator[list[Store]]:
     """A client of a memcached of its own. Raises Unavailable."""
-    port = _free_port()
+    [port] = lasting_ports(1)
     options = f"-l 127.0.0.1 -p {port} -U 0 -t 2 -I 8m -m {memory_mib} -u {'root' if os.geteuid() == 0 else 'nobody'}"
     command = [_program("memcached", "memcached"), *options.split()]
     with _served(command, port) as pid, closing(Memcached(port, pid)) as peer:

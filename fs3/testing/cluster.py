@@ -10,7 +10,6 @@ import fcntl
 import json
 import secrets
 import signal
-import socket
 import sys
 import time
 import tomllib
@@ -25,6 +24,7 @@ from fs3.core.errors import Fs3Error, error
 from fs3.core.process import last_line
 from fs3.rpc.grpc_client import fetch_primary, fetch_routing, fetch_status
 from fs3.testing.node_status import unready
+from fs3.testing.ports import lasting_ports
 from fs3.testing.process import ProcessRef, spawn
 from fs3.v1.frame_pb2 import Code
 from fs3.v1.mgmtd_pb2 import ManagerStatus
@@ -132,13 +132,6 @@ class Service:
         return data if data.get("pid") == process.pid else None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _toml(values: dict[str, object]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
@@ -185,11 +178,12 @@ class LocalCluster:
         token = directory / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_urlsafe(32) + "\n")
+        ports = lasting_ports(spec.managers + spec.meta)
         values: dict[str, object] = {
             "format": FORMAT,
             "cluster_id": str(uuid.uuid4()),
-            "mgmtd_ports": [_free_port() for _ in range(spec.managers)],
-            "meta_ports": [_free_port() for _ in range(spec.meta)],
+            "mgmtd_ports": ports[: spec.managers],
+            "meta_ports": ports[spec.managers :],
             **asdict(spec),
         }
         temporary = marker.with_suffix(".tmp")

@@ -20,6 +20,7 @@ from fs3.core.errors import Fs3Error
 from fs3.fuse import mount, umount
 from fs3.fuse.table import mounted_at
 from fs3.testing.cluster import ClusterSpec, LocalCluster
+from fs3.testing.ports import lasting_ports
 from fs3.testing.process import wait_until
 from tests.cluster.command import fs3_command
 from tests.cluster.conftest import QUICK, MakeCluster
@@ -309,9 +310,7 @@ def test_a_mount_tells_what_it_did_and_how_it_is_mounted(shared_cluster: LocalCl
 
 
 def test_counters_are_served_where_the_options_say(shared_cluster: LocalCluster, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = lasting_ports(1)
     with mounted(shared_cluster, tmp_path / "counted", f"metrics_port={port}") as mountpoint:
         (mountpoint / "counted").write_bytes(b"x" * 5000)
         assert (mountpoint / "counted").read_bytes() == b"x" * 5000

@@ -8,6 +8,7 @@ import urllib.request
 import pytest
 
 from fs3.fuse.metrics import render, serve_metrics
+from fs3.testing.ports import lasting_ports
 
 STATS = {
     "mountpoint": '/mnt/a "b"\n',
@@ -30,9 +31,7 @@ def test_counters_are_totals_and_the_rest_gauges() -> None:
 
 
 def test_they_are_served_until_the_end_and_only_where_they_should() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = lasting_ports(1)
     end = serve_metrics(("127.0.0.1", port), lambda: json.dumps(STATS))
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
