@@ -66,6 +66,7 @@ class ClusterSpec:
     kv_memory_bytes: int = 1 << 30
     resync_bytes_per_s: int = 256 << 20
     shared_memory: bool = True
+    durable_writes: bool = False
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT with one line when the numbers do not fit together."""
@@ -343,6 +344,7 @@ class LocalCluster:
             "kv_memory_bytes": self.spec.kv_memory_bytes,
             "resync_bytes_per_s": self.spec.resync_bytes_per_s,
             "shared_memory": self.spec.shared_memory,
+            "durable_writes": self.spec.durable_writes,
         }
 
     def _wait_ready(self, service: Service) -> None:

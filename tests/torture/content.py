@@ -43,6 +43,11 @@ class Slot:
         """(begin, end) within the slot of what lies on one chunk: a chunk's part is written and read atomically."""
         return self._split(CHUNK_BYTES)
 
+    @property
+    def whole(self) -> Pieces:
+        """All of it, as one piece."""
+        return ((0, self.length),)
+
     @cached_property
     def pages(self) -> Pieces:
         """The same by page: a mount may hold pages of different age, and write them at different times."""

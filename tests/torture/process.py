@@ -7,7 +7,7 @@ import sys
 import threading
 
 from tests.torture.names import NameWorker
-from tests.torture.slots import Reader, Writer
+from tests.torture.slots import EntryReader, EntryWriter, Reader, Writer
 from tests.torture.worker import Client, Job, Worker
 
 
@@ -16,6 +16,9 @@ def workers(job: Job) -> list[Worker]:
     client = Client(job)
     if job.kind == "names":
         return [NameWorker(job, number, client) for number in job.numbers]
+    if job.kind == "entries":
+        writer, reader = job.numbers
+        return [EntryWriter(job, writer, client, job.entries), EntryReader(job, reader, client)]
     if job.kind.endswith("writer"):
         pairs = zip(job.numbers, job.own_files, strict=True)
         return [Writer(job, number, client, file) for number, file in pairs]

@@ -126,6 +126,13 @@ class Writer(Worker):
             self.unsynced.clear()
 
 
+class EntryWriter(Writer):
+    """Puts the entries, which nothing syncs."""
+
+    def sync(self) -> None:
+        self.unsynced.clear()
+
+
 class Reader(Worker):
     """Reads slots and whole files of all writers and checks what it sees."""
 
@@ -135,10 +142,7 @@ class Reader(Worker):
         self.late = 0
 
     def step(self) -> None:
-        file = self.rng.randrange(self.job.files)
-        slots = slots_of(file)
-        if self.rng.randrange(WHOLE_FILE_EVERY):
-            slots = [self.rng.choice(slots)]
+        file, slots = self.choose()
         power, chains = self.board.power, self.board.chains
         # A mount writes and reads page by page; its own writes may reach the chunk in parts.
         exact = not self.client.mounted and file not in self.job.mount_files
@@ -166,6 +170,12 @@ class Reader(Worker):
                     if version > before[piece]:
                         self.board.see(self.number, file, slot.number, piece, chains, version)
         self.done()
+
+    def choose(self) -> tuple[int, list[Slot]]:
+        """A slot to read, or a whole file."""
+        file = self.rng.randrange(self.job.entries)
+        slots = slots_of(file)
+        return file, [self.rng.choice(slots)] if self.rng.randrange(WHOLE_FILE_EVERY) else slots
 
     def found(self, slot: Slot, data: bytes, *, exact: bool) -> list[int]:
         """The versions of the pieces of a slot. Raises WrongBytes."""
@@ -211,3 +221,13 @@ class Reader(Worker):
             f"{slot}, piece {piece}: version {version} was read, but {least} {why} and {most} was the newest written; "
             f"power epoch {self.board.power}, chain epoch {self.board.chains}"
         )
+
+
+class EntryReader(Reader):
+    """Gets entries, which are of one version each."""
+
+    def choose(self) -> tuple[int, list[Slot]]:
+        return self.job.entries, [self.rng.choice(slots_of(self.job.entries))]
+
+    def found(self, slot: Slot, data: bytes, *, exact: bool) -> list[int]:
+        return versions(slot, data, slot.whole)

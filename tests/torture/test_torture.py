@@ -65,7 +65,7 @@ def test_a_lost_write_is_noticed_and_an_unsynced_one_may_go_with_the_power(
     job = Job(
         "reader",
         [0],
-        files=1,
+        files=2,
         own_files=[],
         mount_files=[],
         seed=1,

@@ -15,9 +15,10 @@ from typing import Protocol
 
 import fs3
 from fs3.client import FileSystem
+from fs3.kvcache import KVCache
 from tests.torture import manifest
 from tests.torture.board import Board
-from tests.torture.content import WrongBytes
+from tests.torture.content import CHUNK_BYTES, WrongBytes
 
 OPERATION_S = 60.0
 # A worker tries again at this pace while the cluster refuses.
@@ -26,7 +27,10 @@ PACE_S = 0.05
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does. `kind` is writer, mount-writer, reader, mount-reader or names."""
+    """What a process does. `kind` is writer, mount-writer, reader, mount-reader, entries or names.
+
+    The last of `files` is none: its slots are entries of the key-value cache.
+    """
 
     kind: str
     numbers: list[int]
@@ -42,6 +46,11 @@ class Job:
     def to_json(self) -> str:
         """For the command line."""
         return json.dumps(asdict(self))
+
+    @property
+    def entries(self) -> int:
+        """The number of the file whose slots are entries."""
+        return self.files - 1
 
     @property
     def board(self) -> Path:
@@ -61,6 +70,13 @@ class Job:
 def path_of(file: int) -> str:
     """The path of a slotted file in the cluster."""
     return f"/f{file}"
+
+
+def open_entries(fs: FileSystem) -> KVCache:
+    """The durable namespace whose entries are slots. It is far from its capacity: nothing is evicted."""
+    return fs3.kvcache.open(
+        fs, "/entries", durable=True, capacity=1 << 30, chunk_bytes=CHUNK_BYTES, timeout=OPERATION_S
+    )
 
 
 class Handle(Protocol):
@@ -102,6 +118,31 @@ class MountFile:
         os.close(self._descriptor)
 
 
+class Entries:
+    """Entries of the key-value cache by the offset of their slot, as an open file."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        if not self._cache.put(str(offset), data):
+            raise OSError(errno.EAGAIN, "the value was not kept", str(offset))
+        return len(data)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        data = bytearray(length)
+        found = self._cache.get_into(str(offset), data)
+        if found is None:
+            raise OSError(errno.EAGAIN, "no value was found", str(offset))
+        return bytes(data[:found])
+
+    def sync(self) -> None:
+        """Nothing to do: there is no sync of entries."""
+
+    def close(self) -> None:
+        self._cache.close()
+
+
 class Client:
     """Opens files of the cluster, natively or through the mount."""
 
@@ -119,7 +160,9 @@ class Client:
             return self._fs
 
     def open(self, file: int, *, write: bool) -> Handle:
-        """Open a slotted file. Raises OSError."""
+        """Open a slotted file, or the entries. Raises OSError."""
+        if self._job.kind == "entries":
+            return Entries(open_entries(self.filesystem()))
         if self.mounted:
             return MountFile(self._job.mountpoint + path_of(file), write)
         fs = self.filesystem()
