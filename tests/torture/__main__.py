@@ -21,7 +21,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=int(time.time()),
+        help="draws everything; even: all members on one host, divided by 3: durable writes (now: the time)",
+    )
     parser.add_argument("--json", type=Path, help="also write the report here")
     parser.add_argument("--keep", action="store_true", help="keep the directory also when nothing was lost")
     options = parser.parse_args()

@@ -37,6 +37,8 @@ SPEC = ClusterSpec(
 )
 # Of the seeds, those that this divides have a cluster in which every acknowledged write is synced.
 DURABLE_EVERY = 3
+# And those whose members are all on one host, where they share memory and are not parted.
+ONE_HOST_EVERY = 2
 VERIFY_EVERY = 10
 OVERLAP_MAX = 3
 STAGGER_S = 1.0
@@ -81,6 +83,7 @@ class Report:
 
     seed: int
     durable_writes: bool = False
+    one_host: bool = False
     cycles: int = 0
     seconds: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
@@ -95,6 +98,8 @@ class Report:
     names_lost: int = 0
     comparisons: int = 0
     chunks_compared: int = 0
+    # Of what was read to compare it.
+    shared_memory_bytes: int = 0
     acknowledged: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     late: int = 0
@@ -108,7 +113,9 @@ class Report:
     def table(self) -> str:
         """For people."""
         rows = [
-            ("seed, every acknowledged write synced", f"{self.seed}, {'yes' if self.durable_writes else 'no'}"),
+            ("seed", self.seed),
+            ("members", "on one host" if self.one_host else "in network namespaces"),
+            ("acknowledged writes survive a power cut", "all" if self.durable_writes else "those that were synced"),
             ("cycles, seconds", f"{self.cycles}, {self.seconds:.0f}"),
             *((f"fault: {kind}", count) for kind, count in sorted(self.faults.items())),
             ("cycles with kill -9, processes killed", f"{self.kill_cycles}, {self.processes_killed}"),
@@ -122,6 +129,7 @@ class Report:
             ("refused to clients", self.refused),
             ("failed writes that took effect late", self.late),
             ("comparisons of everything, chunks", f"{self.comparisons}, {self.chunks_compared}"),
+            ("bytes compared that came through shared memory", self.shared_memory_bytes),
             ("lost or wrong", "; ".join(self.lost) or 0),
         ]
         width = max(len(name) for name, _ in rows)
@@ -142,10 +150,11 @@ class Campaign:
         self.notes.mkdir(parents=True)
         self.board = Board(self.notes / "board", self.team.files + 1)
         self.board.pause = True
-        self.durable_writes = seed % DURABLE_EVERY == 0
-        self.report.durable_writes = self.durable_writes
-        spec = replace(SPEC, durable_writes=self.durable_writes)
-        self.cluster = TortureCluster.build(directory / "cluster", spec, seed)
+        self.report.durable_writes = seed % DURABLE_EVERY == 0
+        spec = replace(SPEC, durable_writes=self.report.durable_writes)
+        self.report.one_host = seed % ONE_HOST_EVERY == 0
+        self._ordinary = faults.ON_ONE_HOST if self.report.one_host else faults.ORDINARY
+        self.cluster = TortureCluster.build(directory / "cluster", spec, seed, one_host=self.report.one_host)
         self.processes: dict[int, ProcessRef] = {}
         self._disturbed: set[str] = set()
         # Versions of entries that may be gone because disks were full.
@@ -274,10 +283,10 @@ class Campaign:
     def power_cut(self) -> None:
         """Cut the power of all services and disks, and switch it on again; the services are not started."""
         # With durable writes nothing that was acknowledged goes with the power: for the workers there is no cut.
-        self.board.power += not self.durable_writes
+        self.board.power += not self.report.durable_writes
         running = len(self.cluster.pids())
         losses = self.cluster.power_cut(self.rng.randrange(1 << 30))
-        self.board.power += not self.durable_writes
+        self.board.power += not self.report.durable_writes
         self.report.processes_killed += running
         self.report.power_cuts += 1
         self.report.images += len(losses)
@@ -304,7 +313,7 @@ class Campaign:
             makers = [self._draw(faults.DAMAGE)]
             makers += self.rng.sample(faults.HARMLESS, self.rng.randrange(2))
             return [make(self) for make in makers], True
-        makers = [self._draw(faults.ORDINARY) for _ in range(self.rng.randrange(1, OVERLAP_MAX + 1))]
+        makers = [self._draw(self._ordinary) for _ in range(self.rng.randrange(1, OVERLAP_MAX + 1))]
         if chance < DAMAGE_SHARE + POWER_CUT_SHARE:
             makers[-1] = faults.power_cut
         return [make(self) for make in makers], False
@@ -395,6 +404,7 @@ class Campaign:
                         known = names.replay(self.notes, number)
                         found += names.differences(fs, known, number, self.board.power)
             replicas = self._compare_replicas(fs)
+            self.report.shared_memory_bytes += fs.stats().get("shared_memory_received_bytes", 0)
         found += replicas.differences
         self.report.comparisons += 1
         self.report.chunks_compared += replicas.chunks

@@ -1,4 +1,4 @@
-"""A local cluster whose services live in network namespaces, on faulty disks, and see a boot id of our making."""
+"""A local cluster in network namespaces or on one host, on faulty disks, whose services see a boot id of our making."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fs3.fuse.table import mounted_at
 from fs3.testing.cluster import ClusterSpec, LocalCluster, Service
 from fs3.testing.process import ProcessRef
 from tests.torture.disks import FaultDisk, Losses
-from tests.torture.network import Network
+from tests.torture.network import Host, Network
 
 CLIENT = "client"
 MOUNT_S = 60.0
@@ -30,15 +30,16 @@ _WITH_BOOT_ID = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 class TortureCluster(LocalCluster):
     """The cluster, its network and its disks. Use `build`, and `destroy` whatever happens."""
 
-    network: Network
+    network: Host
     disks: dict[str, FaultDisk]
 
     @classmethod
-    def build(cls, directory: Path, spec: ClusterSpec, seed: int) -> TortureCluster:
+    def build(cls, directory: Path, spec: ClusterSpec, seed: int, *, one_host: bool) -> TortureCluster:
         """Make network and disks and start the cluster; nothing is left when that fails."""
         cluster = cls.create(directory, spec)
         assert isinstance(cluster, cls)
-        cluster.network = Network([*(s.name for s in cluster.services()), CLIENT])
+        members = [*(s.name for s in cluster.services()), CLIENT]
+        cluster.network = Host(members) if one_host else Network(members)
         backing = cluster.directory / "backing"
         cluster.disks = {
             s.name: FaultDisk(s.directory / "disk-1", backing / s.name)

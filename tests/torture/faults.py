@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tests.torture.cluster import TortureCluster
+from tests.torture.network import Network
 
 KILL_S = (0.0, 4.0)
 # A stopped or unreachable service is left alone from less than half the lease to twice the lease.
@@ -117,6 +118,7 @@ def stop(scene: Scene) -> Fault:
 
 def _network(scene: Scene, kind: str, pairs: list[tuple[str, str]], percent: int) -> Fault:
     network = scene.cluster.network
+    assert isinstance(network, Network), "members of one host are not parted"
     touched = {name for pair in pairs for name in pair}
     return Fault(
         kind,
@@ -251,6 +253,7 @@ ORDINARY: list[Maker] = [
     slow_disk,
     full_disk,
 ]
+ON_ONE_HOST: list[Maker] = [maker for maker in ORDINARY if maker not in (partition, one_way, packet_loss)]
 DAMAGE: list[Maker] = [disk_errors, disk_errors, flipped_bits, store_errors]
 # What may come on top of damage: it takes no healthy replica away.
 HARMLESS: list[Maker] = [kill_meta, kill_mgmtd, kill_client, kill_mount]

@@ -1,4 +1,4 @@
-"""A network of namespaces: every member has its own, all are joined by a bridge; packets are dropped by nftables."""
+"""Where the members of a campaign run: in network namespaces, between which packets get lost, or on one host."""
 
 from __future__ import annotations
 
@@ -15,18 +15,40 @@ CONTROLLER_HOST = 250
 COMMAND_S = 20
 
 
-class Network:
-    """Namespaces named after their members, on a subnet of their own. The controller's own namespace has an address
-    too, which is never cut off: it is the operator's line."""
+class Host:
+    """All members on the loopback interface. They share memory."""
 
     def __init__(self, members: Iterable[str]) -> None:
         self.members = list(members)
+
+    def address(self, member: str) -> str:
+        """IPv4 address of a member."""
+        return "127.0.0.1"
+
+    def inside(self, member: str) -> list[str]:
+        """What to put before a command so that it runs in the member's network."""
+        return []
+
+    def create(self) -> None:
+        """Make everything. What was made is taken away by `destroy` also after an error here."""
+
+    def destroy(self) -> None:
+        """Take everything away; nothing of it needs to be there."""
+
+
+class Network(Host):
+    """Namespaces named after their members, on a subnet of their own, with a bridge; packets are dropped by nftables.
+
+    The controller's own namespace has an address too, which is never cut off: it is the operator's line.
+    """
+
+    def __init__(self, members: Iterable[str]) -> None:
+        super().__init__(members)
         self.tag = f"fs3t{os.getpid()}"
         self.subnet = _free_subnet()
         self._drops: dict[tuple[str, str], int] = {}
 
     def address(self, member: str) -> str:
-        """IPv4 address of a member."""
         return f"{PREFIX}.{self.subnet}.{self.members.index(member) + 1}"
 
     def namespace(self, member: str) -> str:
@@ -34,11 +56,9 @@ class Network:
         return f"{self.tag}-{member}"
 
     def inside(self, member: str) -> list[str]:
-        """What to put before a command so that it runs in the member's network."""
         return ["nsenter", f"--net=/run/netns/{self.namespace(member)}", "--"]
 
     def create(self) -> None:
-        """Make everything. What was made is taken away by `destroy` also after an error here."""
         switch = f"{self.tag}-sw"
         _run("ip", "netns", "add", switch)
         _run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
@@ -61,7 +81,6 @@ class Network:
         _run("ip", *where, "link", "set", device, "up")
 
     def destroy(self) -> None:
-        """Take everything away; nothing of it needs to be there."""
         for name in [*map(self.namespace, self.members), f"{self.tag}-sw"]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=COMMAND_S, check=False)
         # The veth pairs went with their namespaces.
