@@ -68,9 +68,9 @@ class Team:
         return self.writers * self.files_per_writer + self.mount_writers
 
     @property
-    def entries(self) -> int:
-        """The number behind those of the files: of the entries of the key-value cache."""
-        return self.files
+    def entries(self) -> dict[str, int]:
+        """Numbers behind those of the files: of entries of the key-value cache, by their kind."""
+        return {"durable-entries": self.files, "memory-entries": self.files + 1}
 
 
 class Violation(AssertionError):
@@ -148,7 +148,7 @@ class Campaign:
         self.team = team or Team()
         self.notes = directory / "notes"
         self.notes.mkdir(parents=True)
-        self.board = Board(self.notes / "board", self.team.files + 1)
+        self.board = Board(self.notes / "board", self.team.files + len(self.team.entries))
         self.board.pause = True
         self.report.durable_writes = seed % DURABLE_EVERY == 0
         spec = replace(SPEC, durable_writes=self.report.durable_writes)
@@ -172,16 +172,19 @@ class Campaign:
         team, jobs, number, file = self.team, [], 0, 0
         kinds = ["writer"] * team.writers + ["mount-writer"] * team.mount_writers
         kinds += ["reader"] * team.readers + ["mount-reader"] * team.mount_readers + ["names"] * team.names
-        kinds.append("entries")
+        kinds += team.entries
         for kind in kinds:
             own = team.files_per_writer if kind == "writer" else 1 if kind == "mount-writer" else 0
-            threads = 2 if kind == "entries" else max(own, 1)
+            files, threads = list(range(file, file + own)), max(own, 1)
+            if kind in team.entries:
+                files, threads = [team.entries[kind]], 2
             jobs.append(
                 Job(
                     kind=kind,
                     numbers=list(range(number, number + threads)),
-                    files=team.files + 1,
-                    own_files=list(range(file, file + own)),
+                    files=team.files + len(team.entries),
+                    slotted=team.files,
+                    own_files=files,
                     mount_files=self.mount_files,
                     seed=seed,
                     url=self.cluster.url,
@@ -342,7 +345,7 @@ class Campaign:
                 fault.heal()
         self._recover()
         if any(fault.kind == "full disk" for fault in plan):
-            self._evictable = {slot: record.issued for slot, record in self._entries().items()}
+            self._evictable = {slot: record.issued for slot, record in self._entries("durable-entries").items()}
         self.report.cycles += 1
         self.report.kill_cycles += self.report.processes_killed > killed
         if settled or self.rng.random() < 0.5:
@@ -397,7 +400,9 @@ class Campaign:
         self._wait_rest()
         self.cluster.wait_serving(timeout_s=SERVING_S)
         with fs3.connect(self.cluster.url, token=self.cluster.token, timeout_s=60) as fs:
-            found = self._wrong_slots(fs) + self._wrong_entries(fs)
+            found = self._wrong_slots(fs)
+            for kind in self.team.entries:
+                found += self._wrong_entries(fs, kind)
             for job in self.jobs:
                 if job.kind == "names":
                     for number in job.numbers:
@@ -439,21 +444,22 @@ class Campaign:
                         found.append(f"{path_of(file)} {slot}: versions {seen}, not {floor}..{record.issued}")
         return found
 
-    def _entries(self) -> dict[int, manifest.SlotRecord]:
-        """What is known of the entries."""
-        return manifest.replay(self.notes / f"manifest-{self.team.entries}")
+    def _entries(self, kind: str) -> dict[int, manifest.SlotRecord]:
+        """What is known of entries."""
+        return manifest.replay(self.notes / f"manifest-{self.team.entries[kind]}")
 
-    def _wrong_entries(self, fs: FileSystem) -> list[str]:
+    def _wrong_entries(self, fs: FileSystem, kind: str) -> list[str]:
         found = []
-        known = self._entries()
-        with open_entries(fs) as cache:
-            for slot in slots_of(self.team.entries):
+        known = self._entries(kind)
+        with open_entries(fs, kind) as cache:
+            for slot in slots_of(self.team.entries[kind]):
                 record = known[slot.number]
                 floor = record.floor(self.board.power)
                 data = cache.get(str(slot.offset))
                 if data is None:
                     # A put that failed may have left a part of another value, which is a miss.
-                    if floor > max(self._evictable.get(slot.number, 0), *record.failed, 0):
+                    may_miss = max(self._evictable.get(slot.number, 0), *record.failed, 0)
+                    if kind == "durable-entries" and floor > may_miss:
                         found.append(f"entry {slot}: nothing, not {floor}..{record.issued}")
                     continue
                 try:

@@ -16,9 +16,9 @@ def workers(job: Job) -> list[Worker]:
     client = Client(job)
     if job.kind == "names":
         return [NameWorker(job, number, client) for number in job.numbers]
-    if job.kind == "entries":
+    if job.kind.endswith("entries"):
         writer, reader = job.numbers
-        return [EntryWriter(job, writer, client, job.entries), EntryReader(job, reader, client)]
+        return [EntryWriter(job, writer, client, job.own_files[0]), EntryReader(job, reader, client)]
     if job.kind.endswith("writer"):
         pairs = zip(job.numbers, job.own_files, strict=True)
         return [Writer(job, number, client, file) for number, file in pairs]

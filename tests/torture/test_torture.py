@@ -13,7 +13,7 @@ from tests.torture.campaign import run
 from tests.torture.content import WrongBytes, fill, slots_of, versions
 from tests.torture.disks import missing_device
 from tests.torture.network import missing_tools, sweep
-from tests.torture.slots import Reader
+from tests.torture.slots import EntryReader, Reader
 from tests.torture.worker import Job
 
 CYCLES = 18
@@ -58,18 +58,20 @@ class StaleClient:
         return None
 
 
+@pytest.mark.parametrize(("kind", "reading"), [("reader", Reader), ("memory-entries", EntryReader)])
 @pytest.mark.parametrize(
     ("acknowledged", "in_epoch", "synced", "caught"),
     [(7, 0, 0, True), (6, 0, 0, False), (7, 2, 0, False), (7, 2, 7, True)],
 )
 def test_a_lost_write_is_noticed_and_an_unsynced_one_may_go_with_the_power(
-    tmp_path: Path, acknowledged: int, in_epoch: int, synced: int, caught: bool
+    tmp_path: Path, acknowledged: int, in_epoch: int, synced: int, caught: bool, kind: str, reading: type[Reader]
 ) -> None:
     job = Job(
-        "reader",
+        kind,
         [0],
-        files=2,
-        own_files=[],
+        files=1,
+        slotted=1,
+        own_files=[0],
         mount_files=[],
         seed=1,
         url="",
@@ -82,7 +84,7 @@ def test_a_lost_write_is_noticed_and_an_unsynced_one_may_go_with_the_power(
         board.issue(0, slot.number, 7)
         board.acknowledge(0, slot.number, in_epoch, acknowledged)
         board.sync(0, slot.number, synced)
-    reader = Reader(job, 0, StaleClient(6))  # type: ignore[arg-type]
+    reader = reading(job, 0, StaleClient(6))  # type: ignore[arg-type]
     if caught:
         with pytest.raises(WrongBytes, match="7 was acknowledged"):
             reader.step()

@@ -27,14 +27,16 @@ PACE_S = 0.05
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does. `kind` is writer, mount-writer, reader, mount-reader, entries or names.
+    """What a process does.
 
-    The last of `files` is none: its slots are entries of the key-value cache.
+    `kind` is writer, mount-writer, reader, mount-reader, durable-entries, memory-entries or names. Of the numbers up to
+    `files` only those up to `slotted` are files: the slots of the others are entries of the key-value cache.
     """
 
     kind: str
     numbers: list[int]
     files: int
+    slotted: int
     own_files: list[int]
     mount_files: list[int]
     seed: int
@@ -46,11 +48,6 @@ class Job:
     def to_json(self) -> str:
         """For the command line."""
         return json.dumps(asdict(self))
-
-    @property
-    def entries(self) -> int:
-        """The number of the file whose slots are entries."""
-        return self.files - 1
 
     @property
     def board(self) -> Path:
@@ -72,10 +69,17 @@ def path_of(file: int) -> str:
     return f"/f{file}"
 
 
-def open_entries(fs: FileSystem) -> KVCache:
-    """The durable namespace whose entries are slots. It is far from its capacity: nothing is evicted."""
+def open_entries(fs: FileSystem, kind: str) -> KVCache:
+    """The namespace of a kind of entries. It is far from its capacity."""
+    durable = kind == "durable-entries"
     return fs3.kvcache.open(
-        fs, "/entries", durable=True, capacity=1 << 30, chunk_bytes=CHUNK_BYTES, timeout=OPERATION_S
+        fs,
+        f"/{kind}",
+        durable=durable,
+        replicas=None if durable else 2,
+        capacity=1 << 30,
+        chunk_bytes=CHUNK_BYTES,
+        timeout=OPERATION_S,
     )
 
 
@@ -161,8 +165,8 @@ class Client:
 
     def open(self, file: int, *, write: bool) -> Handle:
         """Open a slotted file, or the entries. Raises OSError."""
-        if self._job.kind == "entries":
-            return Entries(open_entries(self.filesystem()))
+        if self._job.kind.endswith("entries"):
+            return Entries(open_entries(self.filesystem(), self._job.kind))
         if self.mounted:
             return MountFile(self._job.mountpoint + path_of(file), write)
         fs = self.filesystem()
