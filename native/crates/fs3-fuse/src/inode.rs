@@ -82,6 +82,25 @@ impl<F: FileIo> Drop for Flying<F> {
     }
 }
 
+/// Places its batch when it is dropped, for the same reason.
+struct Asking<F: FileIo> {
+    inode: Arc<Inode<F>>,
+    io: Arc<Io<F>>,
+    batch: Option<Batch>,
+    place: Option<Result<u64>>,
+    answered: Arc<Event>,
+}
+
+impl<F: FileIo> Drop for Asking<F> {
+    fn drop(&mut self) {
+        let broke_off = || Err(Error::new(Code::Internal, "a buffered append broke off"));
+        if let Some(batch) = self.batch.take() {
+            self.inode.place_batch(&self.io, batch, self.place.take().unwrap_or_else(broke_off));
+        }
+        self.answered.set();
+    }
+}
+
 /// The question to the service where appends go. One at a time, so that they keep their order.
 struct Placing {
     /// What is kept when it is answered needs a place, too.
@@ -244,20 +263,20 @@ impl<F: FileIo> Inode<F> {
         self.send_gathered(state, io);
         let earlier: Vec<_> = state.flights.iter().filter(|f| !f.appended).cloned().collect();
         let batch = state.appends.take();
+        let bytes = batch.bytes;
         let answered = Arc::new(Event::new());
         state.placing = Some(Placing { again: false, answered: answered.clone() });
-        let (inode, io) = (self.clone(), io.clone());
-        let runtime = io.runtime.clone();
-        runtime.spawn(async move {
+        let asking = Asking { inode: self.clone(), io: io.clone(), batch: Some(batch), place: None, answered };
+        io.runtime.spawn(async move {
+            // All of it, not its fields.
+            let mut asking = asking;
             for flight in earlier {
                 flight.landed.wait().await;
             }
-            let place = match inode.writer() {
-                Some(file) => file.reserve(batch.bytes).await,
+            asking.place = Some(match asking.inode.writer() {
+                Some(file) => file.reserve(bytes).await,
                 None => Err(Error::new(Code::StaleHandle, "no file is open for writing")),
-            };
-            inode.place_batch(&io, batch, place);
-            answered.set();
+            });
         });
     }
 

@@ -77,6 +77,7 @@ impl FileIo for Fake {
     async fn reserve(&self, bytes: u64) -> Result<u64> {
         self.places.acquire().await.expect("never closed").forget();
         self.reservations.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panicking.load(Ordering::Relaxed), "a fault of the program");
         if self.reserved_end.load(Ordering::Relaxed) == u64::MAX {
             return Err(Error::new(Code::QuotaExceeded, "full"));
         }
@@ -331,9 +332,15 @@ async fn who_waits_for_a_write_whose_task_broke_off_is_told_so() {
     let (io, inode, file) = setup(10);
     let told = inode.told();
     file.panicking.store(true, Ordering::Relaxed);
-    put(&inode, &io, Place::At(0), b"lost");
-    tokio::time::timeout(Duration::from_secs(20), inode.flush(&io)).await.expect("a flush that ends");
-    assert_eq!(inode.new_error(&told, Teller::Sync).map(|e| e.code), Some(Code::Internal));
+    for place in [Place::At(0), END] {
+        put(&inode, &io, place, b"lost");
+        tokio::time::timeout(Duration::from_secs(20), inode.flush(&io)).await.expect("a flush that ends");
+        assert_eq!(inode.new_error(&told, Teller::Sync).map(|e| e.code), Some(Code::Internal), "{place:?}");
+    }
+    file.panicking.store(false, Ordering::Relaxed);
+    put(&inode, &io, END, b"kept");
+    inode.flush(&io).await;
+    assert_eq!(file.bytes.lock()[..], *b"kept");
 }
 
 #[tokio::test]
