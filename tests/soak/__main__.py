@@ -19,7 +19,9 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.hours:g} hours", flush=True)
     with tempfile.TemporaryDirectory(prefix="fs3-soak-", ignore_cleanup_errors=True) as base:
-        report = soak(Path(base), seconds=options.hours * 3600, seed=options.seed, say=print)
+        report = soak(
+            Path(base), seconds=options.hours * 3600, seed=options.seed, say=lambda line: print(line, flush=True)
+        )
     return 1 if report.problems else 0
 
 

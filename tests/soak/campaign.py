@@ -19,6 +19,7 @@ from tests.soak.resources import RULES, Sample, leaks, rise, sample
 SPEC: Final = ClusterSpec(targets_per_disk=2, kv_durable=False, read_cache_bytes=32 << 20, gc_delay_ms=1000)
 SAMPLES: Final = 400
 INTERVAL_S_MIN: Final = 0.5
+PROGRESS_S: Final = 60.0
 END_S: Final = 300.0
 
 
@@ -51,13 +52,21 @@ def processes(cluster: LocalCluster, mountpoint: Path) -> dict[str, int]:
     return {**found, "mount": int(json.loads(pid_file.read_text())["pid"])}
 
 
-def watch(pids: dict[str, int], workers: list[Worker], seconds: float) -> dict[str, list[Sample]]:
+def watch(
+    pids: dict[str, int], workers: list[Worker], seconds: float, say: Callable[[str], None]
+) -> dict[str, list[Sample]]:
     """Sample all processes until the time is over or a worker has ended."""
     began_s, ended = time.monotonic(), threading.Event()
     samples: dict[str, list[Sample]] = {name: [] for name in pids}
+    said_s = 0.0
     while (at_s := time.monotonic() - began_s) < seconds and all(worker.is_alive() for worker in workers):
         for name, pid in pids.items():
             samples[name].append(sample(pid, at_s))
+        if at_s - said_s >= PROGRESS_S:
+            said_s = at_s
+            rounds = sum(worker.rounds for worker in workers)
+            memory = ", ".join(f"{name} {found[-1].rss >> 20}" for name, found in samples.items())
+            say(f"{at_s / 60:.0f} of {seconds / 60:.0f} minutes: {rounds} rounds; MiB: {memory}")
         ended.wait(max(INTERVAL_S_MIN, seconds / SAMPLES))
     return samples
 
@@ -73,7 +82,7 @@ def soak(directory: Path, *, seconds: float, seed: int, say: Callable[[str], Non
             for worker in workers:
                 worker.start()
             try:
-                samples = watch(processes(cluster, mountpoint), workers, seconds)
+                samples = watch(processes(cluster, mountpoint), workers, seconds, say)
             finally:
                 ended.set()
                 for worker in workers:
