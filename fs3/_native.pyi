@@ -6,7 +6,7 @@ Objects made before a fork raise RuntimeError in the child.
 """
 
 import builtins
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from datetime import timedelta
 from os import PathLike
 from typing import Any, Generic, TypeVar, final
@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, final
 from typing_extensions import Buffer
 
 from fs3.core.config import RdmaOptions
+from fs3.fuse.handover import Predecessor
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -375,7 +376,7 @@ class Mount:
         gidmap: Sequence[tuple[int, int, int]] = ...,
         source: str = "fs3",
         config: str = ...,
-        predecessor: Callable[[bytes], tuple[bytes, list[int]]] | None = None,
+        predecessor: Predecessor | None = None,
     ) -> Mount: ...
     def hand_over(self, successor: bytes) -> tuple[bytes, list[int]]: ...
     def take_back(self, successor: bytes) -> None: ...

@@ -2,8 +2,9 @@
 
 Messages are JSON with their length before them. The successor asks for the parameters, then for the mount, which
 comes with descriptors of the kernel's device and of memory that programs announced, then for more descriptors until
-it has all; when it serves the mount it tells its predecessor to depart. If it goes away before that, the predecessor
-serves on. Whoever uses the mount only waits meanwhile.
+it has all. When it is ready to serve the mount it tells its predecessor to depart, and takes the first request from
+the kernel once that has answered. A successor that goes away before has taken none, and the predecessor serves on.
+Whoever uses the mount only waits meanwhile.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class HandsOver(Protocol):
         """Serve again."""
 
     def depart(self) -> None:
-        """The successor serves."""
+        """The mount is the successor's."""
 
 
 @contextmanager
@@ -176,9 +177,12 @@ class Door:
                     return
             finally:
                 _close_all(descriptors)
-            # However long it takes: one that has not gone away may be about to serve, and two must not.
+            # However long it takes: one that has not gone away may still take over locks.
             channel.settimeout(None)
-            self.departed = _receive(channel)[0].get("ask") == "depart"
+            if _receive(channel)[0].get("ask") == "depart":
+                # Cannot be sent to one that has gone away; who gets it may serve, and two must not.
+                _send(channel, {"departed": True})
+                self.departed = True
         finally:
             if self.departed:
                 self._mount.depart()
@@ -252,6 +256,8 @@ class Predecessor:
         return str(answer["state"]).encode(), descriptors
 
     def depart(self) -> None:
-        """The mount is served here now. One that is not there any more need not be told."""
-        with contextlib.suppress(OSError):
-            _send(self._channel, {"ask": "depart"})
+        """Have it leave the mount, which must not be served here before this returns.
+
+        Raises UNAVAILABLE when it did not answer: it may serve on.
+        """
+        self._ask({"ask": "depart"})

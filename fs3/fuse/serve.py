@@ -67,12 +67,10 @@ def _begin(parameters: Parameters) -> Any:
     if not parameters.takeover:
         return _start(parameters)
     with Predecessor(door_file(parameters.mountpoint)) as predecessor:
-        mount = _start(parameters, predecessor.hand_over)
-        predecessor.depart()
-    return mount
+        return _start(parameters, predecessor)
 
 
-def _start(parameters: Parameters, hand_over: Callable[[bytes], tuple[bytes, list[int]]] | None = None) -> Any:
+def _start(parameters: Parameters, predecessor: Predecessor | None = None) -> Any:
     """Mount and serve in the background; returns what ends it, a native handle or one that is like it."""
     from fs3 import native
 
@@ -115,7 +113,7 @@ def _start(parameters: Parameters, hand_over: Callable[[bytes], tuple[bytes, lis
         gidmap=parse_id_map(options.gidmap),
         source=parameters.source,
         config=json.dumps(parameters.shown(), indent=2) + "\n",
-        predecessor=hand_over,
+        predecessor=predecessor,
     )
 
 

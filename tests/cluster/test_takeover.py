@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -27,10 +28,14 @@ from fs3.fuse.table import Daemon, default_file, real_path
 from fs3.testing.cluster import LocalCluster
 from fs3.testing.process import wait_until
 
+from .busy import KINDS, block, home_of
 from .mounts import mounted
+from .successor import AFTER, BEFORE
 from .test_ring import make_ring, one, registered
 
 LOOP = Path(__file__).parent.parent / "ring" / "loop.py"
+BUSY = Path(__file__).parent / "busy.py"
+SUCCESSOR = Path(__file__).parent / "successor.py"
 # Needs more than one message to hand over.
 PIECES = 300
 
@@ -224,12 +229,12 @@ def looping(mount: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
-def await_rounds(process: subprocess.Popen[str], directory: Path, more: int) -> None:
+def await_rounds(process: subprocess.Popen[str], directory: Path, more: int, name: str = "rounds") -> None:
     """Wait until it has done `more` rounds than now."""
-    file = directory / "rounds"
+    file = directory / name
 
     def rounds() -> int:
         return int(file.read_text() or "0") if file.exists() else 0
@@ -237,7 +242,7 @@ def await_rounds(process: subprocess.Popen[str], directory: Path, more: int) -> 
     wanted = rounds() + more
     wait_until(lambda: process.poll() is not None or rounds() >= wanted, timeout_s=120, what="further rounds")
     if process.poll() is not None:
-        pytest.fail(process.communicate()[1])
+        pytest.fail(str(process.communicate()))
 
 
 def links(mount: Path) -> dict[str, tuple[object, ...]]:
@@ -315,6 +320,113 @@ def test_a_successor_that_dies_leaves_rings_to_its_predecessor(mount_a: Path, tm
         (tmp_path / "stop").touch()
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+
+
+@contextmanager
+def busy(mount: Path, directory: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Processes that use the mount until `directory`/stop is there; one of them waits for the lock of `locked`."""
+    command = [sys.executable, BUSY]
+    running = {
+        kind: subprocess.Popen([*command, kind, mount, directory], stdout=subprocess.PIPE, text=True) for kind in KINDS
+    }
+    try:
+        for kind, process in running.items():
+            await_rounds(process, directory, 0 if kind == "locking" else 2, kind)
+        yield running
+    finally:
+        for process in running.values():
+            process.kill()
+            # One whose call is never answered cannot even be killed.
+            process.wait(timeout=60)
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@contextmanager
+def locked(mount: Path, directory: Path) -> Iterator[int]:
+    """A file with a lock, on a mount that may end."""
+    home = home_of("locking", mount, directory)
+    home.mkdir()
+    opened = os.open(home / "locked", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX)
+        yield opened
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(opened)
+
+
+@contextmanager
+def successor_at(step: str, mount: Path) -> Iterator[None]:
+    """A successor that has come to a step of its takeover, and is killed there."""
+    command = [sys.executable, SUCCESSOR, mount, step]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{step}\n"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def has_device(daemon: Daemon) -> bool:
+    """Whether a daemon has the device of the kernel open."""
+    for opened in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(opened) == "/dev/fuse":
+                return True
+    return False
+
+
+def test_programs_do_not_notice_a_successor_that_is_killed_before_it_has_the_mount(
+    mount_a: Path, tmp_path: Path
+) -> None:
+    old = daemon_of(mount_a)
+    with (
+        locked(mount_a, tmp_path) as lock,
+        looping(mount_a, tmp_path) as ring,
+        busy(mount_a, tmp_path) as running,
+    ):
+        for step in BEFORE:
+            with successor_at(step, mount_a):
+                pass
+            await_rounds(ring, tmp_path, 2)
+            for kind in running.keys() - {"locking"}:
+                await_rounds(running[kind], tmp_path, 3, kind)
+        assert daemon_of(mount_a).pid == old.pid
+        fcntl.lockf(lock, fcntl.LOCK_UN)
+        await_rounds(running["locking"], tmp_path, 1, "locking")
+        take_over(str(mount_a))
+        (tmp_path / "stop").touch()
+        assert {kind: process.wait(60) for kind, process in running.items()} == dict.fromkeys(KINDS, 0)
+        _, errors = ring.communicate(timeout=60)
+        assert ring.returncode == 0, errors
+
+
+@pytest.mark.parametrize("step", AFTER)
+def test_calls_end_when_a_successor_is_killed_that_has_the_mount(
+    shared_cluster: LocalCluster, tmp_path: Path, run_directory: Path, step: str
+) -> None:
+    with mounted(shared_cluster, tmp_path / step) as mount:
+        old = daemon_of(mount)
+        with (
+            locked(mount, tmp_path),
+            looping(mount, tmp_path) as ring,
+            busy(mount, tmp_path) as running,
+        ):
+            with successor_at(step, mount):
+                wait_until(lambda: not has_device(old), timeout_s=30, what="the departure of the old daemon")
+                assert old.alive(), "the device is closed before the daemon ends"
+            assert {kind: process.wait(60) for kind, process in running.items()} == dict.fromkeys(KINDS, 3)
+            told = {process.stdout.readline() for process in running.values() if process.stdout is not None}
+            assert told <= {"ENOTCONN\n", "ECONNABORTED\n"}
+            ring.communicate(timeout=60)
+            assert ring.returncode == 1
+    with mounted(shared_cluster, tmp_path / step) as mount:
+        last = int((tmp_path / "writing").read_text())
+        for name in ("written", "whole"):
+            assert (home_of("writing", mount, tmp_path) / name).read_bytes() in (block(last) * 16, block(last + 1) * 16)
 
 
 def test_options_may_change_but_not_what_the_kernel_was_told(mount_a: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_successor_gets_the_parameters_the_state_and_the_devices(path: Path) -
             os.close(null)
             os.close(zero)
             predecessor.depart()
-        wait_until(lambda: opened.departed, timeout_s=30, what="the departure")
+        wait_until(lambda: mount.calls[-1] == "depart", timeout_s=30, what="the departure")
     finally:
         opened.close()
     assert mount.calls == [f"hand over to {CLIENT.hex()}", "close", "depart"]
@@ -82,6 +82,36 @@ def test_a_successor_that_goes_away_leaves_everything_as_it_was(path: Path) -> N
             assert predecessor.parameters()
     finally:
         opened.close()
+
+
+def test_a_successor_that_cannot_hear_the_answer_does_not_get_the_mount(path: Path) -> None:
+    mount = FakeMount()
+    opened = door(path, mount)
+    try:
+        with Predecessor(path) as predecessor:
+            for descriptor in predecessor.hand_over(CLIENT)[1]:
+                os.close(descriptor)
+            predecessor._channel.shutdown(socket.SHUT_RD)
+            with pytest.raises(Fs3Error, match="has ended"):
+                predecessor.depart()
+            wait_until(lambda: mount.calls[-1] == "open", timeout_s=30, what="the mount to be taken back")
+        assert not opened.departed
+    finally:
+        opened.close()
+    assert mount.calls[1:] == ["close", f"take back from {CLIENT.hex()}", "open"]
+
+
+def test_a_mount_is_not_served_without_the_answer_of_its_predecessor(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        directory = os.open(path.parent, os.O_RDONLY)
+        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+        os.close(directory)
+        listener.listen()
+        with Predecessor(path) as predecessor:
+            listener.accept()[0].close()
+            with pytest.raises(Fs3Error) as refused:
+                predecessor.depart()
+    assert refused.value.code == Code.CODE_UNAVAILABLE
 
 
 def test_a_refusal_reaches_the_successor(path: Path) -> None:

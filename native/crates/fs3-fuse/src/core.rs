@@ -372,7 +372,7 @@ impl Core {
 
     /// Make the kernel ask for the attributes of an inode.
     pub fn invalidate_attr(&self, inode: u64) {
-        if let Some(notifier) = self.io.notifier.get() {
+        if let Some(notifier) = self.io.notifier() {
             // A negative offset concerns the attributes alone, so no page lock is taken.
             let _ = notifier.inval_inode(INodeNo(self.shown(inode)), -1, 0);
         }

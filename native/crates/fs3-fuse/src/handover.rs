@@ -25,7 +25,7 @@ use crate::stats::Op;
 use crate::virt::VirtState;
 
 /// What is handed over has this form.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// Files that a successor opens at the same time.
 const OPENING_MAX: usize = 64;
 /// How long a predecessor keeps its files open for the successor to tell the services of its own.
@@ -273,7 +273,7 @@ impl Core {
         self.spawn(Op::Lock, async move { core.answer_lock(wait.handle, wait.asked, Some(wait.request), reply).await });
     }
 
-    /// A successor serves the mount. Close the files, once it has told the services of its own.
+    /// A successor has the mount. Close the files, once it has told the services of its own.
     pub async fn retire(&self) {
         self.rings.leave_all();
         tokio::time::sleep(LINGER).await;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fs3_client::{Attr, ContentVersion, OpenFile, Region, RegionMut, Result};
@@ -85,7 +85,8 @@ pub(crate) struct Io<F> {
     pub write_pool: Pool,
     /// Memory of data on its way from storage.
     pub read_pool: Pool,
-    pub notifier: OnceLock<Notifier>,
+    /// While this process has the kernel's device: whoever has it keeps the mount alive.
+    pub notifier: Mutex<Option<Notifier>>,
     dirty: Mutex<HashMap<u64, Arc<Inode<F>>>>,
 }
 
@@ -95,15 +96,19 @@ impl<F: FileIo> Io<F> {
             runtime,
             write_pool: Pool::new(memory_bytes / 2),
             read_pool: Pool::new(memory_bytes / 2),
-            notifier: OnceLock::new(),
+            notifier: Mutex::default(),
             dirty: Mutex::default(),
         }
+    }
+
+    pub fn notifier(&self) -> Option<Notifier> {
+        self.notifier.lock().clone()
     }
 
     /// Make the kernel forget the pages and the attributes of a file. It waits for reads and writes of the pages, so
     /// nothing that they need may wait for it.
     pub fn forget_pages(&self, inode: u64) -> Option<JoinHandle<()>> {
-        let notifier = self.notifier.get().cloned()?;
+        let notifier = self.notifier()?;
         let forget = move || drop(notifier.inval_inode(INodeNo(inode), 0, 0));
         Some(self.runtime.spawn_blocking(forget))
     }

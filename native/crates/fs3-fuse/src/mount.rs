@@ -162,9 +162,11 @@ struct Stage {
 enum Phase {
     #[default]
     Serving,
+    /// Nothing is received before a predecessor has left the mount.
+    Ready,
     /// No requests are received. A successor may have the devices.
     Paused(std::io::Result<Vec<OwnedFd>>),
-    /// A successor serves the mount.
+    /// A successor has the mount.
     Departing,
     Ended(Result<()>),
 }
@@ -237,13 +239,13 @@ pub fn mount(client: Client, runtime: Handle, mountpoint: &Path, options: MountO
     let session = Session::new(Fs { core: core.clone() }, &mountpoint, &config)
         .map_err(|e| io_error(&format!("cannot mount on {}", mountpoint.display()), &e))?;
     set_readahead(&mountpoint, readahead_bytes);
-    serve(core, session, mountpoint, Vec::new())
+    serve(core, session, mountpoint, Vec::new(), Phase::Serving)
 }
 
-/// Go on with the mount on `mountpoint` that another process served and has handed over, as [`mount`]. When it returns the
-/// predecessor may depart; when it fails the predecessor can take the mount back. Options that the kernel was told when
-/// it was mounted must be those of the predecessor. Errors: those of opening its files; NotSupported when its release
-/// hands over in another form.
+/// Get ready to go on with the mount on `mountpoint` that another process served and has handed over, as [`mount`]. Nothing
+/// is received from the kernel until [`MountHandle::begin`]: until then, and when this fails, the predecessor can take the
+/// mount back. Options that the kernel was told when it was mounted must be those of the predecessor. Errors: those of
+/// opening its files; NotSupported when its release hands over in another form.
 pub fn succeed(
     client: Client,
     runtime: Handle,
@@ -257,26 +259,26 @@ pub fn succeed(
     let core = Arc::new(Core::new(client, runtime.clone(), mountpoint, state.root(), options));
     let session = Session::succeed(Fs { core: core.clone() }, devices, &config)
         .map_err(|e| io_error("cannot go on with a mount", &e))?;
-    let _ = core.io.notifier.set(session.notifier());
+    *core.io.notifier.lock() = Some(session.notifier());
     runtime.block_on(core.import(&state))?;
-    let served = core
+    let ready = core
         .import_virtual(state.virt(), memory)
-        .and_then(|()| serve(core.clone(), session, mountpoint.to_owned(), state.waits().to_vec()));
-    match &served {
-        Ok(_) => core.begin_rings(),
-        Err(_) => core.rings.leave_all(),
+        .and_then(|()| serve(core.clone(), session, mountpoint.to_owned(), state.waits().to_vec(), Phase::Ready));
+    if ready.is_err() {
+        core.rings.leave_all();
     }
-    served
+    ready
 }
 
-/// Serve a mount on threads of its own. `waits`: requests that a predecessor left.
+/// Serve a mount on threads of its own. `waits`: requests that a predecessor left. `phase`: Serving or Ready.
 fn serve(
     core: Arc<Core>,
     mut session: Session<Fs>,
     mountpoint: PathBuf,
     mut waits: Vec<WaitState>,
+    phase: Phase,
 ) -> Result<MountHandle> {
-    let _ = core.io.notifier.set(session.notifier());
+    *core.io.notifier.lock() = Some(session.notifier());
     let runtime = core.io.runtime.clone();
     let ticking = core.clone();
     let ticker = runtime.spawn(async move {
@@ -285,9 +287,16 @@ fn serve(
             ticking.tick().await;
         }
     });
-    let (pauser, stage) = (session.pauser(), Arc::new(Stage::default()));
+    let (pauser, stage) = (session.pauser(), Arc::new(Stage { phase: Mutex::new(phase), ..Stage::default() }));
     let handle = MountHandle { core: core.clone(), mountpoint, pauser, stage: stage.clone() };
     let serve = move || {
+        let begins = stage.wait(None, |phase| match phase {
+            Phase::Ready => None,
+            phase => Some(!matches!(phase, Phase::Ended(_))),
+        });
+        if begins != Some(true) {
+            return ticker.abort();
+        }
         let result = loop {
             for wait in std::mem::take(&mut waits) {
                 if let Some(reply) = session.reply_to(wait.left()) {
@@ -305,7 +314,9 @@ fn serve(
                 _ => (!stage.given.load(Ordering::Acquire)).then_some(false),
             });
             if departs == Some(true) {
+                // Both have the device. When a successor dies, who waits for it hears so once nobody has it any more.
                 session.give_away();
+                *core.io.notifier.lock() = None;
                 ticker.abort();
                 runtime.block_on(core.retire());
                 return stage.set(Phase::Ended(Ok(())));
@@ -352,6 +363,18 @@ fn ended(phase: &mut Phase) -> Option<Result<()>> {
 }
 
 impl MountHandle {
+    /// The predecessor has left the mount: serve it.
+    pub fn begin(&self) {
+        self.stage.set(Phase::Serving);
+        self.core.begin_rings();
+    }
+
+    /// The predecessor keeps the mount, of which nothing was served here.
+    pub fn abandon(&self) {
+        self.core.rings.leave_all();
+        self.stage.set(Phase::Ended(Ok(())));
+    }
+
     /// What it did since it began, as a JSON object: what `3fs-virt/stats` shows.
     pub fn stats(&self) -> String {
         self.core.snapshot().to_string()
@@ -374,8 +397,8 @@ impl MountHandle {
     }
 
     /// Stop serving and hand the mount over to another process, which is the client `successor`. Whoever uses the mount
-    /// waits until [`succeed`] has returned there, and then this is told to [`MountHandle::depart`]; or else to
-    /// [`MountHandle::take_back`]. Errors: Busy when requests do not end, or another successor is there, and it is
+    /// waits. When [`succeed`] has returned there, [`MountHandle::depart`] is called here and then [`MountHandle::begin`] there;
+    /// or else [`MountHandle::take_back`] here. Errors: Busy when requests do not end, or another successor is there, and it is
     /// served on; Unavailable when it has ended. Must not be called from a task of the runtime.
     pub fn hand_over(&self, successor: ClientId) -> Result<Predecessor> {
         {
@@ -444,7 +467,7 @@ impl MountHandle {
         self.stage.changed.notify_all();
     }
 
-    /// The successor serves the mount: close the files here, and end without unmounting.
+    /// The successor has the mount: close the files here, and end without unmounting.
     pub fn depart(&self) {
         let mut phase = self.stage.phase.lock();
         if matches!(&*phase, Phase::Paused(_)) {

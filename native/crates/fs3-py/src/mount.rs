@@ -45,9 +45,9 @@ fn start(
         None => {
             py.detach(|| fs3_fuse::mount(client.clone(), handle, &mountpoint, options)).map_err(|e| to_python(py, &e))
         }
-        Some(ask) => taken_over(py, &ask, client_id).and_then(|predecessor| {
-            py.detach(|| fs3_fuse::succeed(client.clone(), handle, &mountpoint, options, predecessor))
-                .map_err(|e| to_python(py, &e))
+        Some(predecessor) => taken_over(py, &predecessor, client_id).and_then(|state| {
+            let ready = py.detach(|| fs3_fuse::succeed(client.clone(), handle, &mountpoint, options, state));
+            begun(py, &predecessor, ready.map_err(|e| to_python(py, &e))?)
         }),
     };
     match mounted {
@@ -79,12 +79,22 @@ fn id_map(all: Option<u32>, ranges: Vec<(u32, u32, u32)>) -> IdMap {
 }
 
 /// What a predecessor hands over to the client of this id.
-fn taken_over(py: Python<'_>, ask: &Py<PyAny>, client_id: ClientId) -> PyResult<Predecessor> {
-    let answer = ask.call1(py, (PyBytes::new(py, &client_id.0),))?;
+fn taken_over(py: Python<'_>, predecessor: &Py<PyAny>, client_id: ClientId) -> PyResult<Predecessor> {
+    let answer = predecessor.call_method1(py, "hand_over", (PyBytes::new(py, &client_id.0),))?;
     let (state, descriptors): (Vec<u8>, Vec<i32>) = answer.extract(py)?;
     // SAFETY: the descriptors are the caller's, who gives them away.
     let descriptors = descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
     Ok(Predecessor { state, descriptors })
+}
+
+/// Serve the mount that is ready to be, once the predecessor has left it.
+fn begun(py: Python<'_>, predecessor: &Py<PyAny>, ready: MountHandle) -> PyResult<MountHandle> {
+    if let Err(error) = predecessor.call_method0(py, "depart") {
+        ready.abandon();
+        return Err(error);
+    }
+    py.detach(|| ready.begin());
+    Ok(ready)
 }
 
 fn client_id(bytes: &[u8]) -> PyResult<ClientId> {
@@ -103,7 +113,8 @@ impl Mount {
 #[pymethods]
 impl Mount {
     /// Connect to the cluster and mount it. Times in seconds, sizes in bytes. `predecessor`: go on with a mount in place of
-    /// mounting; called with this client's id, it returns what `hand_over` returned in the process that serves it.
+    /// mounting. Its `hand_over`, called with this client's id, returns what that of the process that serves it returned; its
+    /// `depart` returns once that process has left the mount, which is not served here before.
     #[new]
     #[pyo3(signature = (*, metas, mountpoint, token="".to_owned(), cluster_id=None, allow_other=false,
         default_permissions=true, read_only=false, suid=false, dev=false, threads=0, max_memory_bytes=256 << 20,
@@ -178,8 +189,8 @@ impl Mount {
         start(py, client, mountpoint, options, predecessor)
     }
 
-    /// Stop serving and write everything, for a successor that is the client with this id (16 bytes). Returns what its
-    /// `predecessor` has to return: the state, and descriptors of the kernel's device and of announced memory, which are the
+    /// Stop serving and write everything, for a successor that is the client with this id (16 bytes). Returns what the
+    /// `hand_over` of its `predecessor` has to: the state, and descriptors of the kernel's device and of announced memory, which are the
     /// caller's to close. Call `depart` or `take_back` afterwards: meanwhile whoever uses the mount waits. Raises BUSY when
     /// requests do not end; it is served on then.
     fn hand_over<'py>(&self, py: Python<'py>, successor: &[u8]) -> PyResult<(Bound<'py, PyBytes>, Vec<i32>)> {
@@ -196,7 +207,7 @@ impl Mount {
         Ok(())
     }
 
-    /// The successor serves the mount: `wait` returns some seconds later, and it stays mounted.
+    /// The successor has the mount: `wait` returns some seconds later, and it stays mounted.
     fn depart(&self) {
         self.handle.depart();
     }

@@ -233,9 +233,11 @@ impl<FS: Filesystem> Session<FS> {
         Some(Reply::new(crate::ll::RequestId(left.request), ReplySender::Channel(ch.sender())))
     }
 
-    /// Another process serves the mount from here on: it is not unmounted when this is dropped.
+    /// Another process serves the mount from here on: it is not unmounted, and the device is closed here.
     pub fn give_away(self) {
-        std::mem::forget(self.mount.mount.lock().take());
+        if let Some(mount) = self.mount.mount.lock().take() {
+            mount.give_away();
+        }
     }
 
     /// Makes [`Session::serve`] return.

@@ -96,7 +96,7 @@ pub(crate) async fn remove_moved(core: &Arc<Core>, who: Who, parent: u64, name: 
 
 /// Make the kernel ask for a name again, and for all below it.
 pub(crate) async fn forget_in_kernel(core: &Core, directory: u64, name: &[u8]) {
-    let Some(notifier) = core.io.notifier.get().cloned() else { return };
+    let Some(notifier) = core.io.notifier() else { return };
     let name = std::os::unix::ffi::OsStringExt::from_vec(name.to_vec());
     let name: std::ffi::OsString = name;
     // It waits for operations on the directory, so it must not hold up this thread.

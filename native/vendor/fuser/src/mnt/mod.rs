@@ -152,6 +152,11 @@ impl Mount {
             None => Ok(()),
         }
     }
+
+    /// Close the device without unmounting.
+    pub(crate) fn give_away(mut self) {
+        drop(self.mount_impl.take());
+    }
 }
 
 impl Drop for Mount {
