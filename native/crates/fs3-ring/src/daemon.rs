@@ -41,9 +41,6 @@ struct Results {
     wanted: Wanted,
     /// The thread that takes may be using the memory.
     taking: bool,
-    /// What the memory said of completed I/Os when it was paused last: once it says something else, another daemon has
-    /// served it meanwhile.
-    said_completed: u64,
     /// I/Os taken from the ring since the beginning.
     taken: u64,
     /// I/Os told the application since the beginning.
@@ -79,9 +76,7 @@ impl Served {
     /// Go on with a ring that another daemon has paused at `told` I/Os; paused until [`Served::resume`], or closed. Errors:
     /// EINVAL when the memory is too small.
     pub fn succeeding(memory: Guarded, places: Places, told: u64, closed: bool) -> Result<Self> {
-        let ring = Self::at(memory, places, told, if closed { Wanted::End } else { Wanted::Pause })?;
-        ring.lock().said_completed = ring.header().completed.load(Ordering::SeqCst);
-        Ok(ring)
+        Self::at(memory, places, told, if closed { Wanted::End } else { Wanted::Pause })
     }
 
     fn at(memory: Guarded, places: Places, told: u64, wanted: Wanted) -> Result<Self> {
@@ -89,7 +84,7 @@ impl Served {
             return Err(Errno(libc::EINVAL));
         }
         let waiting = vec![None; places.entries as usize];
-        let results = Results { wanted, taking: false, said_completed: 0, taken: told, told, waiting };
+        let results = Results { wanted, taking: false, taken: told, told, waiting };
         Ok(Self { memory, places, results: Mutex::new(results), changed: Condvar::new() })
     }
 
@@ -253,7 +248,6 @@ impl Served {
         loop {
             let closed = results.wanted == Wanted::End;
             if results.told == results.taken && (closed || !results.taking) {
-                results.said_completed = self.header().completed.load(Ordering::SeqCst);
                 return Some((results.told, closed));
             }
             if Instant::now() >= deadline {
@@ -268,19 +262,13 @@ impl Served {
         }
     }
 
-    /// The end of a pause. Says whether it can go on: not when another daemon has told results meanwhile; it shall be
-    /// closed then.
-    pub fn resume(&self) -> bool {
+    /// The end of a pause, in which no other daemon has served the ring.
+    pub fn resume(&self) {
         let mut results = self.lock();
-        if results.wanted != Wanted::Pause {
-            return true;
+        if results.wanted == Wanted::Pause {
+            results.wanted = Wanted::Take;
+            self.changed.notify_all();
         }
-        if results.said_completed != self.header().completed.load(Ordering::SeqCst) {
-            return false;
-        }
-        results.wanted = Wanted::Take;
-        self.changed.notify_all();
-        true
     }
 
     /// Another daemon serves it from here on: the thread that takes returns. Its memory is not touched.

@@ -199,10 +199,7 @@ impl Rings {
     pub fn resume(&self) {
         self.rings.lock().paused = false;
         for ring in self.all_rings() {
-            if !ring.served.resume() {
-                tracing::warn!(ring.process, "a ring was served by another daemon that failed: it is closed");
-                ring.served.close(WITHDRAWN);
-            }
+            ring.served.resume();
         }
     }
 
