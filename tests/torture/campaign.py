@@ -400,6 +400,7 @@ class Campaign:
         self._wait_rest()
         self.cluster.wait_serving(timeout_s=SERVING_S)
         with fs3.connect(self.cluster.url, token=self.cluster.token, timeout_s=60) as fs:
+            shared = _by_shared_memory(fs)
             found = self._wrong_slots(fs)
             for kind in self.team.entries:
                 found += self._wrong_entries(fs, kind)
@@ -409,7 +410,7 @@ class Campaign:
                         known = names.replay(self.notes, number)
                         found += names.differences(fs, known, number, self.board.power)
             replicas = self._compare_replicas(fs)
-            self.report.shared_memory_bytes += fs.stats().get("shared_memory_received_bytes", 0)
+            self.report.shared_memory_bytes += _by_shared_memory(fs) - shared
         found += replicas.differences
         self.report.comparisons += 1
         self.report.chunks_compared += replicas.chunks
@@ -493,6 +494,11 @@ class Campaign:
                 self.report.disk_faults.update(disk.order({"do": "counts"}))
             except (OSError, ValueError, RuntimeError):
                 continue
+
+
+def _by_shared_memory(fs: FileSystem) -> int:
+    """Bytes that this process has received so, also before this campaign."""
+    return fs.stats().get("shared_memory_received_bytes", 0)
 
 
 def run(
