@@ -249,8 +249,9 @@ def links(mount: Path) -> dict[str, tuple[object, ...]]:
     """What processes announced, all that is to be seen of it."""
     seen = {}
     for entry in os.scandir(mount / "3fs-virt" / "iovs"):
-        found = entry.stat(follow_symlinks=False)
-        seen[entry.name] = (os.readlink(entry.path), found.st_ino, found.st_uid, found.st_mtime_ns)
+        with contextlib.suppress(FileNotFoundError):  # withdrawn meanwhile
+            found = entry.stat(follow_symlinks=False)
+            seen[entry.name] = (os.readlink(entry.path), found.st_ino, found.st_uid, found.st_mtime_ns)
     return seen
 
 
