@@ -376,7 +376,7 @@ impl Unit {
         }
         let mut out = self.loan.lend(self.piece.at, len).await;
         let have = got.saturating_sub(skip).min(len);
-        out[..have].copy_from_slice(&window[skip..skip + have]);
+        fs3_core::copy(&mut out[..have], &window[skip..skip + have]);
         out[have..].fill(0);
     }
 }

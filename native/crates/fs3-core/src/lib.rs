@@ -3,6 +3,7 @@
 mod arena;
 mod buffer;
 mod checksum;
+mod copy;
 mod error;
 mod ids;
 mod kv_entry;
@@ -15,6 +16,7 @@ pub use checksum::{
     CRC_BLOCK_BYTES, CheckedBytes, crc_blocks, crc32c, crc32c_join, crc32c_of_blocks, pack_crcs, unpack_crcs,
     verify_crcs,
 };
+pub use copy::{copy, copy_raw};
 pub use error::{Code, Error, Result};
 pub use ids::{ChainId, ChainVersion, ChunkId, ClientId, InodeId, NodeId, TargetId, UpdateVersion};
 pub use kv_entry::{KV_HEADER_BYTES_MAX, KV_SPACE, KV_STORED_KEY_BYTES_MAX, KvHeader, kv_header_bytes};

@@ -490,17 +490,20 @@ struct ReplyLanding {
 }
 
 impl Landing for ReplyLanding {
-    fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
+    fn fill(&mut self, bytes: usize, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
         let lengths = self.plan.as_ref().ok()?;
         let mut state = self.slot.as_ref()?.state.lock();
         let sink = state.sink.as_mut()?;
         let mut windows = Windows::new();
-        let mut offset = self.offset;
+        let (mut offset, mut room) = (self.offset, 0);
         let mut complete = true;
         for (window, &length) in sink.windows.iter_mut().zip(lengths).skip(self.window) {
-            if length > offset && !windows.push(&mut window[offset..length]) {
-                complete = false;
-                break;
+            if length > offset {
+                if room >= bytes || !windows.push(&mut window[offset..length]) {
+                    complete = false;
+                    break;
+                }
+                room += length - offset;
             }
             offset = 0;
         }

@@ -11,6 +11,7 @@ use crate::incoming::Incoming;
 use bytes::Bytes;
 use fs3_core::{Error, Region, RegionMut, Result};
 use fs3_proto::frame::Header;
+use smallvec::SmallVec;
 use std::io::IoSliceMut;
 use std::sync::Arc;
 
@@ -125,9 +126,9 @@ pub(crate) type Fill<'a> = &'a mut dyn FnMut(&mut [IoSliceMut<'_>]) -> std::io::
 
 /// Memory that one payload goes into.
 pub(crate) trait Landing: Send + Sync {
-    /// Call `io` with the windows not yet filled, and `tail` behind them when it is passed all of them.
-    /// `None`: nobody wants the bytes any more.
-    fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>>;
+    /// Call `io` with windows not yet filled, for at least `bytes` of those that are left, and `tail` behind them when it is
+    /// passed all of them. `None`: nobody wants the bytes any more.
+    fn fill(&mut self, bytes: usize, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>>;
     /// `bytes` more were written (or thrown away).
     fn advance(&mut self, bytes: usize);
     /// Requests: memory for the whole payload, to read it into. `None` when nobody wants it.
@@ -165,34 +166,31 @@ pub(crate) trait Endpoint: Send + Sync + 'static {
 
 /// Most pieces handed to one system call.
 pub(crate) const PIECES_MAX: usize = 128;
+/// Windows that take no memory from the allocator.
+const WINDOWS_USUAL: usize = 8;
 
 /// A bounded list of memory windows for one vectored read, with a place kept for the tail.
-pub(crate) struct Windows<'a> {
-    slices: [IoSliceMut<'a>; PIECES_MAX],
-    len: usize,
-}
+pub(crate) struct Windows<'a>(SmallVec<[IoSliceMut<'a>; WINDOWS_USUAL]>);
 
 impl<'a> Windows<'a> {
     pub fn new() -> Self {
-        Self { slices: std::array::from_fn(|_| IoSliceMut::new(&mut [])), len: 0 }
+        Self(SmallVec::new())
     }
 
     /// Add a window; false when the list is full.
     pub fn push(&mut self, window: &'a mut [u8]) -> bool {
-        if self.len == PIECES_MAX - 1 {
-            return false;
+        let fits = self.0.len() < PIECES_MAX - 1;
+        if fits {
+            self.0.push(IoSliceMut::new(window));
         }
-        self.slices[self.len] = IoSliceMut::new(window);
-        self.len += 1;
-        true
+        fits
     }
 
     /// Run `io` over the windows, and over `tail` behind them when `complete`.
     pub fn run(mut self, complete: bool, tail: &'a mut [u8], io: Fill<'_>) -> std::io::Result<usize> {
         if complete && !tail.is_empty() {
-            self.slices[self.len] = IoSliceMut::new(tail);
-            self.len += 1;
+            self.0.push(IoSliceMut::new(tail));
         }
-        io(&mut self.slices[..self.len])
+        io(&mut self.0)
     }
 }

@@ -423,7 +423,7 @@ struct RequestLanding {
 }
 
 impl Landing for RequestLanding {
-    fn fill(&mut self, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
+    fn fill(&mut self, _bytes: usize, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
         let buffer = self.buffer.as_mut()?;
         let mut windows = Windows::new();
         windows.push(&mut buffer[self.filled..]);

@@ -388,7 +388,7 @@ async fn take<E: Endpoint>(frame: &Frame, endpoint: &Arc<E>) -> Result<()> {
     let mut landing = endpoint.place(&header, &body)?;
     let mut rest = &frame.payload[..];
     while !rest.is_empty() {
-        let copied = landing.fill(&mut [], &mut |windows| Ok(scatter(rest, windows)));
+        let copied = landing.fill(rest.len(), &mut [], &mut |windows| Ok(scatter(rest, windows)));
         // A landing that nobody wants any more swallows the bytes.
         let moved = copied.map_or(rest.len(), |n| n.expect("copying within memory cannot fail"));
         landing.advance(moved);

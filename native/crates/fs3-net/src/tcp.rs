@@ -552,7 +552,7 @@ impl Reader {
     fn payload_from_buffer<L: Landing>(&mut self, remaining: usize, landing: &mut L) -> usize {
         let bytes = remaining.min(self.end - self.start);
         let source = &self.buf[self.start..self.start + bytes];
-        let copied = landing.fill(&mut [], &mut |windows| Ok(scatter(source, windows)));
+        let copied = landing.fill(bytes, &mut [], &mut |windows| Ok(scatter(source, windows)));
         // A landing that nobody wants any more swallows the bytes.
         let moved = copied.map_or(bytes, |n| n.expect("copying within memory cannot fail"));
         self.start += moved;
@@ -569,7 +569,7 @@ impl Reader {
                     room = windows.iter().map(|window| window.len()).sum();
                     stream.read_vectored(windows)
                 };
-                match landing.fill(&mut buf[..ahead], io) {
+                match landing.fill(remaining, &mut buf[..ahead], io) {
                     Some(result) => Ok(Taken { bytes: result?, room }),
                     None => read_once(stream, &mut buf[..remaining.min(READ_BUFFER_BYTES)]),
                 }
@@ -660,7 +660,7 @@ pub(crate) fn scatter(source: &[u8], windows: &mut [IoSliceMut<'_>]) -> usize {
     let mut at = 0;
     for window in windows {
         let n = window.len().min(source.len() - at);
-        window[..n].copy_from_slice(&source[at..at + n]);
+        fs3_core::copy(&mut window[..n], &source[at..at + n]);
         at += n;
     }
     at

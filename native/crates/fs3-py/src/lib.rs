@@ -22,6 +22,10 @@ mod transport;
 mod usrbio;
 
 use pyo3::prelude::*;
+
+/// Messages and their parts are many small allocations, freed by other threads than made them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 use pyo3::types::PyBytes;
 
 /// CRC32C (Castagnoli) of a bytes-like object.

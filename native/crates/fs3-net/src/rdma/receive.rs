@@ -335,7 +335,7 @@ impl<E: Endpoint> Receiver<'_, E> {
 /// Copy a payload to where it belongs.
 fn fill(landing: &mut impl Landing, mut bytes: &[u8]) {
     while !bytes.is_empty() {
-        let copied = landing.fill(&mut [], &mut |windows| Ok(scatter(bytes, windows)));
+        let copied = landing.fill(bytes.len(), &mut [], &mut |windows| Ok(scatter(bytes, windows)));
         // A landing that nobody wants any more swallows the bytes.
         let moved = copied.map_or(bytes.len(), |n| n.expect("copying within memory cannot fail"));
         landing.advance(moved);

@@ -22,7 +22,7 @@ pub(crate) use handshake::{Offer, fetch};
 
 use crate::STALL_TIMEOUT_MS;
 use crate::link::{Landing, Outgoing};
-use fs3_core::{Arena, BufferPool, CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result, crc32c};
+use fs3_core::{Arena, BufferPool, CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result, copy_raw, crc32c};
 use fs3_proto::frame::{HEADER_BYTES, Header, REFERENCES_MAX, Reference, References};
 use memory::{COPYING_MAX, Control, Lane, Mapped};
 use parking_lot::Mutex;
@@ -149,7 +149,7 @@ impl SharedMemory {
         }
         let mut at = 0;
         for piece in &message.payload {
-            room[at..at + piece.len()].copy_from_slice(piece);
+            fs3_core::copy(&mut room[at..at + piece.len()], piece);
             at += piece.len();
         }
         message.payload = vec![room.freeze()];
@@ -401,7 +401,7 @@ impl Room {
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.region.len(), "it was made for them");
         // SAFETY: within the memory that the region keeps; it was the only window over it when it was frozen.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at), bytes.len()) };
+        unsafe { copy_raw(self.start.add(at), bytes.as_ptr(), bytes.len()) };
     }
 }
 
@@ -443,7 +443,7 @@ fn copy<L: Landing>(source: *const u8, bytes: usize, landing: &mut L) -> Result<
         let step = (bytes - at).min(COPY_BYTES_MAX);
         // SAFETY: `at` is within the part that was checked to be mapped.
         let from = unsafe { source.add(at) };
-        let moved = match landing.fill(&mut [], &mut |windows| Ok(scatter(from, step, windows))) {
+        let moved = match landing.fill(step, &mut [], &mut |windows| Ok(scatter(from, step, windows))) {
             Some(copied) => copied.expect("copying within memory cannot fail"),
             None => step,
         };
@@ -462,7 +462,7 @@ fn scatter(source: *const u8, bytes: usize, windows: &mut [IoSliceMut<'_>]) -> u
     for window in windows {
         let n = window.len().min(bytes - at);
         // SAFETY: the source is mapped for `bytes`, which `at + n` does not exceed; a window is not memory of the peer.
-        unsafe { std::ptr::copy_nonoverlapping(source.add(at), window.as_mut_ptr(), n) };
+        unsafe { copy_raw(window.as_mut_ptr(), source.add(at), n) };
         at += n;
     }
     at

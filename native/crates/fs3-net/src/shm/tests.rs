@@ -212,7 +212,7 @@ fn staged(end: &SharedMemory, payload: Vec<Region>) -> (Vec<Reference>, Staging)
 struct Window(Vec<u8>, usize);
 
 impl Landing for Window {
-    fn fill(&mut self, _tail: &mut [u8], io: crate::link::Fill<'_>) -> Option<std::io::Result<usize>> {
+    fn fill(&mut self, _bytes: usize, _tail: &mut [u8], io: crate::link::Fill<'_>) -> Option<std::io::Result<usize>> {
         Some(io(&mut [IoSliceMut::new(&mut self.0[self.1..])]))
     }
 
