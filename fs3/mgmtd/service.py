@@ -321,7 +321,8 @@ class MgmtdService:
             if not held:
                 manager.lose("another cluster manager took the lease")
                 return
-            manager.held.CopyFrom(following)
+            # Not copied into the old one: a message keeps the memory of all that was ever written to it.
+            manager.held = following
             self._trust = self._trust.after_renewal(sent_ns, self._lease_ns)
 
     async def _decisions(self, manager: Manager) -> None:

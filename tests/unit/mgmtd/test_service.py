@@ -266,6 +266,24 @@ def test_a_standby_of_an_older_release_never_becomes_primary() -> None:
     run(body)
 
 
+def test_renewing_the_lease_leaves_the_records_before_it_as_they_were() -> None:
+    """A record that is written again and again would keep the memory of everything that was ever written to it."""
+
+    async def body() -> None:
+        store = MemoryKv()
+        manager = await RunningManager.start(store)
+        try:
+            first = manager.service.seen_lease()
+            beat = first.beat
+            await until(lambda: manager.service.seen_lease().beat > beat, "the lease was renewed")
+            assert first.beat == beat
+        finally:
+            await manager.stop()
+            await store.close()
+
+    run(body)
+
+
 def test_a_primary_that_lost_its_lease_writes_and_answers_nothing_more() -> None:
     async def body() -> None:
         async with cluster(1, replicas=1) as (manager, _nodes, store):
