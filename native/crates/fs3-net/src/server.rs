@@ -37,10 +37,12 @@ pub struct Request {
     pub deadline: Instant,
     /// The encoded request message.
     pub body: Bytes,
-    /// The payload, in the memory that [`Service::payload_buffer`] gave.
+    /// The payload, in the memory that [`Service::payload_buffer`] gave; empty when it is in `parts`.
     pub payload: Region,
-    /// CRC32C of each [`CRC_BLOCK_BYTES`] of the payload, little-endian one after another, made while it came. Only for
-    /// [`Service::wants_crcs`], and not by every transport.
+    /// The payload in the memory that [`Service::payload_parts`] gave, if it did.
+    pub parts: Vec<Region>,
+    /// CRC32C of each [`CRC_BLOCK_BYTES`] of the payload, little-endian one after another, made while it came; each of the
+    /// parts begins with a block of its own. Only for [`Service::wants_crcs`], and not by every transport.
     pub payload_crcs: Option<Bytes>,
     /// The same as the requester made them, when they came with the payload.
     pub sent_crcs: Option<Bytes>,
@@ -74,6 +76,13 @@ pub trait Service: Send + Sync + 'static {
     /// Memory of exactly `bytes` bytes for an incoming payload, from a pool. `None` refuses the request with
     /// `Busy`; its payload is then read and thrown away. Must not block.
     fn payload_buffer(&self, method: Method, bytes: usize) -> Option<RegionMut>;
+
+    /// Memory for an incoming payload in parts, whose lengths make `bytes`: for what is to be kept part by part. `None`:
+    /// in one, as [`Service::payload_buffer`] says; by RDMA it always is. `body`: the encoded request message. Must not block.
+    fn payload_parts(&self, method: Method, body: &[u8], bytes: usize) -> Option<Vec<RegionMut>> {
+        let _ = (method, body, bytes);
+        None
+    }
 
     /// Whether checksums of the payload are to be made while it comes.
     fn wants_crcs(&self, method: Method) -> bool {
@@ -415,7 +424,10 @@ struct Callee<S: Service> {
 
 /// Where the payload of one request goes.
 struct RequestLanding {
-    buffer: Option<RegionMut>,
+    /// In one, or in parts; `None`: there is none, or it was refused.
+    memory: Option<Vec<RegionMut>>,
+    /// Next byte to fill: part and offset in it.
+    part: usize,
     filled: usize,
     refusal: Option<Error>,
     crcs: Option<Crcs>,
@@ -423,17 +435,34 @@ struct RequestLanding {
 }
 
 impl Landing for RequestLanding {
-    fn fill(&mut self, _bytes: usize, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
-        let buffer = self.buffer.as_mut()?;
+    fn fill(&mut self, bytes: usize, tail: &mut [u8], io: Fill<'_>) -> Option<std::io::Result<usize>> {
         let mut windows = Windows::new();
-        windows.push(&mut buffer[self.filled..]);
-        Some(windows.run(true, tail, io))
+        let (mut filled, mut room) = (self.filled, 0);
+        let mut complete = true;
+        for part in self.memory.as_mut()?.iter_mut().skip(self.part) {
+            let window = &mut part[std::mem::take(&mut filled)..];
+            room += window.len();
+            if room - window.len() >= bytes || !windows.push(window) {
+                complete = false;
+                break;
+            }
+        }
+        Some(windows.run(complete, tail, io))
     }
 
-    fn advance(&mut self, bytes: usize) {
-        self.filled += bytes;
-        if let (Some(crcs), Some(buffer)) = (&mut self.crcs, &self.buffer) {
-            crcs.follow(&buffer[..self.filled], self.filled == buffer.len());
+    fn advance(&mut self, mut bytes: usize) {
+        while let Some(part) = self.memory.as_ref().and_then(|parts| parts.get(self.part)) {
+            let step = bytes.min(part.len() - self.filled);
+            self.filled += step;
+            bytes -= step;
+            let is_all = self.filled == part.len();
+            if let Some(crcs) = &mut self.crcs {
+                crcs.follow(&part[..self.filled], is_all);
+            }
+            if !is_all {
+                return;
+            }
+            (self.part, self.filled) = (self.part + 1, 0);
         }
     }
 
@@ -442,11 +471,14 @@ impl Landing for RequestLanding {
     }
 
     fn memory(&mut self) -> Option<&mut [u8]> {
-        self.buffer.as_deref_mut()
+        match &mut self.memory.as_mut()?[..] {
+            [buffer] => Some(buffer),
+            _ => None,
+        }
     }
 
     fn refuse(&mut self, error: Error) {
-        (self.buffer, self.refusal) = (None, Some(error));
+        (self.memory, self.refusal) = (None, Some(error));
     }
 }
 
@@ -502,16 +534,22 @@ impl<S: Service> Callee<S> {
         }
     }
 
-    fn landing(&self, header: &Header) -> Result<Option<RegionMut>> {
+    fn memory(&self, header: &Header, body: &[u8]) -> Result<Option<Vec<RegionMut>>> {
         let method = self.method(header)?;
-        match header.payload_bytes as usize {
-            0 => Ok(None),
-            bytes => match self.service.payload_buffer(method, bytes) {
-                Some(buffer) if buffer.len() == bytes => Ok(Some(buffer)),
-                Some(_) => Err(Error::new(Code::Internal, "the service gave a buffer of the wrong size")),
-                None => Err(Error::new(Code::Busy, "no memory for the payload now; retry later")),
-            },
+        let bytes = header.payload_bytes as usize;
+        if bytes == 0 {
+            return Ok(None);
         }
+        let in_parts = match self.link.rdma_device() {
+            Some(_) => None,
+            None => self.service.payload_parts(method, body, bytes),
+        };
+        let memory = in_parts.or_else(|| self.service.payload_buffer(method, bytes).map(|buffer| vec![buffer]));
+        let memory = memory.ok_or_else(|| Error::new(Code::Busy, "no memory for the payload now; retry later"))?;
+        if memory.iter().map(|part| part.len()).sum::<usize>() != bytes {
+            return Err(Error::new(Code::Internal, "the service gave memory of the wrong size"));
+        }
+        Ok(Some(memory))
     }
 }
 
@@ -524,17 +562,17 @@ impl<S: Service> Endpoint for Callee<S> {
         }
     }
 
-    fn place(&self, header: &Header, _body: &[u8]) -> Result<RequestLanding> {
+    fn place(&self, header: &Header, body: &[u8]) -> Result<RequestLanding> {
         if header.kind != Kind::Request {
             return Err(Error::new(Code::Protocol, "a client sent a response"));
         }
-        let (buffer, refusal) = match self.landing(header) {
-            Ok(buffer) => (buffer, None),
+        let (memory, refusal) = match self.memory(header, body) {
+            Ok(memory) => (memory, None),
             Err(error) => (None, Some(error)),
         };
         let wanted = Method::try_from(i32::from(header.method)).is_ok_and(|method| self.service.wants_crcs(method));
-        let crcs = (wanted && buffer.is_some()).then(Crcs::default);
-        Ok(RequestLanding { buffer, filled: 0, refusal, crcs, sent_crcs: None })
+        let crcs = (wanted && memory.is_some()).then(Crcs::default);
+        Ok(RequestLanding { memory, part: 0, filled: 0, refusal, crcs, sent_crcs: None })
     }
 
     fn deliver(self: &Arc<Self>, header: Header, body: Bytes, landing: RequestLanding) {
@@ -549,10 +587,11 @@ impl<S: Service> Endpoint for Callee<S> {
         };
         let wait_ms = if header.deadline_ms == 0 { DEADLINE_MS_DEFAULT } else { header.deadline_ms };
         let deadline = Instant::now() + Duration::from_millis(u64::from(wait_ms));
-        let payload = landing.buffer.map_or_else(Region::empty, RegionMut::freeze);
-        let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(payload.len())).map(Bytes::from);
+        let mut parts: Vec<Region> = landing.memory.into_iter().flatten().map(RegionMut::freeze).collect();
+        let payload = if parts.len() == 1 { parts.remove(0) } else { Region::empty() };
+        let payload_crcs = landing.crcs.and_then(|crcs| crcs.of(header.payload_bytes as usize)).map(Bytes::from);
         let sent_crcs = landing.sent_crcs;
-        let request = Request { peer: self.peer, method, deadline, body, payload, payload_crcs, sent_crcs };
+        let request = Request { peer: self.peer, method, deadline, body, payload, parts, payload_crcs, sent_crcs };
         let callee = self.clone();
         let mut handling = Box::pin(async move { callee.service.handle(request).await });
         fs3_rt::Handle::current().begin(async move {

@@ -22,6 +22,16 @@ const SPARE_PARTS: usize = 8;
 /// From this size on a value keeps the memory it came in, whatever is left over.
 const COPY_BYTES_MAX: usize = 128 << 10;
 
+/// What the pool takes for a value.
+fn held_bytes(bytes: usize) -> usize {
+    bytes.next_power_of_two().max(PAGE_BYTES)
+}
+
+/// Whether little of that is left over.
+fn fits(bytes: usize) -> bool {
+    held_bytes(bytes) - bytes <= held_bytes(bytes) / SPARE_PARTS
+}
+
 /// Entries of all targets of a node. Thread-safe. `None` of `cache`: the node keeps none.
 pub(crate) struct KvStore {
     cache: Mutex<Cache>,
@@ -62,16 +72,20 @@ impl KvStore {
         })
     }
 
+    /// Memory for several values to be kept in it; `None` when some would better be kept elsewhere, or there is not enough.
+    pub fn parts(&self, lengths: impl Iterator<Item = usize>) -> Option<Vec<RegionMut>> {
+        lengths.map(|bytes| if fits(bytes) { self.payload_buffer(bytes) } else { None }).collect()
+    }
+
     /// A value to keep: in the memory it came in, if nobody else uses that (`alone`) and little of it is left over; else
     /// in other memory.
     pub fn value(&self, data: Region, crcs: bytes::Bytes, alone: bool) -> Value {
-        let held = data.len().next_power_of_two().max(PAGE_BYTES);
-        let fits = held - data.len() <= held / SPARE_PARTS;
+        let (held, fits) = (held_bytes(data.len()), fits(data.len()));
         if alone && (fits || data.len() >= COPY_BYTES_MAX) {
             return Value { data, crcs, held_bytes: held as u64 };
         }
         if let Some(mut room) = fits.then(|| self.pool.get(data.len())).flatten() {
-            room.copy_from_slice(&data);
+            fs3_core::copy(&mut room, &data);
             return Value { data: room.freeze(), crcs, held_bytes: held as u64 };
         }
         let data = Region::from_vec(data.to_vec());

@@ -20,6 +20,13 @@ impl Service for StorageService {
         }
     }
 
+    fn payload_parts(&self, method: Method, body: &[u8], bytes: usize) -> Option<Vec<RegionMut>> {
+        match method {
+            Method::StorageKvPut => methods::kv::put_parts(&self.0, body, bytes),
+            _ => None,
+        }
+    }
+
     fn wants_crcs(&self, method: Method) -> bool {
         matches!(method, Method::StorageWrite | Method::StorageKvPut)
     }

@@ -10,6 +10,8 @@ use fs3_proto::v1::*;
 const NAMESPACE: u64 = 92;
 /// Of values in one payload, which begin and end within blocks of it and at their borders.
 const LENGTHS: [usize; 7] = [4096, 8192, 100, 70_000, 4096, 65_536, 5];
+/// Of values that come each into its own memory, as little of that is left over.
+const PARTED: [usize; 5] = [4096, 65_536, 60_001, 4000, 8192];
 
 /// Put values of these lengths by one request, the byte `damage` of their payload being another than was checksummed; what
 /// became of each.
@@ -52,15 +54,17 @@ fn put_with(
 #[test]
 fn of_values_that_come_together_only_the_damaged_one_is_refused() {
     let mut c = Cluster::start();
-    assert_eq!(put(&mut c, &LENGTHS, None), [None; LENGTHS.len()]);
-    let mut start = 0;
-    for (number, length) in LENGTHS.into_iter().enumerate() {
-        for at in [start, start + length / 2, start + length - 1] {
-            let mut expected = [None; LENGTHS.len()];
-            expected[number] = Some(Code::PayloadChecksum);
-            assert_eq!(put(&mut c, &LENGTHS, Some(at)), expected, "byte {at}");
+    for lengths in [&LENGTHS[..], &PARTED] {
+        assert_eq!(put(&mut c, lengths, None), vec![None; lengths.len()]);
+        let mut start = 0;
+        for (number, length) in lengths.iter().enumerate() {
+            for at in [start, start + length / 2, start + length - 1] {
+                let mut expected = vec![None; lengths.len()];
+                expected[number] = Some(Code::PayloadChecksum);
+                assert_eq!(put(&mut c, lengths, Some(at)), expected, "byte {at}");
+            }
+            start += length;
         }
-        start += length;
     }
 }
 

@@ -36,6 +36,34 @@ impl Service for Echo {
     }
 }
 
+/// Takes payloads in parts of this many bytes.
+struct Parting {
+    part_bytes: usize,
+    pool: BufferPool,
+    crcs: Mutex<Option<Bytes>>,
+}
+
+impl Service for Parting {
+    fn payload_buffer(&self, _method: Method, _bytes: usize) -> Option<RegionMut> {
+        None
+    }
+
+    fn payload_parts(&self, _method: Method, _body: &[u8], bytes: usize) -> Option<Vec<RegionMut>> {
+        let lengths = (0..bytes).step_by(self.part_bytes).map(|at| self.part_bytes.min(bytes - at));
+        lengths.map(|length| self.pool.get(length)).collect()
+    }
+
+    fn wants_crcs(&self, _method: Method) -> bool {
+        true
+    }
+
+    async fn handle(&self, request: Request) -> Result<Response> {
+        *self.crcs.lock() = request.payload_crcs;
+        let payload = if request.parts.is_empty() { vec![request.payload] } else { request.parts };
+        Ok(Response { body: request.body, payload, ..Response::default() })
+    }
+}
+
 fn sharing() -> Transport {
     Arena::enable().unwrap();
     Transport::tcp().sharing_memory()
@@ -110,6 +138,28 @@ async fn payloads_arrive_intact_by_reference_both_ways() {
         assert_eq!(counter(transport, "shared_memory_tcp_bytes"), 0);
     }
     server.shutdown(LONG).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_comes_into_the_parts_that_the_service_gave() {
+    let data = patterned(MIB + 4097);
+    for transport in [sharing(), Transport::tcp()] {
+        // In one part, in a few, in more than one system call takes.
+        for part_bytes in [2 * MIB, 300_000, 65_536, 4096] {
+            let service = Arc::new(Parting { part_bytes, pool: BufferPool::new(64 * MIB), crcs: Mutex::default() });
+            let server = Server::bind("127.0.0.1:0", policy(&transport), service.clone()).await.unwrap();
+            let addr = server.local_addr().to_string();
+            let (connection, _) = Connection::connect(&addr, &hello(&transport), LONG).await.unwrap();
+            for bytes in [1, 5000, 70_000, MIB, MIB + 4097] {
+                let payload = vec![data.slice(0, bytes)];
+                assert!(echo(&connection, payload).await.unwrap()[..] == data[..bytes], "{bytes} by {part_bytes}");
+                let crcs: Vec<u8> =
+                    data[..bytes].chunks(part_bytes).flat_map(|p| pack_crcs(&crc_blocks(0, p))).collect();
+                assert!(service.crcs.lock().as_deref() == Some(&crcs[..]), "{bytes} by {part_bytes}");
+            }
+            server.shutdown(LONG).await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, Result, crc32c};
+use fs3_core::{CRC_BLOCK_BYTES, Code, Error, Region, RegionMut, Result, crc32c};
 use fs3_kv::{Found, Key, Namespace, Put, PutId, Refused};
 use fs3_net::{Request, Response};
 use fs3_proto::v1::{
@@ -12,6 +12,7 @@ use fs3_proto::v1::{
     KvListResponse, KvNamespace, KvPutOp, KvPutRequest, KvPutResponse, KvPutResult, KvRemoveOp, KvRemoveRequest,
     KvRemoveResponse, KvRemoveResult, KvStatRequest, KvStatResponse,
 };
+use prost::Message;
 
 use super::kv_chunks::is_chunks;
 use crate::core::Core;
@@ -23,6 +24,8 @@ use crate::{KV_KEY_BYTES_MAX, KV_LIST_MAX, KV_OPS_MAX};
 const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
 /// Payloads from here on are checked on a task of their own, not on the receiving one.
 const INLINE_BYTES_MAX: usize = 1 << 20;
+/// From this size on values of one request get memory of their own while they come.
+const PARTED_BYTES_MIN: usize = 32 << 10;
 
 /// Whom an operation is addressed to, and which entry it is about.
 struct Address<'a> {
@@ -112,6 +115,20 @@ fn answer(op: &KvGetOp, found: Found, left: &mut u64, payload: &mut Vec<Region>)
     result
 }
 
+/// Memory for the values of a request that is coming, each in its own: then they need not be copied to be kept.
+pub(crate) fn put_parts(core: &Core, body: &[u8], bytes: usize) -> Option<Vec<RegionMut>> {
+    if bytes < PARTED_BYTES_MIN {
+        return None;
+    }
+    let message = KvPutRequest::decode(body).ok()?;
+    let lengths = || message.ops.iter().map(|op| op.length as usize);
+    let parted = (2..=KV_OPS_MAX).contains(&message.ops.len())
+        && !is_chunks(message.namespace.as_ref())
+        && lengths().all(|length| length > 0)
+        && lengths().sum::<usize>() == bytes;
+    if parted { core.kv.parts(lengths()) } else { None }
+}
+
 /// Keep values; each by itself.
 pub(crate) async fn put(core: &Arc<Core>, request: Request) -> Result<Response> {
     let message: KvPutRequest = decode(&request)?;
@@ -121,21 +138,25 @@ pub(crate) async fn put(core: &Arc<Core>, request: Request) -> Result<Response> 
     check_count(core, message.ops.len())?;
     let namespace = settings(message.namespace.as_ref())?;
     let bytes: u64 = message.ops.iter().map(|op| u64::from(op.length)).sum();
-    if bytes != request.payload.len() as u64 {
+    let payload_bytes = request.payload.len() + request.parts.iter().map(|part| part.len()).sum::<usize>();
+    if bytes != payload_bytes as u64 {
         return Err(invalid("the payload is not as long as the values"));
     }
-    if request.payload.len() > INLINE_BYTES_MAX {
+    if payload_bytes > INLINE_BYTES_MAX {
         fs3_rt::yield_now().await;
     }
     let writer = writer_of(&request);
-    let alone = message.ops.len() == 1;
+    let parted = !request.parts.is_empty();
+    let alone = parted || message.ops.len() == 1;
+    let (mut parts, mut made_crcs) = (request.parts.into_iter(), request.payload_crcs);
     let mut response = KvPutResponse { results: Vec::with_capacity(message.ops.len()), ..KvPutResponse::default() };
     let mut at = 0;
     for op in &message.ops {
-        let data = request.payload.slice(at, op.length as usize);
-        let part = |crcs: &Option<Bytes>| part_of(crcs.as_ref()?, request.payload.len(), at, data.len());
+        let data = parts.next().unwrap_or_else(|| request.payload.slice(at, op.length as usize));
+        let part = |crcs: &Option<Bytes>| part_of(crcs.as_ref()?, payload_bytes, at, data.len());
         let sent = if op.crcs.is_empty() { part(&request.sent_crcs).unwrap_or_default() } else { op.crcs.clone() };
-        let value = Arrived { made: part(&request.payload_crcs), sent, data };
+        let made = if parted { first_of(&mut made_crcs, data.len()) } else { part(&made_crcs) };
+        let value = Arrived { made, sent, data };
         at += op.length as usize;
         response.results.push(match put_one(core, namespace, op, writer, value, alone) {
             Ok(()) => KvPutResult::default(),
@@ -153,6 +174,11 @@ struct Arrived {
     sent: Bytes,
     /// Those that were made while they came.
     made: Option<Bytes>,
+}
+
+/// Take those of the next part from the checksums of parts.
+fn first_of(crcs: &mut Option<Bytes>, bytes: usize) -> Option<Bytes> {
+    crcs.as_mut().map(|crcs| crcs.split_to(4 * bytes.div_ceil(CRC_BLOCK_BYTES)))
 }
 
 /// Of the checksums of a payload, those of a part: its blocks must be blocks of the payload.
