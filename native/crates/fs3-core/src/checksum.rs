@@ -6,6 +6,10 @@ pub const CRC_BLOCK_BYTES: usize = 4096;
 
 /// CRC32C (Castagnoli) of `data`.
 pub fn crc32c(data: &[u8]) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(crc) = crate::folded::crc32c(data) {
+        return crc;
+    }
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, data) as u32
 }
 

@@ -5,6 +5,8 @@ mod buffer;
 mod checksum;
 mod copy;
 mod error;
+#[cfg(target_arch = "x86_64")]
+mod folded;
 mod ids;
 mod kv_entry;
 mod mapped;
