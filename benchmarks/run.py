@@ -153,7 +153,7 @@ def measure_data(cluster: LocalCluster, work: Work) -> list[Row]:
             fs, work.size // 2, turns=work.times, warming=2 * WARMING, pids=cluster.pids(), say=say
         )
     name = f"random 100 KiB samples, batches of {dataloader.BATCH}, dataset"
-    return [Row(name, samples, "", 0.4, large, "large reads")]
+    return [Row(name, samples, "", 0.5, large, "large reads")]
 
 
 def wait_collected(cluster: LocalCluster) -> None:
