@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from fs3 import native
 from fs3.client import FileSystem
+
+# How long replicas have to become equal, and how often is looked.
+EQUAL_S = 30.0
+LOOK_S = 0.2
 
 
 @dataclass
@@ -26,8 +31,16 @@ def _content(replica: native.Replica) -> dict[bytes, tuple[int, int, int]]:
 def compare_replicas(fs: FileSystem) -> ReplicaReport:
     """List every target of every chain and compare versions, lengths and checksums chunk by chunk.
 
-    Call it while nothing is being written. Raises Fs3Error UNAVAILABLE when a target cannot be listed.
+    Call it while nothing is being written. Chunks of files that were removed go from one replica after the other, so
+    what differs is looked at again, for up to EQUAL_S. Raises Fs3Error UNAVAILABLE when a target cannot be listed.
     """
+    deadline = time.monotonic() + EQUAL_S
+    while (report := _compare(fs)).differences and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    return report
+
+
+def _compare(fs: FileSystem) -> ReplicaReport:
     chains: dict[int, list[native.Replica]] = defaultdict(list)
     for replica in fs.list_replicas():
         chains[replica.chain_id].append(replica)

@@ -16,7 +16,7 @@ from fs3.client import FileSystem
 from fs3.core.errors import Fs3Error
 from fs3.testing.cluster import ClusterSpec
 from fs3.testing.process import ProcessRef, spawn, wait_until
-from fs3.testing.replicas import ReplicaReport, compare_replicas
+from fs3.testing.replicas import compare_replicas
 from tests.torture import faults, manifest, names
 from tests.torture.board import Board
 from tests.torture.cluster import CLIENT, TortureCluster
@@ -48,7 +48,6 @@ DAMAGE_SHARE = 0.2
 SERVING_S = 90.0
 PROGRESS_S = 90.0
 REST_S = 150.0
-EQUAL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -409,7 +408,7 @@ class Campaign:
                     for number in job.numbers:
                         known = names.replay(self.notes, number)
                         found += names.differences(fs, known, number, self.board.power)
-            replicas = self._compare_replicas(fs)
+            replicas = compare_replicas(fs)
             self.report.shared_memory_bytes += _by_shared_memory(fs) - shared
         found += replicas.differences
         self.report.comparisons += 1
@@ -418,13 +417,6 @@ class Campaign:
             raise Violation(f"{len(found)} differences: " + "; ".join(found[:20]))
         self._resume()
         self.say(f"compared: {replicas.chunks} chunks on {replicas.replicas} replicas; {self._operations()} operations")
-
-    def _compare_replicas(self, fs: FileSystem) -> ReplicaReport:
-        """Replicas may still be removing chunks of removed files; they end equal."""
-        deadline = time.monotonic() + EQUAL_S
-        while (found := compare_replicas(fs)).differences and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return found
 
     def _wrong_slots(self, fs: FileSystem) -> list[str]:
         found = []
