@@ -33,7 +33,7 @@ from fs3.kv.open import open_store
 from fs3.testing import measure
 from fs3.testing.cluster import ClusterSpec, LocalCluster
 from fs3.testing.measure import GIB, MIB, Measured, Meter
-from fs3.testing.replicas import compare_replicas
+from fs3.testing.replicas import compare_settled_replicas
 
 PIECE_BYTES = 32 * MIB
 JOBS = 8
@@ -318,7 +318,7 @@ class Demo:
     def replicas_equal(self) -> None:
         """Compare what every replica holds, chunk by chunk."""
         with self.progress.step("compare all replicas") as update, self.connect() as fs:
-            report = compare_replicas(fs)
+            report = compare_settled_replicas(fs)
             if report.differences:
                 raise Wrong(f"replicas differ: {report.differences[0]} and {len(report.differences) - 1} more")
             update(1.0, f"{report.chunks} chunks, {report.replicas} replicas of each, all equal")

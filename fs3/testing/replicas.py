@@ -31,16 +31,8 @@ def _content(replica: native.Replica) -> dict[bytes, tuple[int, int, int]]:
 def compare_replicas(fs: FileSystem) -> ReplicaReport:
     """List every target of every chain and compare versions, lengths and checksums chunk by chunk.
 
-    Call it while nothing is being written. Chunks of files that were removed go from one replica after the other, so
-    what differs is looked at again, for up to EQUAL_S. Raises Fs3Error UNAVAILABLE when a target cannot be listed.
+    Call it while nothing is being written or removed. Raises Fs3Error UNAVAILABLE when a target cannot be listed.
     """
-    deadline = time.monotonic() + EQUAL_S
-    while (report := _compare(fs)).differences and time.monotonic() < deadline:
-        time.sleep(LOOK_S)
-    return report
-
-
-def _compare(fs: FileSystem) -> ReplicaReport:
     chains: dict[int, list[native.Replica]] = defaultdict(list)
     for replica in fs.list_replicas():
         chains[replica.chain_id].append(replica)
@@ -58,4 +50,15 @@ def _compare(fs: FileSystem) -> ReplicaReport:
                 for c in replica.chunks
                 if c.pending_version
             ]
+    return report
+
+
+def compare_settled_replicas(fs: FileSystem) -> ReplicaReport:
+    """As :func:`compare_replicas`, where files have been removed lately.
+
+    Their chunks go from one replica after the other: what differs is looked at again, for up to EQUAL_S.
+    """
+    deadline = time.monotonic() + EQUAL_S
+    while (report := compare_replicas(fs)).differences and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
     return report

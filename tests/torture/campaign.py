@@ -16,7 +16,7 @@ from fs3.client import FileSystem
 from fs3.core.errors import Fs3Error
 from fs3.testing.cluster import ClusterSpec
 from fs3.testing.process import ProcessRef, spawn, wait_until
-from fs3.testing.replicas import compare_replicas
+from fs3.testing.replicas import compare_settled_replicas
 from tests.torture import faults, manifest, names
 from tests.torture.board import Board
 from tests.torture.cluster import CLIENT, TortureCluster
@@ -408,7 +408,7 @@ class Campaign:
                     for number in job.numbers:
                         known = names.replay(self.notes, number)
                         found += names.differences(fs, known, number, self.board.power)
-            replicas = compare_replicas(fs)
+            replicas = compare_settled_replicas(fs)
             self.report.shared_memory_bytes += _by_shared_memory(fs) - shared
         found += replicas.differences
         self.report.comparisons += 1

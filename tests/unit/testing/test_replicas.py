@@ -41,15 +41,19 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_removal_that_is_on_its_way_is_no_difference() -> None:
-    report = replicas.compare_replicas(showing(listing(7, 0, 0), listing(7, 0, 0), listing(0, 0, 0)))
+    report = replicas.compare_settled_replicas(showing(listing(7, 0, 0), listing(7, 0, 0), listing(0, 0, 0)))
     assert report.differences == []
     assert (report.chunks, report.replicas) == (0, 3)
+
+
+def test_whoever_does_not_wait_is_told_of_it_at_once() -> None:
+    assert len(replicas.compare_replicas(showing(listing(7, 0, 0), listing(0, 0, 0))).differences) == 1
 
 
 @pytest.mark.parametrize("versions", [(7, 7, 0), (7, 8, 8)])
 def test_what_stays_different_is_told(monkeypatch: pytest.MonkeyPatch, versions: tuple[int, ...]) -> None:
     monkeypatch.setattr(replicas, "EQUAL_S", 0.0)
-    report = replicas.compare_replicas(showing(listing(*versions)))
+    report = replicas.compare_settled_replicas(showing(listing(*versions)))
     assert report.chunks == 1
     (difference,) = report.differences
     assert CHUNK.hex() in difference
